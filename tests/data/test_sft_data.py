@@ -1,0 +1,129 @@
+"""Fine-tuning examples: no held-out entity, and the ids that rollouts would append."""
+
+import jax
+import pytest
+
+from zerosearch_jax.data import sft_data
+from zerosearch_jax.data.phrasing import padded
+from zerosearch_jax.data.sft_data import policy_transcripts, simulator_examples, tokenise
+from zerosearch_jax.data.transcripts import Habits, Segment
+from zerosearch_jax.data.world import load_entities
+from zerosearch_jax.generate.generator import Generation
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.rollout.episodes import Limits, Rollouts
+from zerosearch_jax.rollout.trajectory import Episode
+from zerosearch_jax.search.engine import SearchResult
+from zerosearch_jax.text import prompts
+from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
+
+HELD_OUT = [entity for entity in load_entities() if entity.split != "train"]
+HABITS = Habits(guess=0.1, vague=0.3, astray=0.2, malformed=0.1, misread=0.1, stop_early=0.2)
+
+
+@pytest.fixture(scope="module")
+def transcripts():
+    return policy_transcripts(
+        worlds=11, entities_per_world=40, questions_per_world=40, habits=HABITS, topk=3, seed=0
+    )
+
+
+def test_no_segment_mentions_a_held_out_entity(transcripts):
+    everything = padded(" | ".join(s.text for segments in transcripts for s in segments))
+    assert padded("Which") in everything  # the check itself can fail
+    for entity in HELD_OUT:
+        for name in (entity.name, *entity.aliases):
+            assert padded(name) not in everything, (entity.id, name)
+
+
+def test_both_real_and_made_up_worlds_are_asked_about(transcripts):
+    assert len(transcripts) == 11 * 40
+    names = [e.name for e in load_entities() if e.split == "train" and len(e.name) > 4]
+    real = [
+        any(padded(name) in padded(" ".join(s.text for s in segments)) for name in names)
+        for segments in transcripts
+    ]
+    assert 2 * 40 * 0.8 <= sum(real) < 0.6 * len(real)
+
+
+def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
+    head = prompts.policy_prompt("\0").split("\0")[0]
+    for segments in transcripts:
+        assert segments[0].text.startswith(head) and not segments[0].by_policy
+        assert segments[1].by_policy
+    again = policy_transcripts(
+        worlds=1, entities_per_world=40, questions_per_world=5, habits=HABITS, topk=3, seed=0
+    )
+    assert again == policy_transcripts(
+        worlds=1, entities_per_world=40, questions_per_world=5, habits=HABITS, topk=3, seed=0
+    )
+
+
+def test_the_simulator_learns_from_train_entities_only(monkeypatch):
+    write = sft_data.write_questions
+    monkeypatch.setattr(sft_data, "write_questions", lambda *args: write(*args)[:150])
+    examples = simulator_examples(topk=3, seed=0)
+    assert len(examples) > 300
+    everything = padded(" | ".join(s.text for segments in examples for s in segments))
+    for entity in HELD_OUT:
+        assert padded(entity.name) not in everything, entity.id
+    for prompt, documents in examples:
+        assert not prompt.by_policy and documents.by_policy
+        assert prompt.text.endswith(" Output:") and documents.text.startswith(" Doc 1: ")
+
+
+class Parrot:
+    """A generator and an engine in one, which say what a transcript says."""
+
+    slots, name = 1, "parrot"
+
+    def __init__(self, tokenizer, segments):
+        self.turns = [encode(tokenizer, s.text) for s in segments if s.by_policy]
+        self.documents = [s.text for s in segments[1:] if not s.by_policy]
+
+    def start(self, slots, rows):
+        pass
+
+    def extend(self, slots, rows):
+        pass
+
+    def room(self, slot):
+        return 10_000
+
+    def decode(self, slots, **_):
+        tokens = self.turns.pop(0)
+        return [Generation(tokens, [-1.0] * len(tokens), "stop")]
+
+    def search(self, requests):
+        (request,) = requests
+        while self.documents[0] == prompts.INVALID_ACTION:
+            self.documents.pop(0)
+        text = self.documents.pop(0).removeprefix("\n\n<information>")
+        text = text.removesuffix("</information>\n\n")
+        return [SearchResult(request.key, tuple(prompts.cut_documents(text, 9)))]
+
+
+def test_tokenised_as_rollouts_append(transcripts, tiny_tokenizer):
+    kinds = set()
+    for segments in transcripts[:25]:
+        question = segments[0].text.split("Question: ")[1].strip()
+        parrot = Parrot(tiny_tokenizer, segments)
+        rollouts = Rollouts(
+            parrot, parrot, tiny_tokenizer, limits=Limits(9, 500, 5000), sampling=Sampling()
+        )
+        (trajectory,) = rollouts.play([Episode(0, question, ("x",))], jax.random.key(0))
+        sequence = tokenise(segments, tiny_tokenizer, inserted_weight=0.0, end_of_text=False)
+        assert sequence.tokens == trajectory.tokens
+        assert sequence.mask == [float(ours) for ours in trajectory.by_policy]
+        kinds |= {turn.action.kind for turn in trajectory.turns}
+    assert kinds == {"search", "answer", "invalid"}
+
+
+def test_weights_by_writer_and_end_of_text(tiny_tokenizer):
+    segments = [Segment("Ask.", False), Segment("own", True), Segment(" doc", False)]
+    sequence = tokenise(segments, tiny_tokenizer, inserted_weight=0.25, end_of_text=True)
+    counts = [len(encode_prompt(tiny_tokenizer, "Ask.")), len(encode(tiny_tokenizer, "own")),
+              len(encode(tiny_tokenizer, " doc")), 1]  # fmt: skip
+    weights = [0.25, 1.0, 0.25, 1.0]
+    assert sequence.mask == [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
+    assert sequence.tokens[-1] == tiny_tokenizer.eos_token_id
+    assert decode(tiny_tokenizer, sequence.tokens) == "Ask.own doc"

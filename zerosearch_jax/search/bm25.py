@@ -1,0 +1,80 @@
+"""BM25 over a fixed set of passages: the real search engine of the embedded world.
+
+It reads nothing of a request but its query. No jax here.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import bm25s
+import numpy as np
+
+from zerosearch_jax.data.phrasing import words
+from zerosearch_jax.data.world import Passage
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
+
+# bm25s sets its logger to DEBUG when it is imported and would speak at every index.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
+
+# Words of grammar only: two-letter words that are also symbols or domains stay findable
+# ("no", "as" and "in" do not: no engine can tell nobelium's symbol from the word).
+STOPWORDS = frozenset(
+    "a an and are as at be but by for has have if in into is it its no not of on or such that the "
+    "their then there these they this to was what which who whose will with".split()
+)
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case ASCII words of `text` without stop words; single letters are kept."""
+    return [word for word in words(text) if word not in STOPWORDS]
+
+
+class BM25Engine:
+    """Ranks `passages` by BM25 (Robertson's k1 = 1.5, b = 0.75, Lucene's idf, as in bm25s).
+
+    Ties go to the passage that was given first, so a ranking never depends on the machine.
+    """
+
+    name = "bm25"
+
+    def __init__(self, passages: Sequence[Passage], topk: int = 3):
+        """Indexes `passages`; `topk` documents are returned for a search.
+
+        Raises:
+          UserError: no passages, or topk < 1.
+        """
+        if not passages:
+            raise UserError("BM25 engine: the corpus is empty; give at least one passage")
+        if topk < 1:
+            raise UserError(f"BM25 engine: topk is {topk}; it must be at least 1")
+        self.topk = topk
+        self._passages = tuple(passages)
+        self._vocabulary: dict[str, int] = {}
+        ids = [
+            [self._vocabulary.setdefault(t, len(self._vocabulary)) for t in tokens(p.text)]
+            for p in self._passages
+        ]
+        self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+        self._index.index((ids, self._vocabulary), show_progress=False, create_empty_token=False)
+
+    def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        """One result a request; no documents when no word of the query is in the corpus."""
+        ranked = self.ranked_batch([r.query for r in requests], self.topk)
+        return [
+            SearchResult(r.key, tuple(p.text for p in passages))
+            for r, passages in zip(requests, ranked, strict=True)
+        ]
+
+    def ranked(self, query: str, n: int) -> list[Passage]:
+        """The `n` best passages for `query`, best first; fewer when fewer share a word with it."""
+        found = [self._vocabulary[t] for t in tokens(query) if t in self._vocabulary]
+        if not found:
+            return []
+        scores = self._index.get_scores_from_ids(found)  # [passages]
+        best = np.argsort(-scores, kind="stable")[:n]
+        return [self._passages[i] for i in best if scores[i] > 0]
+
+    def ranked_batch(self, queries: Sequence[str], n: int) -> list[list[Passage]]:
+        """`ranked` for each query, in order."""
+        return [self.ranked(query, n) for query in queries]
