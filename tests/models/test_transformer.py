@@ -1,0 +1,193 @@
+"""Packed rows, cached decoding, rematerialisation and the axes of parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.config import ModelConfig, RopeScaling
+from zerosearch_jax.models.transformer import (
+    REMAT_POLICIES,
+    abstract_model,
+    param_shardings,
+    unstack_layers,
+)
+from zerosearch_jax.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=64,
+    embed_dim=32,
+    mlp_dim=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=True,
+    qk_norm=True,
+    max_positions=128,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere: norms near 1, biases and the rest small but not zero."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        noise = 0.2 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(noise + ("norm" in jax.tree_util.keystr(path)), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_model(CONFIG)[1])
+
+
+@pytest.fixture(scope="module")
+def full_logits(params):
+    graphdef, _ = abstract_model(CONFIG)
+
+    @jax.jit
+    def run(tokens, positions, segments):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(tokens, positions, segments))
+
+    def forward(tokens, positions=None, segments=None):
+        tokens = jnp.asarray(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is None:
+            segments = jnp.zeros_like(tokens)
+        return np.asarray(run(tokens, jnp.asarray(positions), jnp.asarray(segments)))
+
+    return forward
+
+
+def test_packed_segments_equal_separate_rows(full_logits):
+    first, second = np.random.default_rng(0).integers(0, 64, (2, 9))
+    second = second[:6]
+    packed = np.concatenate([first, second])[None]
+    positions = np.concatenate([np.arange(9), np.arange(6)])[None]
+    segments = np.array([[1] * 9 + [2] * 6])
+    together = full_logits(packed, positions, segments)[0]
+    np.testing.assert_allclose(together[:9], full_logits(first[None])[0], atol=2e-5)
+    np.testing.assert_allclose(together[9:], full_logits(second[None])[0], atol=2e-5)
+    one_segment = full_logits(packed, positions, np.ones_like(segments))[0]
+    assert np.abs(one_segment[9:] - together[9:]).max() > 0.1
+
+
+def test_later_tokens_do_not_change_earlier_logits(full_logits):
+    tokens = np.random.default_rng(1).integers(0, 64, (1, 12))
+    changed = tokens.copy()
+    changed[0, 8:] = (changed[0, 8:] + 1) % 64
+    before, after = full_logits(tokens), full_logits(changed)
+    np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 0.1
+
+
+def test_cached_decoding_equals_the_full_forward(params, full_logits):
+    """Ragged prompts in chunks of four (padding is put beyond the cache), then single steps."""
+    lengths, total, slots = np.array([5, 9, 2]), 14, 16
+    tokens = np.random.default_rng(2).integers(0, 64, (3, total))
+    expected = full_logits(tokens)
+    graphdef, _ = abstract_model(CONFIG, stacked=False)
+    unstacked = unstack_layers(params, CONFIG.num_layers)
+
+    @jax.jit
+    def run(chunk, positions, cache):
+        model = nnx.merge(graphdef, unstacked)
+        hidden, cache = model.cached(chunk, positions, cache)
+        return model.logits(hidden), cache
+
+    shape = (3, slots, CONFIG.num_kv_heads, CONFIG.head_dim)
+    # Rubbish, not zeros: what is not written yet must not be looked at.
+    cache = [(jnp.full(shape, 7.0), jnp.full(shape, 7.0)) for _ in range(CONFIG.num_layers)]
+    seen = np.zeros((3, total), bool)
+
+    def feed(positions, cache):
+        """Feeds the tokens at `positions` [3, T]; one >= slots is padding."""
+        valid = positions < slots
+        chunk = np.where(valid, np.take_along_axis(tokens, np.minimum(positions, total - 1), 1), 0)
+        logits, cache = run(jnp.asarray(chunk), jnp.asarray(positions), cache)
+        logits = np.asarray(logits)
+        for row, column in zip(*np.nonzero(valid), strict=True):
+            at = positions[row, column]
+            np.testing.assert_allclose(logits[row, column], expected[row, at], atol=5e-5)
+            seen[row, at] = True
+        return cache
+
+    for start in range(0, lengths.max(), 4):
+        positions = np.broadcast_to(start + np.arange(4), (3, 4))
+        cache = feed(np.where(positions < lengths[:, None], positions, slots), cache)
+    for step in range(total - lengths.min()):
+        positions = lengths[:, None] + step
+        cache = feed(np.where(positions < total, positions, slots), cache)
+    assert seen.all()
+
+
+def test_remat_does_not_change_gradients(params):
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 8)))
+    positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+
+    def gradient(remat):
+        graphdef, _ = abstract_model(CONFIG, remat=remat)
+
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            logits = model.logits(model(tokens, positions, jnp.zeros_like(tokens)))
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+
+    plain = gradient("none")
+    assert all(np.abs(x).max() > 0 for x in plain)
+    for remat in REMAT_POLICIES.keys() - {"none"}:
+        for x, y in zip(plain, gradient(remat), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_unstacked_parameters_fit_the_unstacked_model(params):
+    _, wanted = abstract_model(CONFIG, stacked=False)
+    given = unstack_layers(params, CONFIG.num_layers)
+    assert jax.tree.map(lambda x: x.shape, given) == jax.tree.map(lambda x: x.shape, wanted)
+    np.testing.assert_array_equal(given["layers"][2]["q"][...], params["layers"]["q"][...][2])
+
+
+def test_parameter_shardings_follow_the_axes(params):
+    mesh = make_mesh(2, 2, 2)
+    specs = {
+        ".".join(map(str, path)): leaf.get_value().spec
+        for path, leaf in nnx.to_flat_state(param_shardings(params, mesh))
+    }
+    assert specs["embedding"] == P("tensor", "fsdp")
+    assert specs["unembed"] == P("fsdp", "tensor")
+    assert specs["layers.q"] == P(None, "fsdp", "tensor", None)
+    assert specs["layers.o"] == P(None, "tensor", None, "fsdp")
+    assert specs["layers.k_bias"] == P(None, "tensor", None)
+    assert specs["layers.q_norm"] == P(None, None)
+    assert specs["layers.down"] == P(None, "tensor", "fsdp")
+
+
+def test_sharded_forward_equals_unsharded(params, full_logits):
+    mesh = make_mesh(2, 2, 2)
+    sharded = jax.device_put(params, param_shardings(params, mesh))
+    tokens = jnp.asarray(np.random.default_rng(4).integers(0, 64, (4, 10)))
+    positions = jnp.broadcast_to(jnp.arange(10), (4, 10))
+    graphdef, _ = abstract_model(CONFIG)
+
+    @jax.jit
+    def forward(params):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(tokens, positions, jnp.zeros_like(tokens)))
+
+    np.testing.assert_allclose(forward(sharded), full_logits(tokens), atol=2e-5)
+
+
+def test_heads_that_do_not_divide_are_a_user_error(params):
+    with pytest.raises(UserError, match="kv_heads of size 2 does not divide by 4"):
+        param_shardings(params, make_mesh(1, 2, 4))

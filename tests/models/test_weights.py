@@ -1,0 +1,176 @@
+"""Reading and writing Hugging Face directories."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models import weights
+from zerosearch_jax.models.config import ModelConfig, read_config
+from zerosearch_jax.models.transformer import abstract_model, param_shardings
+from zerosearch_jax.models.weights import load_params, save_params
+from zerosearch_jax.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig(
+    family="qwen2",
+    vocab_size=64,
+    embed_dim=32,
+    mlp_dim=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=True,
+    qk_norm=False,
+    max_positions=128,
+)
+
+
+def random_params(config=CONFIG, dtype=jnp.float32):
+    """Random in every leaf, also where a fresh model has ones and zeros."""
+    noise = np.random.default_rng(0)
+    _, abstract = abstract_model(config, dtype=dtype)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(noise.standard_normal(leaf.shape).astype(leaf.dtype)), abstract
+    )
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip_is_bitwise(tmp_path, dtype):
+    params = random_params(dtype=dtype)
+    save_params(tmp_path, params, CONFIG)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
+    assert_same(load_params(tmp_path, read_config(tmp_path), make_mesh(), dtype=dtype), params)
+
+
+def test_bfloat16_file_loads_as_float32_and_back(tmp_path):
+    params = random_params(dtype=jnp.bfloat16)
+    save_params(tmp_path, params, CONFIG)
+    loaded = load_params(tmp_path, CONFIG, make_mesh(), dtype=jnp.float32)
+    assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+
+def test_sharded_files_round_trip_and_replace_each_other(tmp_path, monkeypatch):
+    params = random_params()
+    save_params(tmp_path, random_params(), CONFIG)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 20_000)
+    save_params(tmp_path, params, CONFIG)
+    names = {path.name for path in tmp_path.iterdir()}
+    files = {name for name in names if name.endswith(".safetensors")}
+    assert len(files) > 2 and "model.safetensors" not in files
+    assert names - files == {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == files
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
+    assert_same(load_params(tmp_path, CONFIG, make_mesh()), params)
+    monkeypatch.undo()
+    save_params(tmp_path, params, CONFIG)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
+    params = random_params()
+    save_params(tmp_path, params, CONFIG)
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_params(tmp_path, jax.tree.map(jnp.zeros_like, params), CONFIG)
+    assert_same(load_params(tmp_path, read_config(tmp_path), make_mesh()), params)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 8, 1)])
+def test_loads_into_the_sharding_of_the_mesh(tmp_path, sizes):
+    params = random_params()
+    save_params(tmp_path, params, CONFIG)
+    mesh = make_mesh(*sizes)
+    loaded = load_params(tmp_path, CONFIG, mesh)
+    wanted = dict(nnx.to_flat_state(param_shardings(params, mesh)))
+    for path, leaf in nnx.to_flat_state(loaded):
+        assert leaf[...].sharding == wanted[path].get_value(), path
+    assert_same(loaded, params)
+
+
+def test_sharded_parameters_export_like_unsharded_ones(tmp_path):
+    params = random_params()
+    sharded = jax.device_put(params, param_shardings(params, make_mesh(2, 2, 2)))
+    save_params(tmp_path / "a", params, CONFIG)
+    save_params(tmp_path / "b", sharded, CONFIG)
+    name = "model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_redundant_head_of_a_tied_model_is_ignored(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    params = random_params(config)
+    save_params(tmp_path, params, config)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": np.zeros((64, 32), "f4")}))
+    assert_same(load_params(tmp_path, config, make_mesh()), params)
+
+
+def edit(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q0), rf"lacks the tensor {Q0}"),
+        (lambda t: t.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
+        (lambda t: t.update({Q0: t[Q0][:-1]}), rf"{Q0} has shape \(31, 32\).*calls for \(32, 32\)"),
+        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), rf"model.safetensors: {Q0} is I8"),
+        (lambda t: t.update({"model.extra.bias": t[Q0]}), "model.extra.bias does not belong"),
+    ],
+)
+def test_wrong_tensors_are_user_errors(tmp_path, change, message):
+    save_params(tmp_path, random_params(), CONFIG)
+    edit(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        load_params(tmp_path, CONFIG, make_mesh())
+
+
+def test_missing_and_damaged_files_are_user_errors(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds neither model.safetensors nor"):
+        load_params(tmp_path, CONFIG, make_mesh())
+    save_params(tmp_path, random_params(), CONFIG)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for size in (0, 20, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="model.safetensors is damaged or cut short"):
+            load_params(tmp_path, CONFIG, make_mesh())
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
+    save_params(tmp_path, random_params(), CONFIG)
+    file = sorted(tmp_path.glob("model-*"))[1]
+    file.unlink()
+    with pytest.raises(UserError, match=f"names {file.name}, which is missing"):
+        load_params(tmp_path, CONFIG, make_mesh())
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no readable weight_map"):
+        load_params(tmp_path, CONFIG, make_mesh())

@@ -1,0 +1,132 @@
+"""The trained tokenizer, and the bytes of tokens."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.text.tokenizer import (
+    decode,
+    encode,
+    encode_prompt,
+    load_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    train_tokenizer,
+)
+
+TEXTS = [
+    "<think> The capital of Chad is N'Djamena. </think>\n<search> capital of Chad </search>",
+    "\n\n<information>Doc 1: Chad lies in Africa.\nDoc 2: 1234 metres.</information>\n\n",
+    "<answer> N'Djamena </answer>",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train_tokenizer(TEXTS, 320, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pieces(trained):
+    return token_bytes(trained)
+
+
+@given(st.text())
+def test_joined_token_bytes_are_the_text(trained, pieces, text):
+    ids = encode(trained, text)
+    assert b"".join(pieces[i] for i in ids) == text.encode()
+    assert decode(trained, ids) == text
+
+
+@pytest.mark.parametrize("text", ["a <|endoftext|> b", "<search> x </search>", "été 🙂\t\r\n  x "])
+def test_awkward_text_survives(trained, pieces, text):
+    ids = encode(trained, text)
+    assert trained.eos_token_id not in ids
+    assert b"".join(pieces[i] for i in ids) == text.encode()
+
+
+def test_special_token_has_no_bytes_and_ends_and_pads(trained, pieces):
+    assert trained.eos_token == trained.pad_token == "<|endoftext|>"
+    assert pieces[trained.eos_token_id] == b""
+    assert pieces.count(b"") == 1
+    assert {bytes([i]) for i in range(256)} <= set(pieces)
+    assert decode(trained, [*encode(trained, "a"), trained.eos_token_id]) == "a"
+
+
+def test_tags_and_numbers_are_several_tokens(trained, pieces):
+    assert len(encode(trained, "</search>")) >= 3
+    assert [pieces[i] for i in encode(trained, "1234")] == [b"1", b"2", b"3", b"4"]
+
+
+def test_training_is_deterministic(tmp_path, trained):
+    again = train_tokenizer(iter(TEXTS), 320, tmp_path)
+    assert again.get_vocab() == trained.get_vocab()
+    assert len(again) <= 320
+
+
+def test_directory_with_a_model_config_loads_the_same(tmp_path, trained):
+    train_tokenizer(TEXTS, 320, tmp_path)
+    for family in ("llama", "qwen2", "qwen3"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        loaded = load_tokenizer(tmp_path)
+        assert encode(loaded, TEXTS[0]) == encode(trained, TEXTS[0])
+        assert decode(loaded, encode(loaded, TEXTS[0])) == TEXTS[0]
+
+
+def test_prompt_without_template_is_the_plain_text(trained):
+    assert encode_prompt(trained, "Query: x") == encode(trained, "Query: x")
+    assert encode_prompt(trained, "Query: x", system="") == encode(trained, "Query: x")
+    assert encode_prompt(trained, "x", system="Search.") == encode(trained, "Search.\n\nx")
+
+
+def test_prompt_with_template_opens_the_assistant_turn(tmp_path):
+    train_tokenizer(TEXTS, 300, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    end = tokenizer.eos_token_id
+    assert encode_prompt(tokenizer, "hi") == [
+        *encode(tokenizer, "[user]hi"),
+        end,
+        *encode(tokenizer, "[assistant]"),
+    ]
+    assert (
+        encode_prompt(tokenizer, "hi", system="")[:10]
+        == [
+            *encode(tokenizer, "[system]"),
+            end,
+            *encode(tokenizer, "[user]hi"),
+        ][:10]
+    )
+
+
+def test_sentencepiece_pieces(tmp_path):
+    vocab = ["<unk>", "</s>", "▁", "▁chad", "a", "<0x0A>", "<0xC3>", "é"]
+    tokenizer = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(vocab)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    save_tokenizer(tokenizer, tmp_path, unk_token="<unk>", eos_token="</s>")
+    pieces = token_bytes(load_tokenizer(tmp_path))
+    assert pieces == [b"", b"", b" ", b" chad", b"a", b"\n", b"\xc3", "é".encode(), b"<tool>"]
+
+
+def test_user_errors(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="too small"):
+        train_tokenizer(TEXTS, 256, tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    save_tokenizer(words, tmp_path, unk_token="[UNK]")
+    with pytest.raises(UserError, match="neither byte-level"):
+        token_bytes(load_tokenizer(tmp_path))

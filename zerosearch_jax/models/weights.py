@@ -1,0 +1,269 @@
+"""Hugging Face weights in and out, by one table of names.
+
+Reading streams each parameter from safetensors into its sharding; writing makes a directory that
+`transformers`, vLLM and SGLang load. It knows nothing of the forward pass or of tokenizers.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.config import ModelConfig, to_hf
+from zerosearch_jax.models.transformer import abstract_model, param_shardings
+
+# Our name -> Hugging Face's name and, for each of its dimensions, which of our dimensions
+# (without the layer axis) it flattens together, outermost first. q is [D, N, H] here and
+# [N * H, D] there, so ((1, 2), (0,)).
+NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "embedding": ("model.embed_tokens.weight", ((0,), (1,))),
+    "final_norm": ("model.norm.weight", ((0,),)),
+    "unembed": ("lm_head.weight", ((1,), (0,))),
+    "layers.attn_norm": ("model.layers.{}.input_layernorm.weight", ((0,),)),
+    "layers.q": ("model.layers.{}.self_attn.q_proj.weight", ((1, 2), (0,))),
+    "layers.k": ("model.layers.{}.self_attn.k_proj.weight", ((1, 2), (0,))),
+    "layers.v": ("model.layers.{}.self_attn.v_proj.weight", ((1, 2), (0,))),
+    "layers.o": ("model.layers.{}.self_attn.o_proj.weight", ((2,), (0, 1))),
+    "layers.q_bias": ("model.layers.{}.self_attn.q_proj.bias", ((0, 1),)),
+    "layers.k_bias": ("model.layers.{}.self_attn.k_proj.bias", ((0, 1),)),
+    "layers.v_bias": ("model.layers.{}.self_attn.v_proj.bias", ((0, 1),)),
+    "layers.q_norm": ("model.layers.{}.self_attn.q_norm.weight", ((0,),)),
+    "layers.k_norm": ("model.layers.{}.self_attn.k_norm.weight", ((0,),)),
+    "layers.mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", ((0,),)),
+    "layers.gate": ("model.layers.{}.mlp.gate_proj.weight", ((1,), (0,))),
+    "layers.up": ("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
+    "layers.down": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
+}
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16")
+MAX_FILE_BYTES = 5 * 10**9
+
+
+def load_params(
+    directory: str | Path, config: ModelConfig, mesh: jax.sharding.Mesh, *, dtype: Any = jnp.float32
+) -> nnx.State:
+    """Reads a Hugging Face directory's safetensors into stacked, sharded parameters.
+
+    Each process reads only the slices that its own devices hold, and keeps no more than one
+    parameter on the host beside the result. A tied model's redundant `lm_head.weight` is ignored.
+
+    Raises:
+      UserError: a file is missing or cut short, or a tensor is missing, is not of the shape that
+        `config` gives, is not of a float type or does not belong to the model.
+    """
+    _, abstract = abstract_model(config, dtype=dtype)
+    shardings = dict(nnx.to_flat_state(param_shardings(abstract, mesh)))
+    flat = dict(nnx.to_flat_state(abstract))
+    with ExitStack() as stack:
+        tensors = _open_tensors(Path(directory), stack)
+        _check_tensors(Path(directory), tensors, flat, config)
+        loaded = {}
+        for path, leaf in flat.items():
+            shards: dict[tuple, np.ndarray] = {}
+
+            def read(index, path=path, leaf=leaf, shards=shards):
+                # Devices that hold the same slice share one copy on the host.
+                key = tuple((part.start, part.stop) for part in index)
+                if key not in shards:
+                    shards[key] = _read_shard(tensors, path, leaf, index)
+                return shards[key]
+
+            array = jax.make_array_from_callback(leaf.shape, shardings[path].get_value(), read)
+            loaded[path] = leaf.replace(array)
+    return nnx.from_flat_state(loaded)
+
+
+def save_params(
+    directory: str | Path,
+    params: nnx.State,
+    config: ModelConfig,
+    *,
+    eos_token_id: int | None = None,
+) -> None:
+    """Writes stacked parameters as a Hugging Face directory, in the dtype they have.
+
+    Other files in `directory` (a tokenizer's) stay. Everything is written beside an older export
+    before that is replaced, `config.json` last, so a directory that has it is whole. Every
+    process must call this; the first one writes.
+
+    Args:
+      eos_token_id: what servers that load the directory stop at.
+    """
+    directory = Path(directory)
+    writes = jax.process_index() == 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in directory.glob("*.part"):
+            stale.unlink()
+    flat = dict(nnx.to_flat_state(params))
+    files = _split_into_files(flat)
+    names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [WEIGHTS]
+    weight_map = {}
+    for name, entries in zip(names, files, strict=True):
+        tensors = {hf: _to_hf(path, flat[path][...], layer) for hf, path, layer in entries}
+        weight_map |= dict.fromkeys(tensors, name)
+        if writes:
+            save_file(tensors, directory / f"{name}.part", metadata={"format": "pt"})
+            # safetensors leaves files that only their owner reads; a server may be another user.
+            (directory / f"{name}.part").chmod(0o644)
+    if not writes:
+        return
+    for old in ("config.json", INDEX):
+        (directory / old).unlink(missing_ok=True)
+    for old in directory.glob("model*.safetensors"):
+        old.unlink()
+    for name in names:
+        os.replace(directory / f"{name}.part", directory / name)
+    if len(files) > 1:
+        size = sum(leaf[...].nbytes for leaf in flat.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    hf = to_hf(config) | {"dtype": flat["embedding",][...].dtype.name}
+    # Left out, transformers would take Llama's old ids 1 and 2.
+    hf |= {"bos_token_id": None, "eos_token_id": eos_token_id}
+    _write_json(directory / "config.json", hf)
+
+
+def _entries(flat: dict) -> Iterator[tuple[str, tuple, int | None]]:
+    """(Hugging Face name, our path, layer or None) of every tensor of a model."""
+    for path, leaf in flat.items():
+        name, _ = NAMES[".".join(path)]
+        if path[0] == "layers":
+            for layer in range(leaf.shape[0]):
+                yield name.format(layer), path, layer
+        else:
+            yield name, path, None
+
+
+def _hf_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    own = shape[1:] if path[0] == "layers" else shape
+    return tuple(math.prod(own[axis] for axis in group) for group in NAMES[".".join(path)][1])
+
+
+def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
+    """Hugging Face name -> (file, open handle) of every tensor of a directory."""
+    if (directory / WEIGHTS).is_file():
+        return _open_file(directory / WEIGHTS, stack)
+    index = directory / INDEX
+    if not index.is_file():
+        raise UserError(
+            f"{directory} holds neither {WEIGHTS} nor {INDEX}; give a Hugging Face model "
+            "directory with safetensors weights"
+        )
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{index} has no readable weight_map; fetch the model again") from error
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        if not (directory / file).is_file():
+            raise UserError(f"{index} names {file}, which is missing; fetch the model again")
+        tensors |= _open_file(directory / file, stack)
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise UserError(f"{directory / file} lacks {name}, which {INDEX} says it holds")
+    return tensors
+
+
+def _open_file(path: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
+    try:
+        handle = stack.enter_context(safe_open(path, framework="numpy"))
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged or cut short ({error}); fetch the model again"
+        ) from error
+    return {name: (path, handle) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConfig) -> None:
+    """Every tensor there, of the right shape and type, and none that would be left unused."""
+    wanted = {name: _hf_shape(path, flat[path].shape) for name, path, _ in _entries(flat)}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise UserError(f"{directory} lacks the tensor {name}, which config.json calls for")
+        path, handle = tensors[name]
+        found = handle.get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(found.get_shape())}, "
+                f"config.json calls for {shape}"
+            )
+        if found.get_dtype() not in FLOATS:
+            raise UserError(
+                f"{path}: {name} is {found.get_dtype()}, not one of {', '.join(FLOATS)}; "
+                "quantised weights are not supported"
+            )
+    ignored = {NAMES["unembed"][0]} if config.tie_embeddings else set()
+    for name, (path, _) in tensors.items():
+        if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{path}: {name} does not belong to a {config.family} model")
+
+
+def _read_shard(tensors: dict, path: tuple, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of our parameter at `index`, read slice by slice."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
+    shard = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+    name = NAMES[".".join(path)][0]
+    if path[0] != "layers":
+        shard[...] = _read_slice(tensors, name, path, leaf.shape, bounds)
+        return shard
+    for row, layer in enumerate(range(*bounds[0])):
+        shard[row] = _read_slice(tensors, name.format(layer), path, leaf.shape[1:], bounds[1:])
+    return shard
+
+
+def _read_slice(
+    tensors: dict, name: str, path: tuple, shape: tuple[int, ...], bounds: list[tuple[int, int]]
+) -> np.ndarray:
+    groups = NAMES[".".join(path)][1]
+    hf_index = []
+    for first, *rest in groups:
+        # Only the outermost of flattened dimensions is ever sharded (heads, never head_dim).
+        inner = math.prod(shape[axis] for axis in rest)
+        hf_index.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
+    block = tensors[name][1].get_slice(name)[tuple(hf_index)]
+    order = [axis for group in groups for axis in group]
+    block = block.reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
+    return block.transpose(np.argsort(order))
+
+
+def _to_hf(path: tuple, leaf: jax.Array, layer: int | None) -> np.ndarray:
+    """One Hugging Face tensor, on the host."""
+    array = leaf if layer is None else leaf[layer]
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    order = [axis for group in NAMES[".".join(path)][1] for axis in group]
+    array = np.asarray(array).transpose(order)
+    return np.ascontiguousarray(array.reshape(_hf_shape(path, leaf.shape)))
+
+
+def _split_into_files(flat: dict) -> list[list[tuple[str, tuple, int | None]]]:
+    files, size = [[]], 0
+    for entry in _entries(flat):
+        leaf = flat[entry[1]][...]
+        nbytes = leaf.nbytes if entry[2] is None else leaf.nbytes // leaf.shape[0]
+        if files[-1] and size + nbytes > MAX_FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(entry)
+        size += nbytes
+    return files
+
+
+def _write_json(path: Path, content: dict) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,196 @@
+"""Every string that is put before a model: prompts, observations, the simulator's request.
+
+The wording is interface: released policies and simulators were trained on it, so it is changed
+only with the checkpoints. Documents come from outside (a model, the web) and are made harmless
+here, at the one place where they become text of an episode. This module must not know tokens,
+engines or episodes.
+"""
+
+import re
+from collections.abc import Sequence
+
+_POLICY = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first "
+    "every time you get new information. After reasoning, if you find you lack some knowledge, "
+    "you can call a search engine by <search> query </search> and it will return the top "
+    "searched results between <information> and </information>. You can search as many times as "
+    "your want. If you find no further external knowledge needed, you can directly provide the "
+    "answer inside <answer> and </answer>, without detailed illustrations. For example, "
+    "<answer> Beijing </answer>. Question: {question}\n"
+)
+
+INVALID_ACTION = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between "
+    "<search> and </search>. If I want to give the final answer, I should put the answer between "
+    "<answer> and </answer>. Let me try again.\n"
+)
+"""Inserted after a turn without a valid action. Inserted, hence masked out of every loss."""
+
+FORCED_ANSWER = "<think> I know this. </think>\n<answer>"
+"""Inserted after the prompt where searching is forbidden: what follows is the answer."""
+
+NO_RESULTS = "The search returned no documents."
+"""Stands in the information block, in the place of documents, when an engine found nothing."""
+
+# Not f-strings: the blank line and the line breaks are part of the interface.
+_SIMULATOR_HEAD = (
+    "You are the Google search engine.\n"
+    "Given a query, you need to generate {count} {kind} documents for the query.\n"
+    "\n"
+)
+_SIMULATOR_TASK = (
+    'The user is trying to answer the question: "{question}" whose answer is {answer}.\n'
+    "Each document should contain about 30 words, and these documents should contain {kind} "
+    "information.\n"
+)
+_SIMULATOR_TAIL = "\nQuery: {query}\n{Kind} Output:"
+
+_PROMPTED_AIM = {
+    "useful": "You should generate documents that can help the user find the answer.\n",
+    "noisy": (
+        "You should generate documents that are related but noisy, and that do not help the "
+        "user find the answer.\n"
+    ),
+}
+_PROMPTED_ONLY = "You must directly output the English documents and not output any other texts.\n"
+
+_EXAMPLE_QUESTION = "Which river flows through the capital of Hungary?"
+_EXAMPLE_ANSWER = "Danube"
+_EXAMPLE_QUERY = "river in Budapest"
+_EXAMPLE_DOCUMENTS = {
+    "useful": (
+        "Budapest, the capital of Hungary, lies on both banks of the Danube. Nine bridges inside "
+        "the city limits join hilly Buda in the west to flat Pest in the east.",
+        "The Danube enters Hungary from the north-west, turns south at the Danube Bend and crosses "
+        "Budapest, where it is between 230 and about 600 metres wide.",
+        "The Chain Bridge, opened in 1849, was the first permanent bridge over the Danube in "
+        "Budapest. It links Clark Ádám Square with Széchenyi István Square on the Pest side.",
+        "The Hungarian Parliament stands in Budapest on the eastern bank of the Danube; visitors "
+        "on river boats see its dome and its long white front by day and by night.",
+        "Margaret Island lies in the middle of the Danube in Budapest. It is two and a half "
+        "kilometres long and is a public park with gardens, ruins and baths.",
+    ),
+    "noisy": (
+        "Budapest was formed in 1873, when the towns of Buda, Óbuda and Pest were joined. It soon "
+        "became the largest city of Hungary and the centre of its industry.",
+        "The thermal baths of Budapest draw on more than a hundred springs. Széchenyi, Gellért and "
+        "Rudas are among the best known of them and are open all year.",
+        "The first underground line of Budapest was opened in 1896 and runs below Andrássy Avenue. "
+        "Its small stations are decorated with tiles and cast iron columns.",
+        "Lake Balaton, south-west of Budapest, is the largest lake of central Europe. Its shallow "
+        "water warms quickly, so that many families spend their summers there.",
+        "The Tisza rises in the Carpathians and crosses the Great Hungarian Plain from north to "
+        "south. Szeged and Szolnok are the largest Hungarian towns on its banks.",
+    ),
+}
+
+_NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+_TAG = re.compile(r"<\s*(/?)\s*(think|search|information|answer)\s*>", re.IGNORECASE)
+_DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
+
+
+def policy_prompt(question: str) -> str:
+    """The policy's user turn. The chat template, if any, is applied by the tokenizer's owner."""
+    return _POLICY.replace("{question}", question)
+
+
+def neutralise_tags(text: str) -> str:
+    """Replaces the angle brackets of our tags by round ones: '</Answer >' becomes '(/Answer)'.
+
+    The result holds no tag whatever the nesting: a replacement leaves no angle bracket behind
+    and no gap that could close up, so what surrounds it cannot join into a new tag.
+    """
+    return _TAG.sub(r"(\1\2)", text)
+
+
+def _one_line(text: str) -> str:
+    """One harmless line. Spaces are merged first, so that no later change can form a tag."""
+    return neutralise_tags(" ".join(text.split()))
+
+
+def format_documents(docs: Sequence[str]) -> str:
+    """Documents, best first, as lines 'Doc 1: …', tags neutralised; `NO_RESULTS` if none.
+
+    A document is put on one line, so that it cannot pretend to be several.
+    """
+    if not docs:
+        return NO_RESULTS
+    return "\n".join(f"Doc {i}: {_one_line(doc)}" for i, doc in enumerate(docs, start=1))
+
+
+def search_failed(reason: str) -> str:
+    """What stands in the information block when the engine gave up after its retries."""
+    return f"The search failed ({_one_line(reason)})."
+
+
+def information_block(docs_text: str) -> str:
+    """Wraps the text of `format_documents`, `NO_RESULTS` or `search_failed` for insertion.
+
+    Cut long documents before they come here: the closing tag must never be lost.
+    """
+    return f"\n\n<information>{docs_text}</information>\n\n"
+
+
+def simulator_prompt(
+    question: str, answer: str, query: str, noisy: bool, form: str, topk: int
+) -> str:
+    """The simulator's user turn; its system turn is empty.
+
+    Args:
+      question: what the user of the imagined search engine wants to know.
+      answer: its gold answer; several aliases are joined by the caller.
+      query: the policy's query. It is put on one line, so that it cannot end the request early.
+      noisy: ask for noisy documents instead of useful ones.
+      form: "finetuned" (the wording that simulators are fine-tuned on) or "prompted" (for an
+        untuned model: adds a worked example and says to write nothing else).
+      topk: number of documents, at least 1.
+
+    Raises:
+      ValueError: unknown form, or topk < 1.
+    """
+    if form not in ("finetuned", "prompted"):
+        raise ValueError(f'simulator prompt form is {form!r}: use "finetuned" or "prompted"')
+    if topk < 1:
+        raise ValueError(f"a search asks for {topk} documents: topk must be at least 1")
+    kind = "noisy" if noisy else "useful"
+    count = _NUMBER_WORDS[topk - 1] if topk <= len(_NUMBER_WORDS) else str(topk)
+    head = _SIMULATOR_HEAD.format(count=count, kind=kind)
+    request = _simulator_request(question, answer, query, kind, prompted=form == "prompted")
+    if form == "finetuned":
+        return head + request
+    example = _simulator_request(
+        _EXAMPLE_QUESTION, _EXAMPLE_ANSWER, _EXAMPLE_QUERY, kind, prompted=True
+    )
+    documents = format_documents(_EXAMPLE_DOCUMENTS[kind][:topk])
+    return f"{head}Here is an example.\n\n{example}\n{documents}\n\nNow your turn.\n\n{request}"
+
+
+def _simulator_request(question: str, answer: str, query: str, kind: str, prompted: bool) -> str:
+    task = _SIMULATOR_TASK.format(question=question, answer=answer, kind=kind)
+    if prompted:
+        task += _PROMPTED_AIM[kind] + _PROMPTED_ONLY
+    query = " ".join(query.split())
+    return task + _SIMULATOR_TAIL.format(query=query, Kind=kind.capitalize())
+
+
+def cut_documents(text: str, topk: int) -> list[str]:
+    """The documents of a simulator's output, stripped and on one line each, at most `topk`.
+
+    Reads 'Doc i: …' in rising i. Missing numbers and empty documents are skipped; the output
+    ends before `Doc {topk+1}` and where the numbers start again (a model that repeats itself).
+    Returns [] when the text holds no document.
+    """
+    headers = list(_DOCUMENT_HEADER.finditer(text))
+    documents = []
+    last_number = 0
+    for i, header in enumerate(headers):
+        number = int(header.group(1))
+        if not last_number < number <= topk:
+            break
+        last_number = number
+        end = headers[i + 1].start() if i + 1 < len(headers) else len(text)
+        document = " ".join(text[header.end() : end].split())
+        if document:
+            documents.append(document)
+    return documents
