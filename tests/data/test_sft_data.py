@@ -111,7 +111,9 @@ def test_tokenised_as_rollouts_append(transcripts, tiny_tokenizer):
             parrot, parrot, tiny_tokenizer, limits=Limits(9, 500, 5000), sampling=Sampling()
         )
         (trajectory,) = rollouts.play([Episode(0, question, ("x",))], jax.random.key(0))
-        sequence = tokenise(segments, tiny_tokenizer, inserted_weight=0.0, end_of_text=False)
+        sequence = tokenise(
+            segments, tiny_tokenizer, system=None, inserted_weight=0.0, end_of_text=False
+        )
         assert sequence.tokens == trajectory.tokens
         assert sequence.mask == [float(ours) for ours in trajectory.by_policy]
         kinds |= {turn.action.kind for turn in trajectory.turns}
@@ -120,7 +122,9 @@ def test_tokenised_as_rollouts_append(transcripts, tiny_tokenizer):
 
 def test_weights_by_writer_and_end_of_text(tiny_tokenizer):
     segments = [Segment("Ask.", False), Segment("own", True), Segment(" doc", False)]
-    sequence = tokenise(segments, tiny_tokenizer, inserted_weight=0.25, end_of_text=True)
+    sequence = tokenise(
+        segments, tiny_tokenizer, system=None, inserted_weight=0.25, end_of_text=True
+    )
     counts = [len(encode_prompt(tiny_tokenizer, "Ask.")), len(encode(tiny_tokenizer, "own")),
               len(encode(tiny_tokenizer, " doc")), 1]  # fmt: skip
     weights = [0.25, 1.0, 0.25, 1.0]

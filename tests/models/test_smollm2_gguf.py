@@ -17,7 +17,7 @@ from zerosearch_jax.models.smollm2_gguf import (
     unpermute,
     write_tokenizer,
 )
-from zerosearch_jax.models.transformer import abstract_model, unstack_layers
+from zerosearch_jax.models.transformer import abstract_model, empty_cache, unstack_layers
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, load_tokenizer, token_bytes
@@ -155,8 +155,7 @@ def test_real_greedy_tokens_agree(real):
     rows = [ids + greedy(reference, ids) for ids in prompts]
     slots = max(map(len, rows))
     tokens = np.array([row + [0] * (slots - len(row)) for row in rows])
-    shape = (len(rows), slots, config.num_kv_heads, config.head_dim)
-    cache = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.num_layers)]
+    cache = empty_cache(config, len(rows), slots, jnp.float32)
     unstacked = unstack_layers(params, config.num_layers)
     choices, gaps = [], []
     for position in range(slots):

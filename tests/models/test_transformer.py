@@ -12,6 +12,7 @@ from zerosearch_jax.models.config import ModelConfig, RopeScaling
 from zerosearch_jax.models.transformer import (
     REMAT_POLICIES,
     abstract_model,
+    empty_cache,
     param_shardings,
     unstack_layers,
 )
@@ -104,9 +105,8 @@ def test_cached_decoding_equals_the_full_forward(params, full_logits):
         hidden, cache = model.cached(chunk, positions, cache)
         return model.logits(hidden), cache
 
-    shape = (3, slots, CONFIG.num_kv_heads, CONFIG.head_dim)
     # Rubbish, not zeros: what is not written yet must not be looked at.
-    cache = [(jnp.full(shape, 7.0), jnp.full(shape, 7.0)) for _ in range(CONFIG.num_layers)]
+    cache = jax.tree.map(lambda x: x + 7.0, empty_cache(CONFIG, 3, slots, jnp.float32))
     seen = np.zeros((3, total), bool)
 
     def feed(positions, cache):

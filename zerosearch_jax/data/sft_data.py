@@ -58,15 +58,21 @@ def simulator_examples(*, topk: int, seed: int) -> list[list[Segment]]:
 
 
 def tokenise(
-    segments: Sequence[Segment], tokenizer, *, inserted_weight: float, end_of_text: bool
+    segments: Sequence[Segment],
+    tokenizer,
+    *,
+    system: str | None,
+    inserted_weight: float,
+    end_of_text: bool,
 ) -> TokenSequence:
     """One example's ids and loss weights, segment by segment, exactly as rollouts append them.
 
     Args:
+      system: the system turn of a chat template (the simulator's is ""); None: without one.
       inserted_weight: loss weight of what the model would not write itself.
       end_of_text: whether the model is to end the text after the last segment.
     """
-    tokens = encode_prompt(tokenizer, segments[0].text)
+    tokens = encode_prompt(tokenizer, segments[0].text, system)
     mask = [inserted_weight] * len(tokens)
     for segment in segments[1:]:
         ids = encode(tokenizer, segment.text)

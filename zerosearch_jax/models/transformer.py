@@ -9,6 +9,7 @@ H head size, F MLP, L layers, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,22 +49,61 @@ REMAT_POLICIES = {
 
 QUERY_BLOCK = 128  # tokens of queries that `packed_attention` scores at once
 
-# One layer's keys and values, each [B, S, K, H].
+# One layer's keys [B, K, H, S] and values [B, K, S, H]: both products of decoding then read
+# contiguous memory, which is what decoding's time goes into.
 LayerCache = tuple[jax.Array, jax.Array]
+CACHE_AXES = (
+    ("batch", "kv_heads", "head_dim", "length"),
+    ("batch", "kv_heads", "length", "head_dim"),
+)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in float32; the one attention function.
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: Any) -> list[LayerCache]:
+    """A KV cache of `rows` × `length` tokens that holds nothing."""
+    k, h = config.num_kv_heads, config.head_dim
+    return [
+        (jnp.zeros((rows, k, h, length), dtype), jnp.zeros((rows, k, length, h), dtype))
+        for _ in range(config.num_layers)
+    ]
+
+
+def cache_shardings(
+    cache: Callable[[], list[LayerCache]], mesh: jax.sharding.Mesh
+) -> list[LayerCache]:
+    """A tree like `cache()`'s of shardings: rows over the data axes, heads over `tensor`."""
+    shapes = jax.eval_shape(cache)
+    return [
+        tuple(
+            mesh_lib.sharding(mesh, axes, x.shape)
+            for axes, x in zip(CACHE_AXES, layer, strict=True)
+        )
+        for layer in shapes
+    ]
+
+
+def cached_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Grouped-query attention over a KV cache, softmax in float32.
 
     Args:
       q: `[B, T, N, H]`.
-      k, v: `[B, S, K, H]`, N a multiple of K.
+      keys, values: a `LayerCache`.
       mask: `[B, T, S]` bool, True where the query may look.
 
     Returns:
       `[B, T, N, H]` in q's dtype.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    b, t, n, h = q.shape
+    k = keys.shape[1]
+    # Queries that share a key-value head become rows of one matrix.
+    q = (q * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
+    scores = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, k, n // k, t, -1)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(b, k, -1, mask.shape[-1])
+    out = jnp.einsum("bkms,bksh->bkmh", weights, values)
+    return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -82,7 +122,11 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
         end = min(start + QUERY_BLOCK, length)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
         mask = causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        outputs.append(attention(q[:, start:end], k[:, :end], v[:, :end], mask))
+        outputs.append(
+            jax.nn.dot_product_attention(
+                q[:, start:end], k[:, :end], v[:, :end], mask=mask[:, None]
+            )
+        )
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -186,10 +230,10 @@ class Block(nnx.Module):
         """
         q, k, v = self.project(x, angles)
         rows = jnp.arange(x.shape[0])[:, None]
-        keys = cache[0].at[rows, positions].set(k, mode="drop")
-        values = cache[1].at[rows, positions].set(v, mode="drop")
-        mask = jnp.arange(keys.shape[1]) <= positions[:, :, None]
-        return self.combine(x, attention(q, keys, values, mask)), (keys, values)
+        keys = cache[0].at[rows, :, :, positions].set(k, mode="drop")
+        values = cache[1].at[rows, :, positions].set(v, mode="drop")
+        mask = jnp.arange(values.shape[2]) <= positions[:, :, None]
+        return self.combine(x, cached_attention(q, keys, values, mask)), (keys, values)
 
 
 class Transformer(nnx.Module):

@@ -1,0 +1,56 @@
+"""Texts come back in order, whatever the waves, each drawn by its own key."""
+
+import jax
+import pytest
+
+from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.generate.texts import TextGenerator
+from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.text.tokenizer import decode, encode, token_bytes
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_config, tiny_params, tiny_tokenizer):
+    pieces = token_bytes(tiny_tokenizer)
+    pieces += [b""] * (tiny_config.vocab_size - len(pieces))
+    generator = Generator(
+        tiny_config,
+        stop_table=build_stop_table(pieces, []),
+        end_ids=[tiny_tokenizer.eos_token_id],
+        slots=2,
+        max_tokens=64,
+        mesh=make_mesh(),
+        prefill_buckets=(32,),
+        window_tokens=64,
+    )
+    generator.load(tiny_params)
+    return TextGenerator(
+        generator, tiny_tokenizer, sampling=Sampling(), max_new_tokens=6, key=jax.random.key(2)
+    )
+
+
+PROMPTS = ["the capital of Chad", "<search> Doc 1", "Answer", "Beijing 12", "a b"]
+KEYS = [(3, 0), (3, 1), (4, 0), (9, 2), (10, 0)]
+
+
+def test_a_text_depends_on_its_prompt_and_key_alone(texts):
+    together = texts(PROMPTS, KEYS)
+    assert len(set(together)) == 5
+    assert [texts([p], [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)] == together
+    assert texts(PROMPTS[::-1], KEYS[::-1]) == together[::-1]
+    assert texts(PROMPTS[:1], [(8, 8)]) != together[:1]
+
+
+def test_it_is_the_generators_own_text_without_the_prompt(texts, tiny_tokenizer):
+    (text,) = texts(PROMPTS[:1], KEYS[:1])
+    texts.generator.start([1], [encode(tiny_tokenizer, PROMPTS[0])])
+    (generation,) = texts.generator.decode(
+        [1], key=texts.key, streams=KEYS[:1], max_new_tokens=6, sampling=Sampling()
+    )
+    assert text == decode(tiny_tokenizer, generation.tokens)
+
+
+def test_no_prompts_no_texts(texts):
+    assert texts([], []) == []

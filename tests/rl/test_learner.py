@@ -1,0 +1,385 @@
+"""The learner's step: what it computes, and all that it must not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.models.transformer import abstract_model, init_params
+from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.rl import learner as learner_module
+from zerosearch_jax.rl.learner import GRPOLoss, Learner, adamw, warmup_cosine
+from zerosearch_jax.rollout.packing import TokenSequence, pack
+
+LOSS = GRPOLoss(clip_low=0.2, clip_high=0.3, kl=0.05, entropy=0.02, temperature=0.9)
+LENGTHS = (14, 9, 7, 11, 5, 12)
+
+
+def constant(rate):
+    return warmup_cosine(rate, warmup_steps=0, total_steps=10, final_fraction=1.0)
+
+
+@pytest.fixture(scope="module")
+def make_learner(tiny_config):
+    """Plain gradient descent at rate 1: the change of the parameters is the gradient."""
+
+    def make(mesh=None, optimizer=None, schedule=None, **options):
+        return Learner(
+            tiny_config,
+            mesh=mesh or make_mesh(),
+            schedule=schedule or constant(1.0),
+            optimizer=optimizer or optax.sgd(1.0),
+            logprob_chunk=8,
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sgd(make_learner):
+    return make_learner()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_config):
+    """Two sets of parameters that are near each other."""
+
+    @jax.jit
+    def make():
+        first, other = init_params(tiny_config, 0), init_params(tiny_config, 1)
+        return first, jax.tree.map(lambda a, b: 0.9 * a + 0.3 * b, first, other)
+
+    return make()
+
+
+@pytest.fixture(scope="module")
+def params0(models):
+    return models[0]
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    return models[1]
+
+
+@pytest.fixture(scope="module")
+def true_logprobs(tiny_config):
+    """`(params, tokens, temperature) -> [n, V]` log-probs by the whole forward, in numpy."""
+    graphdef, _ = abstract_model(tiny_config)
+
+    @jax.jit
+    def logits(params, tokens):
+        model = nnx.merge(graphdef, params)
+        hidden = model(tokens, jnp.arange(16)[None], jnp.zeros_like(tokens))
+        return model.logits(hidden)[0]
+
+    def run(params, tokens, temperature):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(tokens)] = tokens
+        scaled = np.asarray(logits(params, padded), np.float64)[: len(tokens)] / temperature
+        return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sequences(params0, true_logprobs):
+    """Ragged, prompts and inserted stretches masked, sampled by a somewhat different policy."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        tokens = rng.integers(0, 320, length).tolist()
+        mask = [float(i >= 2 and i % 4 != 3) for i in range(length)]
+        table = true_logprobs(params0, tokens, LOSS.temperature)
+        logprobs = [0.0] + [table[i, tokens[i + 1]] for i in range(length - 1)]
+        logprobs = (np.array(logprobs) + rng.normal(0, 0.3, length)).tolist()
+        made.append(
+            TokenSequence(tokens, mask, logprobs, float(rng.normal()), correct=number % 2 == 0)
+        )
+    return made
+
+
+def step(learner, params, ref_params, batch, loss=LOSS):
+    ref_params = jax.device_put(ref_params, learner.state_shardings.params)
+    # As `Learner.init`, without its compilation.
+    state = learner._init_state(jax.tree.map(jnp.copy, params))
+    state = jax.device_put(state, learner.state_shardings)
+    state, metrics = learner.grpo_step(state, ref_params, learner.put(batch), loss=loss)
+    return jax.device_get((state.params, metrics))
+
+
+@pytest.fixture(scope="module")
+def whole(sgd, params0, reference, sequences):
+    """The batch in one piece: one microbatch, a row for each sequence or two."""
+    batch = pack(sequences, row_tokens=16, rows=8, microbatches=1)
+    return batch, *step(sgd, params0, reference, batch)
+
+
+def assert_close(result, expected, atol=1e-5):
+    params, metrics = result
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), params, expected[0])
+    assert metrics.keys() == expected[1].keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected[1][name], rtol=1e-5, atol=atol, err_msg=name)
+
+
+# ---- what it computes ----------------------------------------------------------------------
+
+
+def test_loss_and_metrics_by_hand(whole, sequences, params0, reference, true_logprobs):
+    """Equations in numpy float64, on each sequence alone, without packing or chunks."""
+    total = dict.fromkeys(("policy", "entropy", "kl", "clip", "diff"), 0.0)
+    worst, right, right_tokens, tokens = 0.0, 0.0, 0, 0
+    for s in sequences:
+        table = true_logprobs(params0, s.tokens, LOSS.temperature)
+        ref = true_logprobs(reference, s.tokens, LOSS.temperature)
+        for i in range(len(s.tokens) - 1):
+            if not s.mask[i + 1]:
+                continue
+            new, target = table[i, s.tokens[i + 1]], s.tokens[i + 1]
+            ratio = np.exp(new - s.logprobs[i + 1])
+            plain, cut = ratio * s.advantage, np.clip(ratio, 0.8, 1.3) * s.advantage
+            total["policy"] -= min(plain, cut)
+            total["clip"] += cut < plain
+            total["entropy"] -= np.sum(np.exp(table[i]) * table[i])
+            total["kl"] += np.exp(ref[i, target] - new) - (ref[i, target] - new) - 1
+            difference = abs(new - s.logprobs[i + 1])
+            total["diff"] += difference
+            worst = max(worst, difference)
+            right += new * s.correct
+            right_tokens += s.correct
+            tokens += 1
+    mean = {name: value / tokens for name, value in total.items()}
+    metrics = whole[2]
+    expected = {
+        "loss/policy": mean["policy"],
+        "entropy": mean["entropy"],
+        "kl": mean["kl"],
+        "clip_fraction": mean["clip"],
+        "loss/total": mean["policy"] - 0.02 * mean["entropy"] + 0.05 * mean["kl"],
+        "sampler_logprob_diff_mean": mean["diff"],
+        "sampler_logprob_diff_max": worst,
+        "correct_loglik": right / right_tokens,
+    }
+    assert 0 < mean["clip"] < 1 and mean["kl"] > 0.01  # so that both are put to the test
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_gradient_is_that_of_the_reported_loss(sgd, whole, params0, reference):
+    """Half a step each way along the gradient changes the loss by its squared norm."""
+    batch, params, metrics = whole
+    small = 3e-4
+    moved = [
+        jax.tree.map(lambda p, q, s=s: p + s * small * (q - p), params0, params) for s in (1, -1)
+    ]
+    ahead, behind = (step(sgd, p, reference, batch)[1]["loss/total"] for p in moved)
+    np.testing.assert_allclose((behind - ahead) / (2 * small), metrics["grad_norm"] ** 2, rtol=0.02)
+
+
+def test_kl_is_zero_at_the_reference(sgd, whole, params0):
+    batch = whole[0]
+    with_kl = step(sgd, params0, params0, batch)
+    without = step(sgd, params0, params0, batch, GRPOLoss(0.2, 0.3, 0.0, 0.02, 0.9))
+    assert abs(with_kl[1].pop("kl")) < 1e-9
+    assert "kl" not in without[1]
+    assert_close(with_kl, without, atol=1e-7)
+
+
+# ---- the mask ------------------------------------------------------------------------------
+
+
+def test_masked_positions_are_never_read(sgd, whole, params0, reference):
+    """Whatever stands at prompt, document and padding positions: the same bits."""
+    batch, params, metrics = whole
+    unread = batch.mask == 0
+    assert 0 < unread.sum() < unread.size
+    spoilt = dict(batch.__dict__)
+    spoilt["old_logprobs"] = np.where(unread, np.nan, batch.old_logprobs).astype(np.float32)
+    spoilt["advantages"] = np.where(unread, np.inf, batch.advantages).astype(np.float32)
+    spoilt["correct"] = np.where(unread, 1.0, batch.correct).astype(np.float32)
+    spoilt["targets"] = np.where(unread, 123, batch.targets).astype(np.int32)
+    result = step(sgd, params0, reference, type(batch)(**spoilt))
+    jax.tree.map(np.testing.assert_array_equal, result, (params, metrics))
+    # And the policy's own positions are read.
+    spoilt["advantages"] = np.where(unread, 0.0, 2 * batch.advantages).astype(np.float32)
+    assert (
+        step(sgd, params0, reference, type(batch)(**spoilt))[1]["loss/policy"]
+        != (metrics["loss/policy"])
+    )
+
+
+def test_document_tokens_have_exactly_zero_gradient(
+    monkeypatch, make_learner, params0, reference, sequences
+):
+    """d loss / d hidden at each position: 0.0 where another than the policy wrote the target."""
+    batch = pack(sequences[:2], row_tokens=24, rows=1, microbatches=1)
+    original = learner_module.chunked_logprobs
+    shift = []
+
+    def shifted(hidden, *args, **options):
+        return original(hidden + shift[0], *args, **options)
+
+    monkeypatch.setattr(learner_module, "chunked_logprobs", shifted)
+    learner = make_learner()
+    state, arrays = learner.init(params0), learner.put(batch)
+    direction = jax.random.normal(jax.random.key(0), (16,))
+
+    def loss(delta):  # [T], along one direction of the hidden states
+        shift[:] = [delta[None, :, None] * direction]
+        return learner._grpo_step(state, reference, arrays, loss=LOSS)[1]["loss/total"]
+
+    gradient = np.asarray(jax.jit(jax.jacfwd(loss))(jnp.zeros(24)))
+    policy = batch.mask[0, 0] > 0
+    assert policy.sum() == sum(sum(s.mask[1:]) for s in sequences[:2])
+    assert np.all(gradient[~policy] == 0.0)
+    assert np.all(np.abs(gradient[policy]) > 1e-7)
+
+
+# ---- what it does not depend on ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        dict(row_tokens=16, rows=2, microbatches=4),
+        dict(row_tokens=40, rows=1, microbatches=5),  # the last ones are empty
+    ],
+    ids=["microbatches", "long rows"],
+)
+def test_the_cut_of_the_batch(sgd, whole, params0, reference, sequences, cut):
+    assert_close(step(sgd, params0, reference, pack(sequences, **cut)), whole[1:])
+
+
+def test_the_order_of_the_rows(sgd, whole, params0, reference, sequences):
+    batch = pack(sequences[::-1], row_tokens=16, rows=8, microbatches=1)
+    rows = {k: v[:, ::-1] if v.ndim else v for k, v in batch.arrays().items()}
+    assert not np.array_equal(rows["tokens"], whole[0].tokens)
+    assert_close(step(sgd, params0, reference, type(batch)(**rows)), whole[1:])
+
+
+def test_the_mesh(make_learner, whole, params0, reference, sequences):
+    learner = make_learner(mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    assert_close(step(learner, params0, reference, whole[0]), whole[1:])
+    other = pack(sequences[:2], row_tokens=16, rows=8, microbatches=1)
+    step(learner, params0, reference, other)
+    assert learner.grpo_step._cache_size() == 1
+
+
+# ---- the step ------------------------------------------------------------------------------
+
+
+def test_the_state_is_donated_and_later_steps_compile_nothing(sgd, whole, params0, sequences):
+    state = sgd.init(params0)
+    ref_params = jax.device_put(jax.tree.map(jnp.copy, params0), sgd.state_shardings.params)
+    compiled = None
+    for number, part in enumerate((sequences, sequences[:2], sequences[3:]), start=1):
+        batch = sgd.put(pack(part, row_tokens=16, rows=8, microbatches=1))
+        old = jax.tree.leaves(state.params)
+        state, _ = sgd.grpo_step(state, ref_params, batch, loss=LOSS)
+        assert all(leaf.is_deleted() for leaf in old)
+        assert int(state.step) == number
+        compiled = compiled or sgd.grpo_step._cache_size()
+    assert sgd.grpo_step._cache_size() == compiled
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params0, ref_params)))
+
+
+def test_warm_up_and_cosine():
+    schedule = warmup_cosine(2.0, warmup_steps=4, total_steps=12, final_fraction=0.1)
+    np.testing.assert_allclose(
+        [schedule(i) for i in (0, 1, 2, 4, 8, 12, 50)], [0, 0.5, 1, 2, 1.1, 0.2, 0.2], rtol=1e-6
+    )
+    np.testing.assert_allclose([constant(0.3)(i) for i in (0, 5, 10, 99)], 0.3, rtol=1e-6)
+
+
+def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
+    schedule = warmup_cosine(0.02, warmup_steps=2, total_steps=8, final_fraction=1.0)
+    learner = make_learner(
+        mesh=make_mesh(data=2, fsdp=2, tensor=2),
+        optimizer=adamw(schedule, beta1=0.9, beta2=0.99, weight_decay=0.0, clip_norm=1.0),
+        schedule=schedule,
+    )
+    batch = learner.put(pack(sequences, row_tokens=16, rows=4, microbatches=2))
+    state, rates, losses = learner.init(params0), [], []
+    for _ in range(6):
+        held = float(learner.sft_loss(state.params, batch))
+        state, metrics = learner.sft_step(state, batch)
+        rates.append(float(metrics["learning_rate"]))
+        losses.append(float(metrics["loss/total"]))
+        np.testing.assert_allclose(losses[-1], held, rtol=1e-5)
+    np.testing.assert_allclose(rates, [0, 0.01, 0.02, 0.02, 0.02, 0.02], rtol=1e-5)
+    assert losses[1] == losses[0]  # the first step's rate is 0
+    assert losses[2] < losses[1] and losses[-1] < losses[1] - 0.5
+    assert learner.sft_step._cache_size() == 1
+
+
+def test_sft_loss_is_the_weighted_mean(sgd, params0, true_logprobs):
+    texts = [TokenSequence([3, 1, 4, 1, 5], [0.25, 0.25, 1, 0, 1]), TokenSequence([9, 2], [1, 0.5])]
+    numerator = denominator = 0.0
+    for s in texts:
+        table = true_logprobs(params0, s.tokens, 1.0)
+        for i in range(len(s.tokens) - 1):
+            numerator -= s.mask[i + 1] * table[i, s.tokens[i + 1]]
+            denominator += s.mask[i + 1]
+    expected = numerator / denominator
+    for rows, microbatches in ((1, 2), (2, 1)):
+        batch = sgd.put(pack(texts, row_tokens=5, rows=rows, microbatches=microbatches))
+        np.testing.assert_allclose(sgd.sft_loss(params0, batch), expected, rtol=1e-5)
+
+
+def test_the_optimizer_clips_and_spares_norms_and_biases(params0):
+    optimizer = adamw(constant(1.0), beta1=0.0, beta2=0.0, weight_decay=0.5, clip_norm=1.0)
+    zeros = jax.tree.map(jnp.zeros_like, params0)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params0), params0)
+
+    def check(path, update, value):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(update, (0.0 if "norm" in name else -0.5) * value, atol=1e-6)
+
+    jax.tree_util.tree_map_with_path(check, updates, params0)
+
+
+def test_sampler_and_learner_agree(sgd, tiny_config, params0, reference):
+    """Tokens from the real generator: first update's ratios are 1 to numerical tolerance."""
+    generator = Generator(
+        tiny_config,
+        stop_table=build_stop_table([b"x"] * 320, []),
+        end_ids=[],
+        slots=4,
+        max_tokens=32,
+        mesh=make_mesh(),
+        prefill_buckets=(8,),
+        window_tokens=32,
+    )
+    generator.load(params0)
+    prompts = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10]]
+    generator.start(range(4), prompts)
+    tempered = Sampling(temperature=LOSS.temperature)
+    made = []
+    inserted = [31, 32, 33]
+    streams = [(slot, 0) for slot in range(4)]
+    first = generator.decode(
+        range(4), key=jax.random.key(0), streams=streams, max_new_tokens=7, sampling=tempered
+    )
+    generator.extend(range(4), [inserted] * 4)
+    second = generator.decode(
+        range(4), key=jax.random.key(0), streams=streams, max_new_tokens=7, sampling=tempered
+    )
+    for prompt, one, two in zip(prompts, first, second, strict=True):
+        parts = [(prompt, 0.0), (one.tokens, 1.0), (inserted, 0.0), (two.tokens, 1.0)]
+        mask = [weight for tokens, weight in parts for _ in tokens]
+        logprobs = [0.0] * len(prompt) + one.logprobs + [0.0] * 3 + two.logprobs
+        tokens = [token for tokens, _ in parts for token in tokens]
+        made.append(TokenSequence(tokens, mask, logprobs, 1.0))
+    batch = pack(made, row_tokens=40, rows=1, microbatches=5)
+    assert batch.mask.sum() == 4 * 14
+    metrics = step(sgd, params0, reference, batch)[1]
+    assert metrics["sampler_logprob_diff_max"] <= 1e-4
+    assert metrics["clip_fraction"] == 0
+    np.testing.assert_allclose(metrics["loss/policy"], -1.0, atol=1e-4)

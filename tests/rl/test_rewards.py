@@ -1,0 +1,137 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.rl import rewards
+from zerosearch_jax.text import prompts
+from zerosearch_jax.text.actions import final_answer, parse_action
+
+words = st.lists(st.sampled_from(["the", "Lima", "art", "party", "of", "Peru!", "2"]), max_size=6)
+texts = words.map(" ".join)
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("  The  Cat, a DOG! ", "cat dog"),
+        ("N'Djamena", "ndjamena"),
+        ("an", ""),
+        ("Theatre", "theatre"),
+        ("São Tomé", "são tomé"),
+    ],
+)
+def test_normalise_by_hand(text, normal):
+    assert rewards.normalise(text) == normal
+
+
+@pytest.mark.parametrize(
+    "answer, golds, em, f1, cover",
+    [
+        ("Lima", ["Lima"], 1, 1, 1),
+        ("the lima.", ["Lima"], 1, 1, 1),
+        ("Lima", ["Cusco", "Lima"], 1, 1, 1),
+        # 1 shared of 2 and 1 tokens: precision 1/2, recall 1.
+        ("Lima Peru", ["Lima"], 0, 2 / 3, 1),
+        # 1 shared of 3 and 2: precision 1/3, recall 1/2.
+        ("Barack H. Obama", ["Obama Michelle"], 0, 2 / 5, 0),
+        ("new york city", ["York New"], 0, 4 / 5, 0),
+        ("party", ["art"], 0, 0, 0),
+        ("lima lima", ["lima"], 0, 2 / 3, 1),
+        ("Paris", ["Lima", "Quito"], 0, 0, 0),
+        ("Paris", ["The"], 0, 0, 0),
+        ("", ["Lima"], 0, 0, 0),
+        ("The The", ["The The"], 1, 1, 1),
+        (None, ["Lima"], 0, 0, 0),
+    ],
+)
+def test_scores_by_hand(answer, golds, em, f1, cover):
+    assert rewards.exact_match(answer, golds) == em
+    assert rewards.token_f1(answer, golds) == pytest.approx(f1)
+    assert rewards.cover_exact_match(answer, golds) == cover
+
+
+def test_em_is_equality_and_f1_is_not_em():
+    """FACTS §5, defect 3: a long answer that holds the gold is no exact match, and F1 differs."""
+    answer, golds = "It could be Lima, Quito or La Paz", ["Lima"]
+    assert rewards.exact_match(answer, golds) == 0.0
+    assert rewards.cover_exact_match(answer, golds) == 1.0
+    assert rewards.token_f1(answer, golds) == pytest.approx(2 / 9)  # 8 tokens and 1, 1 shared
+    # By the name that a config and a results table use, too: no name is a copy of another.
+    by_name = {name: rewards.score(name, answer, golds) for name in ("em", "cover_em", "f1")}
+    assert by_name == {"em": 0.0, "cover_em": 1.0, "f1": pytest.approx(2 / 9)}
+
+
+def test_reward_of_a_policy_that_never_answers_is_zero():
+    """FACTS §5, defect 2: "Beijing" stands in the prompt and in a document, not in the policy."""
+    turns = ["<think>hm</think><search>capital of China</search>", "<think>It must be Beijing"]
+    document = prompts.format_documents(["<answer> Beijing </answer>"])
+    episode = [prompts.policy_prompt("Capital of China?"), turns[0], document, turns[1]]
+    assert "<answer> Beijing </answer>" in "".join(episode)
+    for name in rewards.REWARDS:
+        assert rewards.score(name, final_answer(turns), ["Beijing"]) == 0.0
+    answered = [turns[0], "<think>ok</think><answer> Beijing </answer>"]
+    for name in rewards.REWARDS:
+        assert rewards.score(name, final_answer(answered), ["Beijing"]) == 1.0
+
+
+@given(texts, st.lists(texts, min_size=1, max_size=3))
+def test_the_scores_are_ordered_and_take_the_best_alias(answer, golds):
+    em, f1, cover = (rewards.score(name, answer, golds) for name in ("em", "f1", "cover_em"))
+    assert 0 <= em <= f1 <= 1
+    assert em <= cover
+    for name, value in (("em", em), ("f1", f1), ("cover_em", cover)):
+        assert value == max(rewards.score(name, answer, [gold]) for gold in golds)
+
+
+@given(texts, texts)
+def test_f1_is_symmetric(a, b):
+    assert rewards.token_f1(a, [b]) == rewards.token_f1(b, [a])
+
+
+GOOD = ["<think>a</think><search>q</search>", "\n<think>b</think>\n<answer>Lima</answer>"]
+
+
+@pytest.mark.parametrize(
+    "policy_texts, valid",
+    [
+        (GOOD, True),
+        (GOOD[1:], True),
+        (GOOD[:1], False),
+        ([], False),
+        (["<search>q</search>", GOOD[1]], False),
+        (["so <think>a</think><search>q</search>", GOOD[1]], False),
+        (["<think>a<search>q</search>", GOOD[1]], False),
+        (["<think> </think><search>q</search>", GOOD[1]], False),
+        (["<think>a</think>nothing", GOOD[1]], False),
+        ([GOOD[1], GOOD[1]], False),
+        (["<think>a<search>q</search></think>", GOOD[1]], False),
+    ],
+)
+def test_format_by_hand(policy_texts, valid):
+    kinds = [parse_action(text).kind for text in policy_texts]
+    assert rewards.has_valid_format(policy_texts, kinds) is valid
+    assert rewards.format_reward(policy_texts, kinds) == float(valid)
+
+
+def test_a_forced_answer_is_not_in_the_format():
+    assert not rewards.has_valid_format(["<think>a</think> Lima</answer>"], ["answer"])
+
+
+def test_score_adds_the_weighted_format():
+    kinds = ["search", "answer"]
+    parts = {"policy_texts": GOOD, "action_kinds": kinds, "format_weight": 0.25}
+    assert rewards.score("em", "Lima", ["Lima"], **parts) == 1.25
+    assert rewards.score("em", "Quito", ["Lima"], **parts) == 0.25
+    assert rewards.score("em", "Lima", ["Lima"], **parts | {"format_weight": 0.0}) == 1.0
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(UserError, match="f2.*f1, em, cover_em"):
+        rewards.score("f2", "Lima", ["Lima"])
+    with pytest.raises(UserError, match="no gold answer"):
+        rewards.exact_match(None, [])
+    with pytest.raises(TypeError, match="one string"):
+        rewards.token_f1("Lima", "Lima")
+    with pytest.raises(ValueError):
+        rewards.has_valid_format(GOOD, ["answer"])

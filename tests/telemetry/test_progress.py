@@ -1,0 +1,57 @@
+"""Plain lines where there is no terminal, a bar where there is one."""
+
+import io
+
+import pytest
+
+from zerosearch_jax.telemetry.progress import Progress
+from zerosearch_jax.telemetry.seconds import Phases
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _clock(*times: float):
+    return iter(times).__next__
+
+
+def test_a_plain_line_tells_figures_speed_and_what_is_left():
+    out = io.StringIO()
+    progress = Progress(60, first_step=10, stream=out, clock=_clock(100.0, 106.0, 110.0))
+    figures = {"em": 0.3125, "reward": 0.4321, "entropy": 1.0, "searches_per_episode": 1.4}
+    progress.update(11, figures)
+    progress.note("saved")
+    progress.update(12, {})
+    progress.close()
+    assert out.getvalue().splitlines() == [
+        "step 11/60 reward 0.432 em 0.312 searches 1.4 | 6.0 s/step eta 4:54",
+        "saved",
+        "step 12/60  | 4.0 s/step eta 4:00",
+    ]
+
+
+def test_a_terminal_gets_a_bar():
+    out = _Terminal()
+    progress = Progress(4, stream=out)
+    progress.update(1, {"reward": 0.5})
+    progress.note("a note")
+    progress.update(4, {"reward": 0.75})
+    progress.close()
+    assert "a note\n" in out.getvalue()
+    assert "4/4" in out.getvalue()
+    assert "reward 0.75" in out.getvalue()
+
+
+def test_phases_add_up_and_an_inner_phase_is_taken_off_the_outer():
+    phases = Phases(clock=_clock(0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 11.0, 11.5))
+    with phases.phase("rollout"), phases.phase("search"):  # 1 → (2 → 5) → 7
+        pass
+    assert phases.take() == {"seconds/rollout": 3.0, "seconds/search": 3.0, "seconds/step": 10.0}
+    assert phases.take() == {"seconds/step": 1.0}
+
+
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(KeyError, match="seconds/thinking"), Phases().phase("thinking"):
+        pass

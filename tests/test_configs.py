@@ -1,0 +1,158 @@
+"""The presets hold the paper's figures, contradict nothing and can be sharded as they say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from zerosearch_jax import config_check
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import rl
+from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.transformer import abstract_model, param_shardings
+from zerosearch_jax.parallel import mesh as mesh_lib
+
+PAPER = ("qwen2.5-3b", "qwen2.5-7b", "llama-3.2-3b")
+PRESETS = ("", "smollm2-135m", *PAPER)
+
+# What the models' own config.json say of their sizes.
+_QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, max_position_embeddings=32768)
+MODELS = {
+    "models/Qwen2.5-3B": _QWEN
+    | dict(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "models/Qwen2.5-7B": _QWEN
+    | dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "models/SearchSimulation_14B": _QWEN
+    | dict(
+        vocab_size=152064,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+    ),
+    "models/Llama-3.2-3B": dict(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
+def _load(preset: str):
+    return config_check.load(f"configs/grpo.py:{preset}" if preset else "configs/grpo.py")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_contradicts_nothing(preset):
+    config = _load(preset)
+    rl.check(config)
+    assert config.is_locked
+    longest_turn = config.rollout.response_tokens + config.rollout.observation_tokens
+    assert config.policy.generator.max_tokens > longest_turn
+    assert config.search.simulator.generator.max_tokens > config.search.simulator.max_new_tokens
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_paper_preset_holds_the_released_hyper_parameters(preset):
+    config = _load(preset)
+    assert config.rl.steps == 203
+    assert config.rl.learning_rate == 1e-6
+    assert config.rl.warmup_steps == round(0.95 * 203)
+    assert (config.rl.kl, config.rl.entropy, config.rl.clip_norm) == (0.001, 0.001, 1.0)
+    assert (config.rl.clip_low, config.rl.clip_high) == (0.2, 0.2)
+    rollout = config.rollout
+    assert (rollout.questions_per_step, rollout.group_size, rollout.temperature) == (64, 5, 1.0)
+    assert (rollout.max_turns, rollout.response_tokens) == (5, 500)
+    assert rollout.observation_tokens == 2048
+    simulator = config.search.simulator
+    assert (config.search.topk, simulator.temperature, simulator.max_new_tokens) == (5, 0.8, 600)
+    assert simulator.top_p == 1.0
+    assert dict(config.curriculum) == dict(start=0.0, end=0.5, base=4.0)
+    assert config.reward.name == "f1"
+    # The only real engine there is indexes the world, so the world's questions are what it judges.
+    assert config.eval.search.engine == "bm25"
+    assert config.data.eval_source == "world"
+    assert config.data.source.endswith(".parquet")
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_a_paper_presets_mesh_divides_its_models(preset):
+    config = _load(preset)
+    mesh = mesh_lib.make_mesh(**config.mesh)
+    assert mesh.size == 8
+    pairs = (
+        (config.policy.model, config.policy.generator),
+        (config.search.simulator.model, config.search.simulator.generator),
+    )
+    for name, generator in pairs:
+        # Layers are alike, and two are built sooner than 48.
+        model = replace(from_hf(MODELS[name]), num_layers=2)
+        assert generator.max_tokens <= model.max_positions
+        for stacked in (True, False):
+            _, abstract = abstract_model(model, stacked=stacked)
+            shapes = jax.tree.map(
+                lambda leaf, sharding: sharding.shard_shape(leaf.shape),
+                abstract,
+                param_shardings(abstract, mesh),
+            )
+            assert jax.tree.leaves(shapes)
+        axes = ("batch", "length", "kv_heads", "head_dim")
+        cache = (generator.slots, generator.max_tokens, model.num_kv_heads, model.head_dim)
+        mesh_lib.sharding(mesh, axes, cache)
+    rows = (1, config.learner.rows, config.learner.row_tokens)
+    mesh_lib.sharding_of_batch(mesh).shard_shape(rows)
+
+
+def test_a_misspelt_preset_is_answered_with_the_right_ones():
+    with pytest.raises(UserError, match="no preset 'qwen'.* smollm2-135m, qwen2.5-3b, qwen2.5-7b"):
+        _load("qwen")
+
+
+@pytest.mark.parametrize("name", ["sft_policy", "sft_simulator"])
+def test_a_fine_tuning_batch_always_fits(name):
+    config = config_check.load(f"configs/{name}.py")
+    assert config.sft.examples_per_step <= config.learner.rows * config.learner.microbatches
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [("data.limit=7", 7), ("data.splits=('test',)", ("test",)), ("forbid_search", True)],
+)
+def test_evaluation_can_be_narrowed_from_the_command_line(override, read):
+    from absl import flags
+
+    arguments = ["main", "--config=configs/eval.py", f"--config.{override}"]
+    value = config_check.parse(flags.FlagValues(), arguments)
+    for key in override.partition("=")[0].split("."):
+        value = value[key]
+    assert value == read

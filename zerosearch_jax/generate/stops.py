@@ -1,0 +1,69 @@
+"""Stop strings as an automaton over vocabulary tokens, so that a tag that straddles tokens is
+seen on the device at the very token that completes it. Built once per tokenizer, on the host."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) -> np.ndarray:
+    """The transition table of an Aho-Corasick automaton, one step a vocabulary token.
+
+    Args:
+      token_bytes: the exact bytes of every vocabulary id; b"" for special tokens.
+      stop_strings: non-empty strings; none given makes a table that never accepts.
+
+    Returns:
+      `[A, V]` int16. State 0 is the start; state `A - 1` means that some stop string has been
+      completed, at the end of the last token or inside it, and is never left.
+    """
+    step = _byte_automaton([text.encode() for text in stop_strings])
+    longest = max((len(data) for data in token_bytes), default=0)
+    padded = np.full((longest, len(token_bytes)), -1, np.int16)
+    for token, data in enumerate(token_bytes):
+        padded[: len(data), token] = list(data)
+    table = np.broadcast_to(
+        np.arange(len(step), dtype=np.int16)[:, None], (len(step), len(token_bytes))
+    ).copy()
+    for column in padded:
+        here = np.flatnonzero(column >= 0)
+        table[:, here] = step[table[:, here], column[here]]
+    return table
+
+
+def _byte_automaton(patterns: list[bytes]) -> np.ndarray:
+    """`[A, 256]` transitions; the last state accepts and is absorbing."""
+    if any(not pattern for pattern in patterns):
+        raise ValueError("a stop string is empty")
+    children: list[dict[int, int]] = [{}]
+    ends = {0: False}
+    for pattern in patterns:
+        state = 0
+        for byte in pattern:
+            if byte not in children[state]:
+                children[state][byte] = len(children)
+                ends[len(children)] = False
+                children.append({})
+            state = children[state][byte]
+        ends[state] = True
+    accept = len(children)
+    step = np.zeros((accept + 1, 256), np.int16)
+    step[accept] = accept
+    fail = [0] * accept
+    queue = deque([0])
+    while queue:
+        state = queue.popleft()
+        # In breadth-first order the fall-back state's row is complete and may be inherited.
+        if state:
+            step[state] = step[fail[state]]
+        for byte, child in children[state].items():
+            if state:
+                fail[child] = int(step[fail[state], byte])
+            # A stop string may also be completed by falling back, inside a longer one.
+            if ends[child] or fail[child] == accept:
+                step[state, byte] = accept
+            else:
+                step[state, byte] = child
+                queue.append(child)
+    return step
