@@ -1,0 +1,256 @@
+"""GRPO against a simulated search engine.
+
+  python -m zerosearch_jax.main --config=configs/grpo.py[:PRESET] [--workdir=runs/NAME]
+
+| preset | policy ← simulator | hardware | time | score |
+|---|---|---|---|---|
+| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 10 min | see README |
+| smollm2-135m | SmolLM2-135M ← itself, prompted | 2 CPU cores | 5 min | none: one step |
+| qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
+| qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |
+| llama-3.2-3b | Llama-3.2-3B ← SearchSimulation_14B | 8 × 80 GB | not run | see the paper |
+
+The paper's scores are *its* exact match (%), the mean of seven sets judged with Google (arXiv
+2505.04588, table 2; base models). Nobody has run the last three presets here: their meshes are
+checked against the models' shapes (tests/test_configs.py), their memory is reckoned on paper.
+
+smollm2-135m takes a real model, its chat template and its tokenizer through one step. Before it,
+`make smollm2` makes models/smollm2-135m. One step teaches it nothing, and untuned it hardly ever
+searches (in 1 of 274 turns sampled at temperatures 0.3 to 1), so the simulator is loaded and
+compiled but may not be asked.
+
+The paper's runs: fetch what they read, then start one process a host (`--distributed` if several).
+  hf download Qwen/Qwen2.5-3B --local-dir models/Qwen2.5-3B
+  hf download sunhaonlp/SearchSimulation_14B --local-dir models/SearchSimulation_14B
+  hf download sunhaonlp/ZeroSearch_dataset --repo-type dataset --local-dir data/zerosearch
+They train on data/zerosearch/train.parquet (NQ and HotpotQA questions). **Their evaluation is not
+the paper's**: the only real engine here is BM25 over the embedded world, so they are judged on the
+world's questions. That watches a run; it cannot stand beside the paper's tables.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from zerosearch_jax.errors import UserError
+
+
+def embedded() -> ConfigDict:
+    """The default: every value there is, small enough for two CPU cores."""
+    mesh = dict(data=1, fsdp=1, tensor=1)
+    generator = dict(
+        slots=80,
+        max_tokens=640,
+        prefill_rows=16,
+        prefill_buckets=(64, 128, 192),
+        window_tokens=320,
+        dtype="float32",
+    )
+    return ConfigDict(
+        dict(
+            job="rl",
+            seed=0,
+            mesh=mesh,
+            checkpoint_every=10,
+            data=dict(
+                source="world",
+                eval_source="world",
+                train_split="train",
+                eval_split="validation",
+                test_split="test",
+                train_limit=placeholder(int),  # None: all of them
+            ),
+            policy=dict(model="zerosearch_jax/assets/policy", generator=generator),
+            search=dict(
+                engine="simulated",
+                topk=2,
+                simulator=dict(
+                    model="zerosearch_jax/assets/simulator",
+                    form="finetuned",
+                    temperature=0.8,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=200,
+                    generator=dict(
+                        slots=80,
+                        max_tokens=384,
+                        prefill_rows=16,
+                        prefill_buckets=(96, 128, 192),
+                        window_tokens=384,
+                        dtype="float32",
+                    ),
+                ),
+            ),
+            rollout=dict(
+                questions_per_step=16,
+                group_size=5,
+                max_turns=3,
+                response_tokens=64,
+                observation_tokens=192,
+                temperature=1.0,
+                stop_on_failure=True,
+            ),
+            curriculum=dict(start=0.0, end=0.5, base=4.0),
+            reward=dict(name="f1", format_weight=0.0),
+            rl=dict(
+                steps=40,
+                learning_rate=5e-4,
+                warmup_steps=4,
+                schedule_steps=40,
+                final_fraction=1.0,
+                beta1=0.9,
+                beta2=0.99,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                clip_low=0.2,
+                clip_high=0.2,
+                kl=0.001,
+                entropy=0.001,
+                normalize_std=True,
+            ),
+            learner=dict(
+                row_tokens=640,
+                rows=4,
+                microbatches=20,
+                compute_dtype="float32",
+                remat="none",
+                logprob_chunk=128,
+            ),
+            eval=dict(
+                every=10,
+                questions=80,
+                test_questions=240,
+                search=dict(engine="bm25", topk=2),
+            ),
+        )
+    ).lock()
+
+
+def smollm2_135m() -> ConfigDict:
+    """A real model as policy and as simulator: one step of 2 questions × 2 episodes."""
+    config = embedded()
+    generator = dict(
+        slots=4, max_tokens=480, prefill_rows=4, prefill_buckets=(192,), window_tokens=480
+    )
+    config.update(
+        dict(
+            policy=dict(model="models/smollm2-135m", generator=generator),
+            search=dict(
+                simulator=dict(
+                    model="models/smollm2-135m",
+                    form="prompted",
+                    max_new_tokens=112,
+                    generator=dict(
+                        slots=4,
+                        max_tokens=512,
+                        prefill_rows=4,
+                        prefill_buckets=(448,),
+                        window_tokens=512,
+                    ),
+                )
+            ),
+            rollout=dict(
+                questions_per_step=2,
+                group_size=2,
+                max_turns=1,
+                response_tokens=64,
+                observation_tokens=128,
+            ),
+            rl=dict(steps=1, learning_rate=1e-6, warmup_steps=0, beta2=0.999),
+            learner=dict(row_tokens=480, rows=2, microbatches=2, remat="full"),
+            eval=dict(every=1, questions=2, test_questions=4),
+        )
+    )
+    return config
+
+
+def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
+    """The paper's hyper-parameters (released GRPO scripts, FACTS §3) for a policy `model`.
+
+    `tensor` has to divide the key-value heads of the policy and of the simulator (8).
+    """
+    config = embedded()
+    # An episode: a start of at most 2048 tokens, then turns (500) and documents (2048) while the
+    # context stays within 4096, and one last turn. What does not fit ends with finish "length".
+    episode_tokens = 4608
+    config.update(
+        dict(
+            mesh=dict(data=1, fsdp=fsdp, tensor=tensor),
+            checkpoint_every=20,
+            data=dict(source="data/zerosearch/train.parquet"),
+            policy=dict(
+                model=model,
+                generator=dict(
+                    slots=160,
+                    max_tokens=episode_tokens,
+                    prefill_rows=16,
+                    prefill_buckets=(256, 512, 2048),
+                    window_tokens=1536,
+                    dtype="bfloat16",
+                ),
+            ),
+            search=dict(
+                topk=5,
+                simulator=dict(
+                    model="models/SearchSimulation_14B",
+                    max_new_tokens=600,
+                    generator=dict(
+                        slots=160,
+                        max_tokens=1408,  # prompt, question and query, then 600 written tokens
+                        prefill_rows=16,
+                        prefill_buckets=(256, 512),
+                        window_tokens=1408,
+                        dtype="bfloat16",
+                    ),
+                ),
+            ),
+            rollout=dict(
+                questions_per_step=64,
+                group_size=5,
+                max_turns=5,
+                response_tokens=500,
+                observation_tokens=2048,
+            ),
+            curriculum=dict(start=0.0, end=0.5, base=4.0),
+            rl=dict(
+                steps=203,
+                learning_rate=1e-6,
+                warmup_steps=193,  # 0.95 of the steps
+                beta2=0.999,
+                weight_decay=0.01,
+                clip_norm=1.0,
+                clip_low=0.2,
+                clip_high=0.2,
+                kl=0.001,
+                entropy=0.001,
+            ),
+            learner=dict(
+                row_tokens=episode_tokens,
+                rows=8,
+                microbatches=40,  # an episode a row always fits; packing leaves most empty
+                compute_dtype="bfloat16",
+                remat="full",
+                logprob_chunk=512,
+            ),
+            eval=dict(questions=200, test_questions=500, search=dict(engine="bm25", topk=5)),
+        )
+    )
+    return config
+
+
+PRESETS = {
+    "": embedded,
+    "smollm2-135m": smollm2_135m,
+    "qwen2.5-3b": lambda: paper("models/Qwen2.5-3B", fsdp=4, tensor=2),
+    "qwen2.5-7b": lambda: paper("models/Qwen2.5-7B", fsdp=2, tensor=4),
+    "llama-3.2-3b": lambda: paper("models/Llama-3.2-3B", fsdp=2, tensor=4),
+}
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The config of one of `PRESETS`; UserError names them for any other."""
+    if preset not in PRESETS:
+        raise UserError(
+            f"configs/grpo.py has no preset {preset!r}; "
+            f"the presets are {', '.join(filter(None, PRESETS))}"
+        )
+    return PRESETS[preset]()

@@ -1,0 +1,101 @@
+"""Makes the tiny base policy of the embedded world, from scratch, in two stages.
+
+  python -m zerosearch_jax.main --config=configs/sft_policy.py --workdir=runs/sft_reader
+  python -m zerosearch_jax.main --config=configs/sft_policy.py:habits --workdir=runs/sft_policy
+
+The first learns the format of an episode and to read documents, from transcripts of a scripted
+agent over made-up worlds. The second goes on from `runs/sft_reader/model` with poor search
+habits: the agent guesses, looks up bare names, stops after one hop. RL starts from here:
+`runs/sft_policy/model` is committed as `zerosearch_jax/assets/policy`.
+"""
+
+from ml_collections import ConfigDict
+
+from zerosearch_jax.errors import UserError
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in ("", "habits"):
+        raise UserError(f"configs/sft_policy.py has no preset {preset!r}; it has: habits")
+    config = reader()
+    return habits(config).lock() if preset else config.lock()
+
+
+def reader() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            job="sft",
+            seed=0,
+            init="",
+            vocab_size=1536,
+            mesh=dict(data=1, fsdp=1, tensor=1),
+            model=dict(
+                model_type="qwen3",
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                rope_theta=10_000.0,
+                rms_norm_eps=1e-6,
+                tie_word_embeddings=True,
+                max_position_embeddings=2048,
+            ),
+            data=dict(
+                examples="policy_transcripts",
+                worlds=40,
+                entities_per_world=120,
+                questions_per_world=1000,
+                topk=2,
+                inserted_weight=0.05,
+                end_of_text=False,
+                validation_examples=60,
+                habits=dict(
+                    guess=0.25,
+                    vague=0.35,
+                    astray=0.1,
+                    stop_early=0.3,
+                    misread=0.1,
+                    malformed=0.05,
+                    retry=0.5,
+                ),
+            ),
+            optimizer=dict(
+                learning_rate=3e-3,
+                warmup_steps=100,
+                schedule_steps=1800,
+                final_fraction=0.05,
+                beta1=0.9,
+                beta2=0.98,
+                weight_decay=0.01,
+                clip_norm=1.0,
+            ),
+            learner=dict(
+                row_tokens=640,
+                rows=4,
+                microbatches=8,
+                compute_dtype="float32",
+                remat="none",
+                logprob_chunk=128,
+            ),
+            sft=dict(
+                steps=1000,
+                examples_per_step=32,
+                eval_every=100,
+                checkpoint_every=100,
+            ),
+        )
+    )
+
+
+def habits(config: ConfigDict) -> ConfigDict:
+    config.seed = 1
+    config.init = "runs/sft_reader/model"
+    config.data.worlds = 14
+    config.data.habits.vague = 0.6
+    config.data.habits.stop_early = 0.55
+    config.data.habits.retry = 0.3
+    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=30, schedule_steps=400))
+    config.sft.steps = 400
+    return config

@@ -1,0 +1,130 @@
+"""Saves and restores training state: one thin module over Orbax, so that only it knows Orbax's API.
+
+It knows nothing of what is in a state or in the metadata that goes with it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from zerosearch_jax.errors import UserError
+
+# Orbax joins the names of nested nodes with ".", and optax's states are tuples without names;
+# a flat dict under a separator that no parameter name uses suits every pytree alike.
+_SEPARATOR = "/"
+
+
+class Checkpoints:
+    """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them.
+
+    A step's directory appears under its name only when it is complete (Orbax writes beside it
+    and renames), so a run killed at any moment finds the previous checkpoint usable.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+        self._directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Writes `state` and `metadata` as checkpoint `step`; returns when it is on disk.
+
+        Args:
+          step: number of finished steps. A step that is already saved is left as it is.
+          state: any pytree of jax or numpy arrays and numbers.
+          metadata: what JSON can hold: data position, curriculum, config.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flat(state)),
+                metadata=ocp.args.JsonSave({"leaves": _shapes(state), "user": dict(metadata)}),
+            ),
+            force=True,
+        )
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None when there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int | None, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads checkpoint `step` (None: the newest).
+
+        Args:
+          step: as given to `save`.
+          abstract_like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s;
+            each leaf comes back with the dtype and sharding given here.
+
+        Returns:
+          (state, metadata), the state's leaves bit for bit as saved.
+
+        Raises:
+          UserError: there is no such checkpoint, or it holds a state of another structure.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            which = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise UserError(f"there is no {which} in {self._directory}")
+        saved = self._manager.restore(
+            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        )
+        self._check_same(step, saved.metadata["leaves"], _shapes(abstract_like))
+        abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        ).state
+        tree = jax.tree.structure(abstract_like)
+        state = jax.tree.unflatten(tree, [restored[name] for name in abstract])
+        return state, saved.metadata["user"]
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{self._directory}/{step} is of another config: {name} is "
+                    f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here; "
+                    "give another --workdir or the config that began this one"
+                )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=_SEPARATOR) for path, _ in leaves]
+    assert len(set(names)) == len(names), "two leaves of a state have the same name"
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {name: list(getattr(leaf, "shape", ())) for name, leaf in _flat(tree).items()}
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return leaf

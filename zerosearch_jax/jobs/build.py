@@ -1,0 +1,123 @@
+"""Builds what jobs share from their configs: models, generators, search engines, optimizer."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.generate.texts import TextGenerator
+from zerosearch_jax.models.config import ModelConfig, read_config
+from zerosearch_jax.models.weights import load_params
+from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.rl.learner import Learner, adamw, warmup_cosine
+from zerosearch_jax.search.bm25 import BM25Engine
+from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.search.simulated import SimulatedEngine
+from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model read from a Hugging Face directory: sizes, float32 parameters, tokenizer."""
+
+    config: ModelConfig
+    params: nnx.State
+    tokenizer: object
+
+
+def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
+    """Reads a model directory onto a mesh."""
+    config = read_config(directory)
+    params = load_params(directory, config, mesh, dtype=dtype_of(dtype))
+    return Model(config, params, load_tokenizer(directory))
+
+
+def dtype_of(name: str):
+    """The dtype of a config's name for it."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def make_generator(
+    model: Model, config: ConfigDict, mesh: jax.sharding.Mesh, stop_strings: tuple[str, ...]
+) -> Generator:
+    """A generator of `model` with `config`'s slots and buckets, its parameters loaded."""
+    vocabulary = token_bytes(model.tokenizer)
+    vocabulary += [b""] * (model.config.vocab_size - len(vocabulary))
+    generator = Generator(
+        model.config,
+        stop_table=build_stop_table(vocabulary, stop_strings),
+        end_ids=[model.tokenizer.eos_token_id],
+        slots=config.slots,
+        max_tokens=config.max_tokens,
+        mesh=mesh,
+        prefill_rows=config.prefill_rows,
+        prefill_buckets=tuple(config.prefill_buckets),
+        window_tokens=config.window_tokens,
+        dtype=dtype_of(config.dtype),
+    )
+    generator.load(model.params)
+    return generator
+
+
+def make_engine(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> SearchEngine:
+    """The engine that `config.engine` names: "bm25" over the embedded world, or "simulated"."""
+    if config.engine == "bm25":
+        return BM25Engine(corpus(load_entities()), topk=config.topk)
+    if config.engine != "simulated":
+        raise UserError(f"engine is {config.engine!r}; choose bm25 or simulated")
+    mesh = make_mesh(**mesh_config)
+    simulator = config.simulator
+    model = load_model(simulator.model, mesh, simulator.generator.dtype)
+    sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
+    # The text is cut before a document too many, so generation stops where that would begin.
+    generator = make_generator(model, simulator.generator, mesh, (f"Doc {config.topk + 1}",))
+    generator.warm_up([(sampling, simulator.max_new_tokens)])
+    texts = TextGenerator(
+        generator,
+        model.tokenizer,
+        sampling=sampling,
+        max_new_tokens=simulator.max_new_tokens,
+        key=jax.random.fold_in(jax.random.key(seed), 1),
+    )
+    return SimulatedEngine(texts, form=simulator.form, topk=config.topk)
+
+
+def make_learner(
+    model_config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    optimizer: ConfigDict,
+    learner: ConfigDict,
+) -> Learner:
+    """AdamW with warm-up behind a learner."""
+    schedule = warmup_cosine(
+        optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=optimizer.schedule_steps,
+        final_fraction=optimizer.final_fraction,
+    )
+    return Learner(
+        model_config,
+        mesh=mesh,
+        schedule=schedule,
+        optimizer=adamw(
+            schedule,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            weight_decay=optimizer.weight_decay,
+            clip_norm=optimizer.clip_norm,
+        ),
+        compute_dtype=dtype_of(learner.compute_dtype),
+        remat=learner.remat,
+        logprob_chunk=learner.logprob_chunk,
+    )

@@ -1,0 +1,145 @@
+"""Supervised fine-tuning: makes the tiny base policy and the tiny simulator of the embedded world.
+
+The loop: draw examples keyed by (seed, step) → pack → one jitted step; validation loss and a
+checkpoint now and then; at the end a Hugging Face directory that every other job can load.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerosearch_jax.checkpoints import Checkpoints
+from zerosearch_jax.data import sft_data
+from zerosearch_jax.data.transcripts import Habits, Segment
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import build
+from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.transformer import init_params
+from zerosearch_jax.models.weights import save_params
+from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.rollout.packing import TokenSequence, pack
+from zerosearch_jax.telemetry.progress import Progress
+from zerosearch_jax.telemetry.recorder import Recorder
+from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains from scratch and exports to `workdir/model`; resumes from `workdir`'s checkpoint."""
+    workdir = Path(workdir)
+    examples = load_examples(config)
+    tokenizer = make_tokenizer(config, examples, workdir)
+    sequences = [
+        sft_data.tokenise(
+            example,
+            tokenizer,
+            # As the simulated engine sends it; policies have no system turn.
+            system="" if config.data.examples == "simulator_pairs" else None,
+            inserted_weight=config.data.inserted_weight,
+            end_of_text=config.data.end_of_text,
+        )
+        for example in examples
+    ]
+    fitting = [s for s in sequences if len(s.tokens) <= config.learner.row_tokens]
+    print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row left out")
+    train, validation = split(fitting, config.data.validation_examples)
+    mesh = make_mesh(**config.mesh)
+    model_config, params = initial_model(config, tokenizer, mesh)
+    learner = build.make_learner(model_config, mesh, config.optimizer, config.learner)
+    state = learner.init(params)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    first = checkpoints.latest_step() or 0
+    if first:
+        state, _ = checkpoints.restore(first, learner.abstract_state())
+
+    recorder = Recorder(workdir, first_step=first + 1)
+    progress = Progress(config.sft.steps, first)
+    held_out = learner.put(batch_of(validation, config, None))
+    for step in range(first, config.sft.steps):
+        examples = draw(train, config, step)
+        batch = learner.put(batch_of(examples, config, config.learner.microbatches))
+        state, metrics = learner.sft_step(state, batch)
+        done = step + 1
+        figures = {name: float(value) for name, value in metrics.items()}
+        if done % config.sft.eval_every == 0 or done == config.sft.steps:
+            figures["sft/heldout_loss"] = float(learner.sft_loss(state.params, held_out))
+        recorder.scalars(done, figures)
+        progress.update(done, figures)
+        if done % config.sft.checkpoint_every == 0 or done == config.sft.steps:
+            checkpoints.save(done, state, {"steps": config.sft.steps})
+    progress.close()
+    recorder.close()
+    save_params(workdir / "model", state.params, model_config, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(workdir / "model")
+    print(f"model written to {workdir / 'model'}")
+
+
+def load_examples(config: ConfigDict) -> list[list[Segment]]:
+    """The examples that `config.data.examples` names."""
+    if config.data.examples == "policy_transcripts":
+        return sft_data.policy_transcripts(
+            worlds=config.data.worlds,
+            entities_per_world=config.data.entities_per_world,
+            questions_per_world=config.data.questions_per_world,
+            habits=Habits(**config.data.habits),
+            topk=config.data.topk,
+            seed=config.seed,
+        )
+    if config.data.examples == "simulator_pairs":
+        return sft_data.simulator_examples(topk=config.data.topk, seed=config.seed)
+    raise UserError(
+        f"config.data.examples is {config.data.examples!r}; "
+        "choose policy_transcripts or simulator_pairs"
+    )
+
+
+def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: Path):
+    """The tokenizer of `config.init`, or one trained on the examples when that is empty."""
+    if config.init:
+        return load_tokenizer(config.init)
+    texts = (segment.text for example in examples for segment in example)
+    return train_tokenizer(texts, config.vocab_size, workdir / "model")
+
+
+def initial_model(config: ConfigDict, tokenizer, mesh: jax.sharding.Mesh):
+    """Sizes and parameters to start from: those at `config.init`, or random ones when empty."""
+    if config.init:
+        model = build.load_model(config.init, mesh, "float32")
+        return model.config, model.params
+    model_config = from_hf(dict(config.model) | {"vocab_size": len(tokenizer)})
+    return model_config, init_params(model_config, config.seed)
+
+
+def split(
+    sequences: list[TokenSequence], validation_examples: int
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """The last examples are for validation; both parts must hold some."""
+    if not 0 < validation_examples < len(sequences):
+        raise UserError(
+            f"config.data.validation_examples={validation_examples} does not leave both parts "
+            f"something of {len(sequences)} examples"
+        )
+    return sequences[:-validation_examples], sequences[-validation_examples:]
+
+
+def draw(train: list[TokenSequence], config: ConfigDict, step: int) -> list[TokenSequence]:
+    """The examples of one step: epochs in an order keyed by (seed, epoch), without replacement."""
+    size = config.sft.examples_per_step
+    per_epoch = len(train) // size
+    if per_epoch == 0:
+        raise UserError(
+            f"config.sft.examples_per_step={size} is more than the {len(train)} training examples"
+        )
+    order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
+    start = step % per_epoch * size
+    return [train[i] for i in order[start : start + size]]
+
+
+def batch_of(sequences: list[TokenSequence], config: ConfigDict, microbatches: int | None):
+    return pack(
+        sequences,
+        row_tokens=config.learner.row_tokens,
+        rows=config.learner.rows,
+        microbatches=microbatches,
+    )

@@ -1,0 +1,75 @@
+"""The one entry point: python -m zerosearch_jax.main --config=configs/grpo.py [flags]
+
+  --config=FILE.py[:PRESET]  what to do; every value in it can be overridden:
+  --config.rl.steps=20       … like this; a misspelt key is refused
+  --workdir=DIR              results, checkpoints and logs (default runs/CONFIG[-PRESET]);
+                             the same command on the same directory resumes
+  --distributed              one of several processes: call jax.distributed.initialize first
+
+It reads the flags and hands over to the config's job. It knows nothing of what a job does.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from absl import logging as absl_logging
+
+from zerosearch_jax import config_check
+from zerosearch_jax.errors import UserError
+
+JOBS = ("rl", "sft", "evaluate")
+
+
+def cli(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a UserError, 130 for Ctrl-C."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    _quiet_libraries()
+    try:
+        _run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: Sequence[str]) -> None:
+    # Flags of its own, not absl's global ones: `cli` can be called twice in a process.
+    flag_values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", "", "results go here", flag_values=flag_values)
+    distributed = flags.DEFINE_bool(
+        "distributed", False, "initialize jax.distributed", flag_values=flag_values
+    )
+    config = config_check.parse(flag_values, argv)
+    if config.job not in JOBS:
+        raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    if distributed.value or config.get("distributed", False):
+        import jax  # imported late, so that a misspelt flag is answered at once
+
+        jax.distributed.initialize()
+    job = importlib.import_module(f"zerosearch_jax.jobs.{config.job}")
+    job.run(config, workdir.value or default_workdir(config_check.config_argument(argv)))
+
+
+def default_workdir(config_spec: str) -> str:
+    """`configs/grpo.py:tiny` → `runs/grpo-tiny`."""
+    path, _, preset = config_spec.partition(":")
+    return str(Path("runs") / "-".join(filter(None, (Path(path).stem, preset))))
+
+
+def _quiet_libraries() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for library in ("jax", "orbax", "absl"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))

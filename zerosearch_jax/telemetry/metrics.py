@@ -1,0 +1,63 @@
+"""The glossary: every figure that a run may write, with what exactly it is and its unit.
+
+The recorder refuses a name that is not here, so a curve without a meaning cannot be drawn.
+"Policy tokens" are those that the policy sampled; prompts and documents never count.
+"""
+
+EPISODE_METRICS: dict[str, str] = {
+    "em": "share of episodes whose last answer equals a golden answer after normalisation, 0–1",
+    "f1": "mean token F1 of the last answer against the best golden answer, 0–1",
+    "cover_em": "share of episodes whose last answer contains a golden answer, 0–1",
+    "searches_per_episode": "mean number of searches an episode made",
+    "finish_ratio": "share of episodes that ended with an answer, 0–1",
+    "invalid_ratio": "share of policy turns without a valid action, 0–1",
+    "truncated_ratio": "share of episodes that ended because an observation did not fit, 0–1",
+    "failed_search_ratio": "share of searches that failed after their retries, 0–1",
+    "policy_tokens_per_episode": "mean number of policy tokens of an episode",
+    "tokens_per_episode": "mean number of tokens of an episode, prompt and documents included",
+}
+
+RL_METRICS: dict[str, str] = {
+    "reward": "mean reward of the step's episodes, as the config's reward function gives it",
+    "p_noisy": "probability that the curriculum makes a search of this step noisy, 0–1",
+    "noisy_ratio": "share of this step's searches that were noisy, 0–1",
+    "zero_variance_groups": "share of groups whose episodes all got one reward: no signal, 0–1",
+    "kl": (
+        "mean over policy tokens of the k3 estimate of KL(policy ‖ reference), nats; not written "
+        "where its coefficient is 0"
+    ),
+    "entropy": "mean entropy of the policy at its tokens, at the sampling temperature, nats",
+    "clip_fraction": "share of policy tokens whose probability ratio was clipped, 0–1",
+    "grad_norm": "global norm of the gradient before clipping",
+    "learning_rate": "the policy's learning rate at this step",
+    "loss/total": "what the optimizer minimises: the RL terms, or SFT's cross-entropy",
+    "loss/policy": "clipped-surrogate term of the loss",
+    "sampler_logprob_diff_mean": "mean over policy tokens of |log p sampler − log p learner|, nats",
+    "sampler_logprob_diff_max": "largest such difference, nats",
+    "correct_loglik": (
+        "mean log-probability of a policy token in correct episodes (em = 1), nats; its fall "
+        "while reward rises is the first sign of a collapse"
+    ),
+}
+
+SFT_METRICS: dict[str, str] = {
+    "sft/heldout_loss": "mean cross-entropy of a target token of the held-out examples, nats",
+}
+
+SPEED_METRICS: dict[str, str] = {
+    "tokens_per_sec": "policy tokens of the step's episodes per second of the whole step",
+    "seconds/rollout": "seconds of generating the step's episodes, searches not included",
+    "seconds/search": "seconds spent waiting for the search engine",
+    "seconds/learner": "seconds of the learner's update, first compilation included",
+    "seconds/eval": "seconds of evaluation",
+    "seconds/checkpoint": "seconds of saving the checkpoint",
+    "seconds/step": "seconds of the whole step",
+}
+
+METRICS: dict[str, str] = {
+    **EPISODE_METRICS,
+    **{f"eval/{name}": f"at evaluation: {text}" for name, text in EPISODE_METRICS.items()},
+    **RL_METRICS,
+    **SFT_METRICS,
+    **SPEED_METRICS,
+}
