@@ -215,6 +215,8 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 steps=203,
                 learning_rate=1e-6,
                 warmup_steps=193,  # 0.95 of the steps
+                schedule_steps=203,
+                final_fraction=1.0,
                 beta2=0.999,
                 weight_decay=0.01,
                 clip_norm=1.0,
