@@ -38,7 +38,7 @@ def embedded() -> ConfigDict:
     """The default: every value there is, small enough for two CPU cores."""
     mesh = dict(data=1, fsdp=1, tensor=1)
     generator = dict(
-        slots=80,
+        slots=120,
         max_tokens=640,
         prefill_rows=16,
         prefill_buckets=(64, 128, 192),
@@ -71,7 +71,7 @@ def embedded() -> ConfigDict:
                     top_p=1.0,
                     max_new_tokens=168,
                     generator=dict(
-                        slots=80,
+                        slots=120,
                         max_tokens=352,
                         prefill_rows=16,
                         prefill_buckets=(128, 192),
@@ -81,7 +81,7 @@ def embedded() -> ConfigDict:
                 ),
             ),
             rollout=dict(
-                questions_per_step=16,
+                questions_per_step=24,
                 group_size=5,
                 max_turns=3,
                 response_tokens=64,
@@ -92,11 +92,11 @@ def embedded() -> ConfigDict:
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             reward=dict(name="f1", format_weight=0.0),
             rl=dict(
-                steps=34,
+                steps=14,
                 learning_rate=5e-4,
-                warmup_steps=4,
-                schedule_steps=34,
-                final_fraction=0.1,
+                warmup_steps=2,
+                schedule_steps=14,
+                final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.99,
                 weight_decay=0.01,
@@ -110,14 +110,14 @@ def embedded() -> ConfigDict:
             learner=dict(
                 row_tokens=640,
                 rows=4,
-                microbatches=20,
+                microbatches=30,
                 compute_dtype="float32",
                 remat="none",
                 logprob_chunk=128,
             ),
             eval=dict(
-                every=8,
-                questions=80,
+                every=7,
+                questions=120,
                 test_questions=240,
                 search=dict(engine="bm25", topk=2),
             ),
