@@ -2,8 +2,7 @@
 
   python -m zerosearch_jax.main --config=configs/eval.py --config.policy.model=runs/grpo/policy
 
-Two CPU cores: RESULTS-TBD minutes for the tiny policy on all of the embedded world's held-out
-questions. Episodes are greedy, so the figures do not depend on a seed. The table is printed and
+Episodes are greedy, so the figures do not depend on a seed. The table is printed and
 written to `evaluation.json` in the workdir.
 """
 
