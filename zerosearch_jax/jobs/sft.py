@@ -26,7 +26,7 @@ from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains from scratch and exports to `workdir/model`; resumes from `workdir`'s checkpoint."""
+    """Trains from `config.init` or from scratch, exports `workdir/model`; resumes if it can."""
     workdir = Path(workdir)
     examples = load_examples(config)
     tokenizer = make_tokenizer(config, examples, workdir)
