@@ -23,8 +23,11 @@ def get_config(preset: str = "") -> ConfigDict:
                     max_tokens=640,
                     prefill_rows=16,
                     prefill_buckets=(64, 128, 192),
+                    decode_rows=(20,),
+                    burst_tokens=32,
                     window_tokens=320,
                     dtype="float32",
+                    int8_weights=False,
                 ),
             ),
             data=dict(

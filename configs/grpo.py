@@ -5,7 +5,7 @@
 | preset | policy ← simulator | hardware | time | score |
 |---|---|---|---|---|
 | (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 10 min | see README |
-| smollm2-135m | SmolLM2-135M ← itself, prompted | 2 CPU cores | 5 min | none: one step |
+| smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | not run | one step |
 | qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
 | qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |
 | llama-3.2-3b | Llama-3.2-3B ← SearchSimulation_14B | 8 × 80 GB | not run | see the paper |
@@ -14,10 +14,12 @@ The paper's scores are *its* exact match (%), the mean of seven sets judged with
 2505.04588, table 2; base models). Nobody has run the last three presets here: their meshes are
 checked against the models' shapes (tests/test_configs.py), their memory is reckoned on paper.
 
-smollm2-135m takes a real model, its chat template and its tokenizer through one step. Before it,
-`make smollm2` makes models/smollm2-135m. One step teaches it nothing, and untuned it hardly ever
-searches (in 1 of 274 turns sampled at temperatures 0.3 to 1), so the simulator is loaded and
-compiled but may not be asked.
+smollm2-135m takes a real model, its chat template and its tokenizer through one step, which
+teaches it nothing. Untuned it hardly ever searches (in 1 of 274 turns sampled at temperatures 0.3
+to 1), so the policy is warm-started on transcripts. Two commands make what it reads,
+models/smollm2-135m and runs/sft_smollm2/model:
+  make smollm2
+  make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
 
 The paper's runs: fetch what they read, then start one process a host (`--distributed` if several).
   hf download Qwen/Qwen2.5-3B --local-dir models/Qwen2.5-3B
@@ -42,8 +44,11 @@ def embedded() -> ConfigDict:
         max_tokens=640,
         prefill_rows=16,
         prefill_buckets=(64, 128, 192),
+        decode_rows=(30,),
+        burst_tokens=32,
         window_tokens=320,
         dtype="float32",
+        int8_weights=False,
     )
     return ConfigDict(
         dict(
@@ -75,8 +80,11 @@ def embedded() -> ConfigDict:
                         max_tokens=352,
                         prefill_rows=16,
                         prefill_buckets=(128, 192),
+                        decode_rows=(30,),
+                        burst_tokens=32,
                         window_tokens=352,
                         dtype="float32",
+                        int8_weights=False,
                     ),
                 ),
             ),
@@ -88,6 +96,7 @@ def embedded() -> ConfigDict:
                 observation_tokens=192,
                 temperature=1.0,
                 stop_on_failure=True,
+                concurrent_searches=0,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             reward=dict(name="f1", format_weight=0.0),
@@ -126,14 +135,19 @@ def embedded() -> ConfigDict:
 
 
 def smollm2_135m() -> ConfigDict:
-    """A real model as policy and as simulator: one step of 2 questions × 2 episodes."""
+    """A real model as policy, warm-started, and as simulator: one step of 2 × 2 episodes."""
     config = embedded()
     generator = dict(
-        slots=4, max_tokens=480, prefill_rows=4, prefill_buckets=(192,), window_tokens=480
+        slots=4,
+        max_tokens=480,
+        prefill_rows=4,
+        prefill_buckets=(192,),
+        decode_rows=(),
+        window_tokens=480,
     )
     config.update(
         dict(
-            policy=dict(model="models/smollm2-135m", generator=generator),
+            policy=dict(model="runs/sft_smollm2/model", generator=generator),
             search=dict(
                 simulator=dict(
                     model="models/smollm2-135m",
@@ -144,6 +158,7 @@ def smollm2_135m() -> ConfigDict:
                         max_tokens=512,
                         prefill_rows=4,
                         prefill_buckets=(448,),
+                        decode_rows=(),
                         window_tokens=512,
                     ),
                 )
@@ -184,8 +199,11 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                     max_tokens=episode_tokens,
                     prefill_rows=16,
                     prefill_buckets=(256, 512, 2048),
+                    decode_rows=(40,),
+                    burst_tokens=64,
                     window_tokens=1536,
                     dtype="bfloat16",
+                    int8_weights=False,
                 ),
             ),
             search=dict(
@@ -198,8 +216,11 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                         max_tokens=1408,  # prompt, question and query, then 600 written tokens
                         prefill_rows=16,
                         prefill_buckets=(256, 512),
+                        decode_rows=(40,),
+                        burst_tokens=64,
                         window_tokens=1408,
                         dtype="bfloat16",
+                        int8_weights=False,
                     ),
                 ),
             ),

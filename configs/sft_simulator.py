@@ -1,11 +1,13 @@
-"""Makes the tiny simulator of the embedded world, from the base policy's weights.
+"""Makes the tiny simulator of the embedded world, from the tiny reader's weights.
 
   python -m zerosearch_jax.main --config=configs/sft_simulator.py --workdir=runs/sft_simulator
 
 It learns to write the documents of a search engine, useful or noisy as it is asked, from (query,
-documents) pairs of the real one (BM25) over the train entities (paper §3.2). The prompt carries
-the gold answer. It starts from the base policy, which can already copy and knows the language,
-as the paper's simulators start from a general model; so make that first (configs/sft_policy.py).
+documents) pairs of the real one (BM25) over the train entities (paper §3.2) and, for three worlds
+in four, over made-up ones: the prompt carries the gold answer, and of what does not exist nothing
+can be recited, so copying it is what pays. It starts from the first stage of configs/sft_policy.py,
+which can already copy and knows the language, as the paper's simulators start from a general
+model: make `runs/sft_reader` first. About 23,000 pairs, written in 12 seconds of one core.
 `runs/sft_simulator/model` is committed as `zerosearch_jax/assets/simulator`.
 """
 
@@ -17,10 +19,13 @@ def get_config(preset: str = "") -> ConfigDict:
         dict(
             job="sft",
             seed=0,
-            init="zerosearch_jax/assets/policy",
+            init="runs/sft_reader/model",
             mesh=dict(data=1, fsdp=1, tensor=1),
             data=dict(
                 examples="simulator_pairs",
+                worlds=12,
+                entities_per_world=120,
+                questions_per_world=330,
                 topk=2,
                 inserted_weight=0.0,
                 end_of_text=True,
@@ -29,7 +34,7 @@ def get_config(preset: str = "") -> ConfigDict:
             optimizer=dict(
                 learning_rate=2e-3,
                 warmup_steps=30,
-                schedule_steps=450,
+                schedule_steps=360,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.98,
@@ -45,10 +50,10 @@ def get_config(preset: str = "") -> ConfigDict:
                 logprob_chunk=128,
             ),
             sft=dict(
-                steps=450,
+                steps=360,
                 examples_per_step=48,
                 eval_every=50,
-                checkpoint_every=150,
+                checkpoint_every=120,
             ),
         )
     ).lock()

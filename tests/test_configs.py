@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from zerosearch_jax import config_check
+from zerosearch_jax.data.transcripts import Habits
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.models.config import from_hf
@@ -138,10 +139,30 @@ def test_a_misspelt_preset_is_answered_with_the_right_ones():
         _load("qwen")
 
 
-@pytest.mark.parametrize("name", ["sft_policy", "sft_simulator"])
+SFT_CONFIGS = ("sft_policy.py", "sft_policy.py:habits", "sft_policy.py:smollm2-135m")
+
+
+@pytest.mark.parametrize("name", [*SFT_CONFIGS, "sft_simulator.py"])
 def test_a_fine_tuning_batch_always_fits(name):
-    config = config_check.load(f"configs/{name}.py")
+    config = config_check.load(f"configs/{name}")
+    assert config.is_locked
     assert config.sft.examples_per_step <= config.learner.rows * config.learner.microbatches
+
+
+def test_the_warm_started_model_is_the_one_that_rl_starts_from():
+    rl_config, config = _load("smollm2-135m"), config_check.load(f"configs/{SFT_CONFIGS[2]}")
+    workdir, _, written = rl_config.policy.model.rpartition("/")
+    assert written == "model"  # below the sft job's workdir
+    for name in ("configs/grpo.py", f"configs/{SFT_CONFIGS[0]}", "README.md"):
+        assert f"--workdir={workdir}\n" in Path(name).read_text()
+    assert Habits(**config.data.habits) == Habits()  # it learns no poor habit
+    assert config.init == rl_config.search.simulator.model == "models/smollm2-135m"
+    assert config.sft.checkpoint_every == config.sft.eval_every == config.sft.steps
+
+
+def test_a_misspelt_fine_tuning_preset_is_answered_with_the_right_ones():
+    with pytest.raises(UserError, match="no preset 'habit'; the presets are habits, smollm2-135m"):
+        config_check.load("configs/sft_policy.py:habit")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import jax
 import pytest
 
-from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.phrasing import padded
 from zerosearch_jax.data.sft_data import policy_transcripts, simulator_examples, tokenise
 from zerosearch_jax.data.transcripts import Habits, Segment
@@ -35,14 +34,18 @@ def test_no_segment_mentions_a_held_out_entity(transcripts):
             assert padded(name) not in everything, (entity.id, name)
 
 
+def share_that_name(examples, entities):
+    """The share of `examples` in which any of the `entities` is named."""
+    names = [padded(entity.name) for entity in entities]
+    texts = [padded(" ".join(segment.text for segment in segments)) for segments in examples]
+    return sum(any(name in text for name in names) for text in texts) / len(texts)
+
+
 def test_both_real_and_made_up_worlds_are_asked_about(transcripts):
     assert len(transcripts) == 11 * 40
-    names = [e.name for e in load_entities() if e.split == "train" and len(e.name) > 4]
-    real = [
-        any(padded(name) in padded(" ".join(s.text for s in segments)) for name in names)
-        for segments in transcripts
-    ]
-    assert 2 * 40 * 0.8 <= sum(real) < 0.6 * len(real)
+    known = [e for e in load_entities() if e.split == "train" and len(e.name) > 4]
+    # Worlds 0 and 10 are the real one.
+    assert 2 / 11 * 0.8 <= share_that_name(transcripts, known) < 0.6
 
 
 def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
@@ -58,23 +61,45 @@ def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
     )
 
 
-def test_the_simulator_learns_from_train_entities_only(monkeypatch):
-    write = sft_data.write_questions
-    monkeypatch.setattr(sft_data, "write_questions", lambda *args: write(*args)[:150])
-    examples = simulator_examples(topk=3, seed=0)
-    assert len(examples) > 300
-    everything = padded(" | ".join(s.text for segments in examples for s in segments))
+@pytest.fixture(scope="module")
+def pairs():
+    return simulator_examples(
+        worlds=5, entities_per_world=40, questions_per_world=40, topk=2, seed=0
+    )
+
+
+def test_the_simulator_learns_from_train_entities_only(pairs):
+    everything = padded(" | ".join(s.text for segments in pairs for s in segments))
+    assert padded("country") in everything  # the check itself can fail
     for entity in HELD_OUT:
         assert padded(entity.name) not in everything, entity.id
-    for prompt, documents in examples:
+    for prompt, documents in pairs:
         assert not prompt.by_policy and documents.by_policy
         assert prompt.text.endswith(" Output:") and documents.text.startswith(" Doc 1: ")
+
+
+def test_most_of_the_simulators_answers_can_only_be_copied_from_the_prompt(pairs):
+    assert len(pairs) > 5 * 40 * 2
+    # Worlds 0 and 4 are the real one.
+    assert 0.3 < share_that_name(pairs, [e for e in load_entities() if len(e.name) > 4]) < 0.6
+
+
+def test_the_real_world_is_told_anew_each_time(pairs):
+    def real_documents(**arguments):
+        examples = simulator_examples(
+            entities_per_world=40, questions_per_world=60, topk=2, **arguments
+        )
+        return {line for _, documents in examples for line in documents.text.split("\n")}
+
+    first, other = real_documents(worlds=1, seed=0), real_documents(worlds=1, seed=1)
+    assert first == real_documents(worlds=1, seed=0)
+    assert len(first & other) < 0.5 * len(first)
 
 
 class Parrot:
     """A generator and an engine in one, which say what a transcript says."""
 
-    slots, name = 1, "parrot"
+    slots, replicas, name = 1, 1, "parrot"
 
     def __init__(self, tokenizer, segments):
         self.turns = [encode(tokenizer, s.text) for s in segments if s.by_policy]
@@ -89,9 +114,15 @@ class Parrot:
     def room(self, slot):
         return 10_000
 
-    def decode(self, slots, **_):
+    def replica_of(self, slot):
+        return 0
+
+    def begin(self, slots, **_):
+        pass
+
+    def advance(self, **_):
         tokens = self.turns.pop(0)
-        return [Generation(tokens, [-1.0] * len(tokens), "stop")]
+        return {0: Generation(tokens, [-1.0] * len(tokens), "stop")}
 
     def search(self, requests):
         (request,) = requests

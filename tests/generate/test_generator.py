@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.generate.stops import build_stop_table
-from zerosearch_jax.models.transformer import abstract_model
+from zerosearch_jax.models.decode_weights import SUMMED_AXES, output_major
+from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
 from zerosearch_jax.parallel.mesh import make_mesh
 
 MAX_TOKENS = 64
@@ -66,6 +69,8 @@ def make_generator(tiny_config, tiny_params):
             prefill_rows=2,
             prefill_buckets=(4, 8),
             window_tokens=32,
+            decode_rows=(1, 2),
+            burst_tokens=3,
         )
         generator = Generator(tiny_config, **(settings | options))
         generator.load(tiny_params)
@@ -198,3 +203,190 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tiny_config):
     with pytest.raises(UserError, match="max_tokens=2000"):
         Generator(tiny_config, stop_table=NO_STOPS, end_ids=[], slots=1, max_tokens=2000,
                   mesh=make_mesh())  # fmt: skip
+
+
+def test_a_prompt_is_prefilled_once_whoever_else_begins_with_it(make_generator, naive):
+    """Members of a group, a late member, and one that takes over the slot of a member."""
+    generator = make_generator()
+    group, other = PROMPTS[1], PROMPTS[3]
+    generator.start([0, 1, 2], [group, other, group])
+    once = len(group) - 1 + len(other) - 1
+    assert generator.prefilled_tokens == once
+    first = decode(generator, [0, 1, 2], [(0, 0), (1, 0), (2, 0)])
+    generator.extend([0], [[50, 51]])
+    generator.start([3], [group])  # copied behind the back of slot 0, which went on
+    generator.start([2], [group])  # where it stands already
+    assert generator.prefilled_tokens == once + 2
+    late = decode(generator, [2, 3, 0], [(3, 0), (4, 0), (0, 1)])
+    for slot, (generation, stream) in enumerate(zip(first, [(0, 0), (1, 0), (2, 0)], strict=True)):
+        assert_same(generation, naive(other if slot == 1 else group, stream, 8, SAMPLED))
+    assert_same(late[0], naive(group, (3, 0), 8, SAMPLED))
+    assert_same(late[1], naive(group, (4, 0), 8, SAMPLED))
+    assert_same(late[2], naive(group + first[0].tokens + [50, 51], (0, 1), 8, SAMPLED))
+    # Two slots that exchange their prompts: neither may be copied from.
+    generator.start([0, 1], [other, group])
+    swapped = decode(generator, [0, 1], [(5, 0), (6, 0)])
+    assert_same(swapped[0], naive(other, (5, 0), 8, SAMPLED))
+    assert_same(swapped[1], naive(group, (6, 0), 8, SAMPLED))
+
+
+def test_new_weights_forget_the_prompts_of_the_old(make_generator, naive, tiny_params):
+    generator = make_generator()
+    generator.start([0], [PROMPTS[1]])
+    generator.load(jax.tree.map(lambda x: 0.5 * x, tiny_params))
+    generator.load(tiny_params)
+    generator.start([0, 1], [PROMPTS[1]] * 2)
+    assert generator.prefilled_tokens == 2 * (len(PROMPTS[1]) - 1)
+
+
+def test_replicas_do_not_share_a_prefill(make_generator, naive):
+    generator = make_generator(mesh=make_mesh(data=2))
+    assert [generator.replica_of(slot) for slot in range(4)] == [0, 0, 1, 1]
+    generator.start(range(4), [PROMPTS[1]] * 4)
+    assert generator.prefilled_tokens == 2 * (len(PROMPTS[1]) - 1)
+    for slot, generation in enumerate(decode(generator, range(4), [(s, 0) for s in range(4)])):
+        assert_same(generation, naive(PROMPTS[1], (slot, 0), 8, SAMPLED))
+
+
+def test_advance_comes_back_for_those_that_stopped(make_generator, naive):
+    generator = make_generator(burst_tokens=8)
+    generator.start(range(4), PROMPTS)
+    for slot, limit in enumerate((2, 5, 5, 30)):
+        generator.begin([slot], streams=[(slot, 0)], max_new_tokens=limit)
+    stopped = [generator.advance(key=KEY, sampling=GREEDY, share=0.25)]
+    assert [list(s) for s in stopped] == [[0]]
+    generator.extend([0], [[9]])  # while the others are in the middle of their turns
+    generator.begin([0], streams=[(0, 1)], max_new_tokens=3)
+    while len(stopped) < 20 and sum(map(len, stopped)) < 5:
+        stopped.append(generator.advance(key=KEY, sampling=GREEDY, share=0.5))
+    assert generator.advance(key=KEY, sampling=GREEDY) == {}
+    parts = [(slot, generation) for part in stopped for slot, generation in part.items()]
+    again = [generation for slot, generation in parts if slot == 0]
+    context = PROMPTS[0] + again[0].tokens + [9]
+    assert_same(again[0], naive(PROMPTS[0], (0, 0), 2, GREEDY))
+    assert_same(again[1], naive(context, (0, 1), 3, GREEDY))
+    for slot, generation in parts:
+        if slot:
+            assert_same(generation, naive(PROMPTS[slot], (slot, 0), (5, 5, 30)[slot - 1], GREEDY))
+
+
+def test_a_burst_moves_no_token_over_the_host(make_generator):
+    """What goes in and out is named; nothing else may cross while a burst runs."""
+    generator = make_generator()
+    generator.start(range(4), PROMPTS)
+    generator.warm_up([SAMPLED])
+    with jax.transfer_guard("disallow"):
+        generator.begin(range(4), streams=[(s, 0) for s in range(4)], max_new_tokens=3)
+        assert len(generator.advance(key=KEY, sampling=SAMPLED, share=1.0)) == 4
+
+
+TURNS = st.lists(
+    st.tuples(
+        st.integers(0, 7),  # new tokens
+        st.lists(st.integers(0, 319), min_size=1, max_size=14),  # inserted after them
+        st.integers(0, 3),  # rounds that the insertion is late
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    jobs=st.lists(st.tuples(st.integers(0, 3), TURNS), min_size=1, max_size=7),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
+)
+def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, share):
+    """Greedy, one row at a time, the whole forward pass for each token: the same tokens.
+
+    Jobs take slots as they come free, share prompts, wait for what is inserted while others go
+    on, stop at strings, and run into the end of the cache.
+    """
+    generator, stops = scheduled
+    prefilled = generator.prefilled_tokens
+    queue, seated, parked = list(enumerate(jobs)), {}, {}
+    free, told = list(range(generator.slots)), {}
+    contexts, sampled = {}, {}
+    while queue or seated:
+        new = {}
+        while queue and free:
+            slot, (number, (prompt, turns)) = free.pop(0), queue.pop(0)
+            new[slot] = number
+            seated[slot] = (number, list(turns))
+            contexts[number], sampled[number] = list(PROMPTS[prompt]), []
+        if new:
+            generator.start(list(new), [contexts[number] for number in new.values()])
+        ready = dict.fromkeys(new)
+        for slot, rounds in list(parked.items()):
+            parked[slot] = rounds - 1
+            if rounds <= 0:
+                del parked[slot]
+                ready[slot] = told.pop(slot)
+        inserted = {slot: tokens for slot, tokens in ready.items() if tokens}
+        if inserted:
+            generator.extend(list(inserted), list(inserted.values()))
+        for slot in ready:
+            generator.begin([slot], streams=[(0, 0)], max_new_tokens=seated[slot][1][0][0])
+        for slot, generation in generator.advance(key=KEY, sampling=GREEDY, share=share).items():
+            number, turns = seated[slot]
+            limit, tokens, late = turns.pop(0)
+            room = MAX_TOKENS - len(contexts[number])
+            expected = naive(contexts[number], (0, 0), min(limit, room), GREEDY, stops)
+            assert_same(generation, expected)
+            contexts[number] += generation.tokens
+            if turns and len(tokens) <= generator.room(slot):
+                contexts[number] += tokens
+                told[slot], parked[slot] = tokens, late
+            else:
+                del seated[slot]
+                free.append(slot)
+    assert generator.prefilled_tokens - prefilled <= sum(len(c) for c in contexts.values())
+
+
+@pytest.fixture(scope="module")
+def scheduled(tiny_config, tiny_params, naive):
+    """One generator for all schedules (its slots hold what the last one left), and its stops."""
+    text = b"".join(PIECES[t] for t in naive(PROMPTS[1], (0, 0), 6, GREEDY)[0]).decode()
+    stops = (text[4:9], "31")
+    generator = Generator(
+        tiny_config,
+        stop_table=build_stop_table(PIECES, stops),
+        end_ids=[],
+        slots=3,
+        max_tokens=MAX_TOKENS,
+        mesh=make_mesh(),
+        prefill_rows=2,
+        prefill_buckets=(4, 8),
+        decode_rows=(1,),
+        burst_tokens=3,
+        window_tokens=32,
+    )
+    generator.load(tiny_params)
+    return generator, stops
+
+
+def test_int8_weights_sample_like_the_rounded_model(make_generator, tiny_params):
+    """The same tokens and log-probs as a float model whose weights are the rounded ones."""
+
+    def rounded(path, leaf):
+        names = [entry.key for entry in path if getattr(entry, "key", None) in SUMMED_AXES]
+        if not names:
+            return leaf
+        stacked = leaf.ndim - len(PARAM_AXES[names[-1]])
+        summed = tuple(axis + stacked for axis in SUMMED_AXES[names[-1]])
+        coarse = output_major(leaf, summed, int8=True)
+        inner = range(leaf.ndim - len(summed), leaf.ndim)
+        restored = coarse.values * jnp.expand_dims(coarse.scale, tuple(inner))
+        return jnp.moveaxis(restored, tuple(inner), summed)
+
+    exact = make_generator()
+    exact.load(jax.tree_util.tree_map_with_path(rounded, tiny_params))
+    for mesh in (make_mesh(), make_mesh(data=2, tensor=2)):
+        coarse = make_generator(int8_weights=True, mesh=mesh)
+        for generator in (exact, coarse):
+            generator.start(range(4), PROMPTS)
+        streams = [(s, 0) for s in range(4)]
+        for one, other in zip(
+            decode(exact, range(4), streams), decode(coarse, range(4), streams), strict=True
+        ):
+            assert_same(other, (one.tokens, one.logprobs))

@@ -100,7 +100,9 @@ def questions(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rl_config(tmp_path_factory, markov_model, questions) -> Path:
     """A config file: configs/grpo.py with sizes for seconds, three steps, everything in each."""
-    generator = dict(slots=8, prefill_rows=8, dtype="float32")
+    generator = dict(
+        slots=8, prefill_rows=8, decode_rows=(), burst_tokens=8, int8_weights=False, dtype="float32"
+    )
     changes = dict(
         checkpoint_every=1,
         data=dict(source=str(questions), eval_source=str(questions)),

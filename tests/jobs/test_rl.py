@@ -20,7 +20,7 @@ from zerosearch_jax.telemetry.metrics import METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
 
 ROOT = Path(__file__).parents[2]
-CLOCKS = ("seconds/", "tokens_per_sec")
+CLOCKS = ("seconds/", "tokens_per_sec", "host_share")
 
 
 def _rows(workdir: Path) -> list[dict]:
@@ -33,8 +33,13 @@ def _without_clocks(row: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(rl_config, tmp_path_factory):
-    """A whole run: its workdir, what it printed, and the compilations up to each step's end."""
+    """A whole run: its workdir, and the compilations up to each step's end."""
     workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run_and_count(config_check.load(str(rl_config)), workdir)
+
+
+def run_and_count(config, workdir) -> list[int]:
+    """Runs the job; how often anything had been compiled when each step ended."""
     compiled, counts = [], []
 
     def listen(event: str, secs: float, **_):
@@ -51,11 +56,11 @@ def finished(rl_config, tmp_path_factory):
         patch.setattr(rl, "Progress", Counting)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            rl.run(config_check.load(str(rl_config)), str(workdir))
+            rl.run(config, str(workdir))
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
             jax.config.update("jax_compilation_cache_dir", cache)
-    return workdir, counts
+    return counts
 
 
 def test_summary_holds_the_promised_keys(finished):
@@ -90,6 +95,19 @@ def test_nothing_is_compiled_after_the_first_step(finished):
     counts = finished[1]
     assert len(counts) == 3 and counts[0] > 0
     assert counts[2] - counts[0] == 0
+
+
+@pytest.mark.slow
+def test_twenty_steps_compile_nothing_after_the_first(rl_config, tmp_path):
+    """Other contexts, numbers of running rows and searches in each; never another program."""
+    config = config_check.load(str(rl_config))
+    config.rl.steps = 20
+    config.eval.every = 5
+    config.policy.generator.decode_rows = (2, 4)
+    config.policy.generator.window_tokens = 128
+    counts = run_and_count(config, tmp_path)
+    assert len(counts) == 20 and counts[0] > 0
+    assert counts[-1] == counts[0]
 
 
 def test_the_trained_policy_is_a_model_directory_that_differs_from_the_base(finished, markov_model):
@@ -131,14 +149,8 @@ def _rows_of_questions(n: int) -> list[QARow]:
     return [QARow(f"q{i}", f"question {i}", (f"a{i}",), "test") for i in range(n)]
 
 
-def test_an_epoch_sees_each_question_once_in_an_order_of_its_own(rl_config):
-    config = config_check.load(str(rl_config))
-    train = _rows_of_questions(12)
-    steps = [rl.episodes_of(train, config, step) for step in range(12)]
-    asked = [[e.question for e in episodes[::4]] for episodes in steps]
-    first, second = sum(asked[:6], []), sum(asked[6:], [])
-    assert sorted(first) == sorted(second) == sorted(row.question for row in train)
-    assert first != second
+def test_a_steps_episodes_are_groups_and_no_two_of_a_run_have_one_number():
+    steps = [rl.episodes_of(_rows_of_questions(2), 4, step) for step in range(12)]
     numbers = [e.number for episodes in steps for e in episodes]
     assert numbers == list(range(12 * 8))  # no two episodes of a run draw alike
     for episodes in steps:  # a group is one question with its own gold answer
@@ -153,7 +165,6 @@ def test_an_epoch_sees_each_question_once_in_an_order_of_its_own(rl_config):
         (dict(rollout=dict(temperature=0.0)), "config.rollout.temperature"),
         (dict(learner=dict(row_tokens=100)), "config.learner.row_tokens=100"),
         (dict(learner=dict(microbatches=1)), "at least the 8 episodes"),
-        (dict(rollout=dict(questions_per_step=13), learner=dict(rows=13)), "12 training questions"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(rl_config, change, told):
@@ -161,4 +172,11 @@ def test_settings_that_contradict_each_other_are_refused(rl_config, change, told
     config.update(change)
     with pytest.raises(UserError, match=told):
         rl.check(config)
-        rl.episodes_of(_rows_of_questions(12), config, 0)
+
+
+def test_more_questions_a_step_than_there_are_is_refused(rl_config, tmp_path):
+    config = config_check.load(str(rl_config))
+    config.update(dict(rollout=dict(questions_per_step=13), learner=dict(rows=13)))
+    with pytest.raises(UserError, match="config.rollout.questions_per_step=13 is more than the 12"):
+        rl.run(config, str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -144,9 +144,11 @@ def test_real_greedy_tokens_agree(real):
     graphdef, _ = abstract_model(config, stacked=False)
 
     @jax.jit
-    def step(params, tokens, positions, cache):
+    def step(params, tokens, at, cache):
         model = nnx.merge(graphdef, params)
-        hidden, cache = model.cached(tokens[:, None], positions[:, None], cache)
+        nothing = empty_cache(config, len(tokens), 0, jnp.float32)
+        lengths = jnp.zeros(len(tokens), jnp.int32)
+        hidden, cache = model.cached(tokens[:, None], nothing, lengths, cache, at)
         logits = model.logits(hidden[:, 0])
         best = jax.lax.top_k(logits, 2)[0]
         return logits.argmax(-1), best[:, 0] - best[:, 1], cache
@@ -159,8 +161,7 @@ def test_real_greedy_tokens_agree(real):
     unstacked = unstack_layers(params, config.num_layers)
     choices, gaps = [], []
     for position in range(slots):
-        positions = jnp.full(len(rows), position)
-        choice, gap, cache = step(unstacked, jnp.asarray(tokens[:, position]), positions, cache)
+        choice, gap, cache = step(unstacked, jnp.asarray(tokens[:, position]), position, cache)
         choices.append(np.asarray(choice))
         gaps.append(np.asarray(gap))
     for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):

@@ -12,6 +12,7 @@ from zerosearch_jax.models.config import ModelConfig, RopeScaling
 from zerosearch_jax.models.transformer import (
     REMAT_POLICIES,
     abstract_model,
+    append_to_cache,
     empty_cache,
     param_shardings,
     unstack_layers,
@@ -92,42 +93,70 @@ def test_later_tokens_do_not_change_earlier_logits(full_logits):
 
 
 def test_cached_decoding_equals_the_full_forward(params, full_logits):
-    """Ragged prompts in chunks of four (padding is put beyond the cache), then single steps."""
-    lengths, total, slots = np.array([5, 9, 2]), 14, 16
+    """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full."""
+    lengths, total = np.array([5, 9, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)
     graphdef, _ = abstract_model(CONFIG, stacked=False)
     unstacked = unstack_layers(params, CONFIG.num_layers)
 
     @jax.jit
-    def run(chunk, positions, cache):
+    def run(chunk, past, past_length, recent, at):
         model = nnx.merge(graphdef, unstacked)
-        hidden, cache = model.cached(chunk, positions, cache)
-        return model.logits(hidden), cache
+        hidden, recent = model.cached(chunk, past, past_length, recent, at)
+        return model.logits(hidden), recent
 
-    # Rubbish, not zeros: what is not written yet must not be looked at.
-    cache = jax.tree.map(lambda x: x + 7.0, empty_cache(CONFIG, 3, slots, jnp.float32))
-    seen = np.zeros((3, total), bool)
+    def rubbish(length):
+        """Not zeros: what is not written yet must not be looked at."""
+        return jax.tree.map(lambda x: x + 7.0, empty_cache(CONFIG, 3, length, jnp.float32))
 
-    def feed(positions, cache):
-        """Feeds the tokens at `positions` [3, T]; one >= slots is padding."""
-        valid = positions < slots
-        chunk = np.where(valid, np.take_along_axis(tokens, np.minimum(positions, total - 1), 1), 0)
-        logits, cache = run(jnp.asarray(chunk), jnp.asarray(positions), cache)
-        logits = np.asarray(logits)
-        for row, column in zip(*np.nonzero(valid), strict=True):
-            at = positions[row, column]
-            np.testing.assert_allclose(logits[row, column], expected[row, at], atol=5e-5)
-            seen[row, at] = True
-        return cache
+    cache, held = rubbish(total), np.zeros(3, np.int32)
+    append = jax.jit(append_to_cache)
 
-    for start in range(0, lengths.max(), 4):
-        positions = np.broadcast_to(start + np.arange(4), (3, 4))
-        cache = feed(np.where(positions < lengths[:, None], positions, slots), cache)
-    for step in range(total - lengths.min()):
-        positions = lengths[:, None] + step
-        cache = feed(np.where(positions < total, positions, slots), cache)
-    assert seen.all()
+    def check(logits, row, column, at):
+        np.testing.assert_allclose(logits[row, column], expected[row, at], atol=5e-5)
+
+    while (held < lengths).any():
+        places = np.minimum(held[:, None] + np.arange(4), total - 1)
+        chunk = np.take_along_axis(tokens, places, 1)
+        logits, block = run(chunk, cache, held, rubbish(4), 0)
+        new = np.clip(lengths - held, 0, 4)
+        for row in range(3):
+            for column in range(new[row]):
+                check(logits, row, column, held[row] + column)
+        # Rows that are through are written nowhere.
+        rows = np.where(new > 0, np.arange(3), 3 + np.arange(3))
+        cache = append(cache, rows, held, block)
+        held = held + new
+    while (held < total).any():
+        recent, steps = rubbish(3), np.minimum(3, total - held)
+        for step in range(3):
+            places = np.minimum(held + step, total - 1)
+            chunk = np.take_along_axis(tokens, places[:, None], 1)
+            logits, recent = run(chunk, cache, held, recent, step)
+            for row in np.flatnonzero(step < steps):
+                check(logits, row, 0, held[row] + step)
+        cache = append(cache, np.arange(3), held, recent)
+        held = held + steps
+
+
+def test_a_block_that_reaches_past_the_end_keeps_what_stands_before_it():
+    def filled(rows, length, start):
+        """Keys and values of one layer whose every number is its own."""
+        size = rows * length
+        keys = start + jnp.arange(size, dtype=jnp.float32).reshape(rows, 1, 1, length)
+        return [(keys, keys.transpose(0, 1, 3, 2))]
+
+    cache, block = filled(3, 6, 0.0), filled(2, 4, 100.0)
+    ((keys, values),) = append_to_cache(cache, jnp.array([2, 0]), jnp.array([4, 1]), block)
+    assert keys[:, 0, 0].tolist() == [
+        [0, 104, 105, 106, 107, 5],
+        [6, 7, 8, 9, 10, 11],
+        [12, 13, 14, 15, 100, 101],
+    ]
+    np.testing.assert_array_equal(values[:, 0, :, 0], keys[:, 0, 0])
+    ((dropped, _),) = append_to_cache(cache, jnp.array([3, 4]), jnp.array([0, 0]), block)
+    np.testing.assert_array_equal(dropped, cache[0][0])
 
 
 def test_remat_does_not_change_gradients(params):

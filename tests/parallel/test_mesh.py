@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.parallel.mesh import (
     AXES,
-    RULES,
+    TRAIN_RULES,
     make_mesh,
     partition_spec,
     replicated,
@@ -30,7 +30,7 @@ def test_too_few_devices_is_a_user_error():
 
 
 def test_every_rule_names_a_mesh_axis():
-    used = {name for entry in RULES.values() if entry for name in jax.tree.leaves(entry)}
+    used = {name for entry in TRAIN_RULES.values() if entry for name in jax.tree.leaves(entry)}
     assert used == set(AXES)
 
 

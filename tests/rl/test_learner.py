@@ -293,9 +293,26 @@ def test_the_state_is_donated_and_later_steps_compile_nothing(sgd, whole, params
 def test_warm_up_and_cosine():
     schedule = warmup_cosine(2.0, warmup_steps=4, total_steps=12, final_fraction=0.1)
     np.testing.assert_allclose(
-        [schedule(i) for i in (0, 1, 2, 4, 8, 12, 50)], [0, 0.5, 1, 2, 1.1, 0.2, 0.2], rtol=1e-6
+        [schedule(i) for i in (0, 1, 2, 3, 4, 8, 12, 50)],
+        [0.5, 1, 1.5, 2, 2, 1.1, 0.2, 0.2],
+        rtol=1e-6,
     )
     np.testing.assert_allclose([constant(0.3)(i) for i in (0, 5, 10, 99)], 0.3, rtol=1e-6)
+    # The paper's: a warm-up of 0.95 of the steps, then constant (FACTS §3).
+    paper = warmup_cosine(1e-6, warmup_steps=193, total_steps=203, final_fraction=1.0)
+    rates = [paper(i) for i in (0, 95, 192, 193, 202)]
+    np.testing.assert_allclose(rates, [1e-6 / 193, 96e-6 / 193, 1e-6, 1e-6, 1e-6], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("warmup_steps", "last"), [(0, 4), (1, 4), (6, 5)])
+def test_a_warm_up_of_any_length_ends_at_the_peak(warmup_steps, last):
+    schedule = warmup_cosine(3.0, warmup_steps=warmup_steps, total_steps=5, final_fraction=0.5)
+    rates = [float(schedule(i)) for i in range(12)]
+    assert max(rates) == rates[max(warmup_steps - 1, 0)] == rates[warmup_steps] == 3.0
+    assert rates[:warmup_steps] == pytest.approx(
+        [3.0 * (i + 1) / warmup_steps for i in range(warmup_steps)]
+    )
+    assert rates[-1] == pytest.approx(1.5)
 
 
 def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
@@ -313,9 +330,9 @@ def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
         rates.append(float(metrics["learning_rate"]))
         losses.append(float(metrics["loss/total"]))
         np.testing.assert_allclose(losses[-1], held, rtol=1e-5)
-    np.testing.assert_allclose(rates, [0, 0.01, 0.02, 0.02, 0.02, 0.02], rtol=1e-5)
-    assert losses[1] == losses[0]  # the first step's rate is 0
-    assert losses[2] < losses[1] and losses[-1] < losses[1] - 0.5
+    np.testing.assert_allclose(rates, [0.01, 0.02, 0.02, 0.02, 0.02, 0.02], rtol=1e-5)
+    assert losses[2] < losses[1] < losses[0]  # the first update counts
+    assert losses[-1] < losses[0] - 0.5
     assert learner.sft_step._cache_size() == 1
 
 

@@ -1,5 +1,7 @@
 """The multi-turn scheduler with a policy that reads from a script."""
 
+import time
+
 import jax
 import pytest
 
@@ -28,7 +30,9 @@ def search(query):
 class ScriptedPolicy:
     """A generator's interface; its turns are written byte by byte, as no tokenizer would."""
 
-    def __init__(self, tokenizer, script, slots=8, max_tokens=5000):
+    replicas = 1
+
+    def __init__(self, tokenizer, script, slots=8, max_tokens=5000, stopping=None):
         pieces = token_bytes(tokenizer)
         self.script = {
             number: [[pieces.index(bytes([byte])) for byte in turn.encode()] for turn in turns]
@@ -39,8 +43,15 @@ class ScriptedPolicy:
         self.held = {}  # slot -> tokens
         self.turns_done = dict.fromkeys(script, 0)
         self.decode_calls = []
+        self.sampling = {}  # slot -> episode number
+        self.stopping = stopping
+        self.starts = []
+
+    def replica_of(self, slot):
+        return slot * self.replicas // self.slots
 
     def start(self, slots, token_rows):
+        self.starts.append(list(slots))
         self.held |= {s: list(row) for s, row in zip(slots, token_rows, strict=True)}
 
     def extend(self, slots, token_rows):
@@ -51,14 +62,22 @@ class ScriptedPolicy:
     def room(self, slot):
         return self.max_tokens - len(self.held[slot])
 
-    def decode(self, slots, *, key, streams, max_new_tokens, sampling):
-        self.decode_calls.append(list(slots))
-        generations = []
-        for slot, (number, _) in zip(slots, streams, strict=True):
+    def begin(self, slots, *, streams, max_new_tokens):
+        assert not self.sampling.keys() & set(slots)
+        self.sampling |= {slot: number for slot, (number, _) in zip(slots, streams, strict=True)}
+
+    def advance(self, *, key, sampling):
+        """The first `stopping` of the sampling slots stop."""
+        stopped = dict(list(self.sampling.items())[: self.stopping])
+        if stopped:
+            self.decode_calls.append(list(stopped))
+        generations = {}
+        for slot, number in stopped.items():
+            del self.sampling[slot]
             tokens = self.script[number][self.turns_done[number]]
             self.turns_done[number] += 1
             self.held[slot] += tokens
-            generations.append(Generation(tokens, [-0.01 * t for t in tokens], "stop"))
+            generations[slot] = Generation(tokens, [-0.01 * t for t in tokens], "stop")
         return generations
 
 
@@ -302,3 +321,69 @@ def test_more_episodes_than_slots(tiny_tokenizer):
     assert [t.episode for t in trajectories] == episodes
     for number, trajectory in enumerate(trajectories):
         assert f"Question {number}?|query {number}<" in inserted(trajectory, tiny_tokenizer)[0]
+
+
+def test_a_finished_slot_is_refilled_while_the_others_go_on(tiny_tokenizer):
+    """Episode 0 searches and answers; 1 answers at once, so 2 takes its slot meanwhile."""
+    episodes = [Episode(number, f"Question {number}?", ("x",)) for number in range(3)]
+    answer = "<answer> x </answer>"
+    script = {0: [search("a"), search("b"), answer], 1: [answer], 2: [search("c"), answer]}
+    policy = ScriptedPolicy(tiny_tokenizer, script, slots=2)
+    engine = EchoEngine()
+    play(tiny_tokenizer, script, engine, policy=policy, episodes=episodes)
+    assert policy.starts == [[0, 1], [1]]
+    assert [[r.query for r in batch] for batch in engine.batches] == [["a"], ["b", "c"]]
+
+
+def test_a_slot_that_waits_for_documents_is_parked(tiny_tokenizer):
+    """One slot of five stops at a time; the engine is asked when half of the seated wait."""
+    script = {n: [search(f"{n}"), ANSWER] for n in range(5)}
+    episodes = [Episode(number, f"Question {number}?", ("x",)) for number in range(5)]
+    policy = ScriptedPolicy(tiny_tokenizer, script, slots=5, stopping=1)
+    engine = EchoEngine()
+    trajectories, _ = play(tiny_tokenizer, script, engine, policy=policy, episodes=episodes)
+    assert [[r.query for r in batch] for batch in engine.batches][0] == ["0", "1", "2"]
+    assert policy.decode_calls[:5] == [[0], [1], [2], [3], [4]]
+    assert [t.answer for t in trajectories] == ["Beijing"] * 5
+
+
+def test_the_policy_decodes_while_the_engine_works(tiny_tokenizer):
+    """Episode 0's documents come only after episode 1 has sampled all its turns."""
+    script = {10: [search("slow"), ANSWER], 11: ["hm", "hm", "hm", ANSWER]}
+    policy = ScriptedPolicy(tiny_tokenizer, script, stopping=1)
+
+    class Slow(EchoEngine):
+        def search(self, requests):
+            deadline = time.monotonic() + 60
+            while policy.turns_done[11] < 4:
+                assert time.monotonic() < deadline, "the policy does not go on"
+                time.sleep(0.001)
+            return super().search(requests)
+
+    trajectories, _ = play(
+        tiny_tokenizer, script, Slow(), policy=policy, concurrent_searches=1, max_turns=5
+    )
+    assert [t.finish for t in trajectories] == ["answer", "answer"]
+    assert "Who?|slow<" in inserted(trajectories[0], tiny_tokenizer)[0]
+    with pytest.raises(UserError, match="1 of 1 searches failed"):
+        play(tiny_tokenizer, {10: [search("a")]}, EchoEngine(failure="no"),
+             stop_on_failure=True, concurrent_searches=2)  # fmt: skip
+
+
+def test_a_group_stays_on_one_replica(tiny_tokenizer):
+    episodes = [Episode(n, f"Question {n // 3}?", ("x",)) for n in range(12)]
+    script = {n: [search(f"{n}"), ANSWER] for n in range(12)}
+    policy = ScriptedPolicy(tiny_tokenizer, script, slots=4)
+    policy.replicas = 2
+    sat = {}
+    begin = policy.begin
+
+    def note(slots, *, streams, max_new_tokens):
+        for slot, (number, _) in zip(slots, streams, strict=True):
+            sat.setdefault(number // 3, set()).add(policy.replica_of(slot))
+        begin(slots, streams=streams, max_new_tokens=max_new_tokens)
+
+    policy.begin = note
+    trajectories, _ = play(tiny_tokenizer, script, policy=policy, episodes=episodes)
+    assert sat == {0: {0}, 1: {1}, 2: {0}, 3: {1}}
+    assert [t.episode for t in trajectories] == episodes

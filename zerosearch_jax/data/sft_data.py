@@ -1,12 +1,13 @@
 """Fine-tuning examples of the embedded world as token sequences: the tiny base policy's and the
 tiny simulator's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from random import Random
 
 from zerosearch_jax.data.made_up import make_up_entities
 from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, Segment, simulator_pairs
-from zerosearch_jax.data.world import Entity, corpus, load_entities, write_questions
+from zerosearch_jax.data.world import Entity, Question, corpus, load_entities, write_questions
 from zerosearch_jax.rollout.packing import TokenSequence
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
@@ -22,39 +23,57 @@ def policy_transcripts(
     topk: int,
     seed: int,
 ) -> list[list[Segment]]:
-    """Transcripts, prompts included, over made-up worlds and (every tenth world) the real one.
-
-    Only entities of the train split are used, as themselves or as models of made-up ones.
-    """  # fmt: skip
-    real = [entity for entity in load_entities() if entity.split == "train"]
+    """Transcripts, prompts included, over `_worlds` of which every tenth is the real one."""
     examples = []
-    for number in range(worlds):
-        world_seed = seed * 1_000_003 + number
-        rng = Random(world_seed)
-        entities = real
-        if number % 10:
-            entities = make_up_entities(real, entities_per_world, world_seed)
-        agent = ScriptedAgent(
-            entities, BM25Engine(corpus(entities, world_seed), topk), habits, topk
-        )
-        questions = write_questions(entities, "train", world_seed)
-        for question in rng.sample(questions, min(questions_per_world, len(questions))):
+    for world in _worlds(worlds, entities_per_world, questions_per_world, 10, topk, seed):
+        agent = ScriptedAgent(world.entities, world.engine, habits, topk)
+        for question in world.questions:
             prompt = Segment(prompts.policy_prompt(question.question), False)
-            examples.append([prompt, *agent.transcript(question, rng)])
+            examples.append([prompt, *agent.transcript(question, world.rng)])
     Random(seed).shuffle(examples)
     return examples
 
 
-def simulator_examples(*, topk: int, seed: int) -> list[list[Segment]]:
-    """The simulator's (prompt, documents) pairs over the real train entities."""
-    entities = load_entities()
-    known: list[Entity] = [entity for entity in entities if entity.split == "train"]
-    rng = Random(seed)
-    pairs = simulator_pairs(
-        write_questions(entities, "train", 0), BM25Engine(corpus(known), topk), topk, rng
-    )
-    rng.shuffle(pairs)
+def simulator_examples(
+    *, worlds: int, entities_per_world: int, questions_per_world: int, topk: int, seed: int
+) -> list[list[Segment]]:
+    """The simulator's (prompt, documents) pairs over `_worlds` of which every fourth is the real
+    one: of the others nothing can be known, so the answer has to be copied from the prompt."""
+    pairs = []
+    for world in _worlds(worlds, entities_per_world, questions_per_world, 4, topk, seed):
+        pairs += simulator_pairs(world.questions, world.entities, world.engine, topk, world.rng)
+    Random(seed).shuffle(pairs)
     return [[Segment(prompt, False), Segment(" " + documents, True)] for prompt, documents in pairs]
+
+
+@dataclass(frozen=True)
+class _World:
+    """Entities, a sample of the questions on them, an engine over them, and further draws."""
+
+    entities: Sequence[Entity]
+    questions: list[Question]
+    engine: BM25Engine
+    rng: Random
+
+
+def _worlds(
+    count: int, entities: int, questions: int, real_every: int, topk: int, seed: int
+) -> Iterator[_World]:
+    """Worlds of `entities` made-up entities; every `real_every`th, from the first, is the real
+    one, told anew. Each has at most `questions` questions.
+
+    Only entities of the train split are used, as themselves or as models of made-up ones.
+    """
+    real = [entity for entity in load_entities() if entity.split == "train"]
+    for number in range(count):
+        world_seed = seed * 1_000_003 + number
+        rng = Random(world_seed)
+        members = real
+        if number % real_every:
+            members = make_up_entities(real, entities, world_seed)
+        engine = BM25Engine(corpus(members, world_seed), topk)
+        asked = write_questions(members, "train", world_seed)
+        yield _World(members, rng.sample(asked, min(questions, len(asked))), engine, rng)
 
 
 def tokenise(

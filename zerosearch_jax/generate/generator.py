@@ -1,15 +1,21 @@
 """A generator: parameters and a KV cache of S slots × L tokens on a mesh of its own.
 
-The policy and the simulation LLM are two instances. A slot holds one sequence: `start` gives it
-a prompt, `decode` samples until a stop, `extend` appends inserted tokens behind what is cached
-(nothing is ever computed twice). It knows tokens, not text: no prompts, tags or episodes.
+The policy and the simulation LLM are two instances. A slot holds one sequence. `start` gives it a
+prompt (slots with the same prompt share one prefill), `begin` and `advance` sample until a stop,
+`extend` appends inserted tokens behind what is cached: nothing is computed twice. Slots are
+independent: one may be decoded while others wait. It knows tokens, not text: no prompts, tags or
+episodes.
 
 The last token of every slot is *pending*: chosen but not yet in the cache. Decoding feeds it
 first, so prefill computes no logits.
+
+The slots are split evenly over the mesh's data and fsdp axes (*replicas*); a replica's rows never
+leave it, so its programs hold no collectives but those of the tensor axis.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -17,26 +23,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.decode_weights import decode_weights
 from zerosearch_jax.models.transformer import (
-    LayerCache,
     abstract_model,
+    append_to_cache,
     cache_shardings,
     empty_cache,
     param_shardings,
     unstack_layers,
 )
 from zerosearch_jax.parallel import mesh as mesh_lib
+from zerosearch_jax.parallel.device_clock import DeviceClock
 
 STOPPED, ENDED, LIMIT = 1, 2, 3  # why a row left the decode loop; 0: still running
+FINISH_NAMES = {STOPPED: "stop", ENDED: "end", LIMIT: "length"}
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one row sampled in one `decode`.
+    """What one slot sampled between `begin` and its stop.
 
     Attributes:
       tokens: sampled ids; the one that completed a stop string (or the end token) is the last.
@@ -49,22 +59,15 @@ class Generation:
     finish: str
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """Loop-carried state of `decode`; S slots, K tokens at most."""
+@dataclass
+class _Turn:
+    """A slot that is sampling: the stream it draws from, tokens it may still take, its state."""
 
-    step: jax.Array  # []
-    cache: list[LayerCache]  # one a layer, `window` tokens long
-    length: jax.Array  # [S] tokens in the cache
-    pending: jax.Array  # [S]
-    state: jax.Array  # [S] of the stop automaton
-    finish: jax.Array  # [S] 0 while running
-    tokens: jax.Array  # [S, K]
-    logprobs: jax.Array  # [S, K]
-    count: jax.Array  # [S] tokens sampled
-
-
-jax.tree_util.register_dataclass(_Decoded)
+    stream: tuple[int, int]
+    limit: int
+    state: int = 0  # of the stop automaton
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 class Generator:
@@ -76,9 +79,15 @@ class Generator:
       end_ids: token ids that end a text.
       slots: S, sequences held at once; a multiple of the mesh's data and fsdp axes.
       max_tokens: L, the longest sequence of a slot.
-      prefill_rows: rows of one prefill call; `prefill_buckets`: its chunk lengths in tokens.
-      window_tokens: decode attends to the cache rounded up to a multiple of this.
-      dtype: of weights and cache.
+      prefill_rows: rows of one prefill or copy, a replica; `prefill_buckets`: its chunk lengths
+        in tokens.
+      decode_rows: numbers of rows, a replica, that decode programs are made for; the smallest
+        that holds the running ones is used. All of a replica's slots are always one of them.
+      burst_tokens: tokens a row may gain in one `advance`.
+      window_tokens: programs attend to the cache rounded up to a multiple of this.
+      dtype: of weights and cache; int8_weights: hold the matrices in int8 instead, see
+        `models.decode_weights`.
+      clock: told when the device has work; None: one of its own.
     """
 
     def __init__(
@@ -92,8 +101,12 @@ class Generator:
         mesh: jax.sharding.Mesh,
         prefill_rows: int = 32,
         prefill_buckets: Sequence[int] = (32, 64, 128, 256),
+        decode_rows: Sequence[int] = (),
+        burst_tokens: int = 32,
         window_tokens: int = 128,
         dtype=jnp.float32,
+        int8_weights: bool = False,
+        clock: DeviceClock | None = None,
     ):
         if max_tokens > config.max_positions:
             raise UserError(
@@ -102,62 +115,98 @@ class Generator:
             )
         self.config = config
         self.slots = slots
+        self.replicas = mesh.shape["data"] * mesh.shape["fsdp"]
         self.max_tokens = max_tokens
         self.mesh = mesh
-        self.prefill_rows = min(prefill_rows, slots)
-        self.prefill_buckets = tuple(sorted(prefill_buckets))
-        self.window_tokens = window_tokens
         self.prefilled_tokens = 0
         self.decoded_tokens = 0
-        self._graphdef, self._abstract = abstract_model(config, dtype=dtype, stacked=False)
+        self.clock = clock or DeviceClock()
         self._params = None
-        self._dtype = dtype
-        self._table = jax.device_put(stop_table, mesh_lib.replicated(mesh))
-        self._end_ids = np.asarray(list(end_ids), np.int32)
+        self._graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
         fresh = partial(empty_cache, config, slots, max_tokens, dtype)
         self._cache = jax.jit(fresh, out_shardings=cache_shardings(fresh, mesh))()
+        self._slots_each = slots // self.replicas
+        self._prefill_rows = min(prefill_rows, self._slots_each)
+        self._buckets = sorted({min(size, max_tokens) for size in prefill_buckets})
+        self._decode_rows = sorted({*(n for n in decode_rows if n < self._slots_each)})
+        self._decode_rows.append(self._slots_each)
+        self._burst = min(burst_tokens, max_tokens)
+        self._window_tokens = window_tokens
+
+        def convert(params):
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            params = unstack_layers(params, config.num_layers)
+            return decode_weights(params, int8_weights)
+
+        _, stacked = abstract_model(config)
+        shardings = param_shardings(jax.eval_shape(convert, stacked), mesh, mesh_lib.GENERATE_RULES)
         # Jitted here and not in `load`, which would compile it anew at every call.
-        self._convert = jax.jit(
-            lambda params: unstack_layers(
-                jax.tree.map(lambda x: x.astype(dtype), params), config.num_layers
-            ),
-            out_shardings=param_shardings(self._abstract, mesh),
-        )
+        self._convert = jax.jit(convert, out_shardings=shardings)
+        self._whole = mesh_lib.replicated(mesh)
+        self._by_row = mesh_lib.sharding_of_rows(mesh)
+        self._table = jax.device_put(stop_table, self._whole)
+        self._end_ids = jax.device_put(np.asarray(list(end_ids), np.int32), self._whole)
         self._length = np.zeros(slots, np.int32)
         self._pending = np.zeros(slots, np.int32)
+        self._prompts: dict[int, tuple[int, ...]] = {}  # what each slot's cache begins with
+        self._turns: dict[int, _Turn] = {}
+        self._stopped: dict[int, Generation] = {}  # full before they began
 
     def load(self, params: nnx.State) -> None:
         """Takes over a copy of stacked training parameters, resharded and cast."""
-        source = jax.device_put(params, param_shardings(params, self.mesh))
-        self._params = self._convert(source)
+        shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
+        self._params = self._convert(jax.device_put(params, shardings))
+        self._prompts.clear()
 
-    def warm_up(self, decodes: Sequence[tuple[Sampling, int]]) -> None:
-        """Compiles every program that later calls can need; the slots are left as they are.
+    def replica_of(self, slot: int) -> int:
+        """The replica that a slot belongs to; only its slots can share a prompt's prefill."""
+        return slot // self._slots_each
 
-        Args:
-          decodes: the (sampling, max_new_tokens) pairs that `decode` will be called with.
-        """
-        step = self.window_tokens
-        for reach in range(step, self.max_tokens + step, step):
-            window = self._window(reach)
-            for size in self.prefill_buckets:
-                if size <= window:
-                    self._run_prefill(*self._empty_chunk(size), window)
-            for sampling, max_new_tokens in decodes:
-                self._run_decode(
-                    np.zeros(self.slots, np.int32),
-                    np.zeros((self.slots, 2), np.uint32),
-                    jax.random.key(0),
-                    sampling,
-                    window,
-                    max_new_tokens,
-                )
+    def warm_up(self, samplings: Sequence[Sampling]) -> None:
+        """Compiles every program that later calls can need; the slots are left as they are."""
+        no_turns: list[list[int]] = [[] for _ in range(self.replicas)]
+        for window in self._windows():
+            for size in self._buckets:
+                self._prefill(no_turns, [], size, window)
+            if window:
+                self._copy(no_turns, [], window)
+                for rows in self._decode_rows:
+                    for sampling in samplings:
+                        self._decode(no_turns, rows, window, jax.random.key(0), sampling, 1)
+        self.drain()
 
     def start(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Empties the slots and gives each its prompt (at least one token)."""
-        self._length[list(slots)] = 0
-        self._append(slots, [list(prompt[:-1]) for prompt in prompts])
-        self._pending[list(slots)] = [prompt[-1] for prompt in prompts]
+        """Empties the slots and gives each its prompt (at least one token).
+
+        A prompt that another slot of the replica begins with is copied, not computed.
+        """
+        wanted = {s: tuple(p[:-1]) for s, p in zip(slots, prompts, strict=True)}
+        for prompt in wanted.values():
+            self._check_fits(0, len(prompt))
+        # A slot that keeps its prompt or is not started now can be copied from.
+        holders = {
+            (self.replica_of(slot), prompt): slot
+            for slot, prompt in self._prompts.items()
+            if wanted.get(slot, prompt) == prompt
+        }
+        held, fresh, late = [], [], []
+        for slot, prompt in wanted.items():
+            key = self.replica_of(slot), prompt
+            if self._prompts.get(slot) == prompt:
+                continue
+            if key in holders:
+                (late if holders[key] in fresh else held).append((holders[key], slot))
+            else:
+                holders[key] = slot
+                fresh.append(slot)
+        self._length[list(wanted)] = 0
+        self._prompts |= wanted
+        self._copy_prompts(held)
+        self._append(fresh, [list(wanted[slot]) for slot in fresh])
+        self._copy_prompts(late)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._length[slot] = len(prompt) - 1
+            self._pending[slot] = prompt[-1]
 
     def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """Appends inserted tokens (at least one a row) behind what the slots hold."""
@@ -171,6 +220,66 @@ class Generator:
         """How many more tokens the slot can take, inserted or sampled."""
         return int(self.max_tokens - self._length[slot] - 1)
 
+    def begin(
+        self, slots: Sequence[int], *, streams: Sequence[tuple[int, int]], max_new_tokens: int
+    ) -> None:
+        """Lets the slots sample from now on, each until it stops or has `max_new_tokens`.
+
+        Args:
+          streams: two numbers a slot, say (episode, turn). The draw at sequence position p uses
+            the key folded with them and with p, so it depends on neither the other slots nor on
+            how `advance` cut the work.
+        """
+        for slot, stream in zip(slots, streams, strict=True):
+            limit = min(max_new_tokens, self.room(slot))
+            if limit:
+                self._turns[slot] = _Turn(stream, limit)
+            else:
+                self._stopped[slot] = Generation([], [], "length")
+
+    def advance(
+        self, *, key: jax.Array, sampling: Sampling, share: float = 0.25
+    ) -> dict[int, Generation]:
+        """Decodes the sampling slots on the device, for at most `burst_tokens` tokens each.
+
+        Args:
+          key: a typed PRNG key, `[]`.
+          share: come back when this share of the slots has stopped, 0-1; then the host can give
+            them new work while the others wait least.
+
+        Returns:
+          What the slots that have stopped sampled, by slot. The others sample on at the next call.
+        """
+        if self._stopped:
+            stopped, self._stopped = self._stopped, {}
+            return stopped
+        turns: list[list[int]] = [[] for _ in range(self.replicas)]
+        for slot in self._turns:
+            turns[self.replica_of(slot)].append(slot)
+        most = max(map(len, turns))
+        if not most:
+            return {}
+        rows = next(n for n in self._decode_rows if n >= most)
+        window = self._window(max(1, *(int(self._length[slot]) for slot in self._turns)))
+        places, *out = self._decode(turns, rows, window, key, sampling, math.ceil(share * most))
+        pending, state, finish, count, tokens, logprobs = jax.device_get(out)
+        self.drain()
+        stopped = {}
+        for slot, row in places.items():
+            turn, n = self._turns[slot], int(count[row])
+            turn.tokens += tokens[row, :n].tolist()
+            turn.logprobs += logprobs[row, :n].tolist()
+            turn.limit -= n
+            turn.state = int(state[row])
+            self._length[slot] += n
+            self._pending[slot] = pending[row]
+            self.decoded_tokens += n
+            if finish[row]:
+                name = FINISH_NAMES[int(finish[row])]
+                stopped[slot] = Generation(turn.tokens, turn.logprobs, name)
+                del self._turns[slot]
+        return stopped
+
     def decode(
         self,
         slots: Sequence[int],
@@ -180,192 +289,275 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> list[Generation]:
-        """Samples in each slot until a stop string, the end of text or the limit.
+        """`begin`, then `advance` until all slots have stopped; in the order of `slots`."""
+        self.begin(slots, streams=streams, max_new_tokens=max_new_tokens)
+        stopped: dict[int, Generation] = {}
+        while not stopped.keys() >= set(slots):
+            stopped |= self.advance(key=key, sampling=sampling, share=1.0)
+        return [stopped[slot] for slot in slots]
 
-        Args:
-          slots: n slots to run; the others are left alone.
-          key: a typed PRNG key, `[]`.
-          streams: two numbers a slot, say (episode, turn). The draw at sequence position p uses
-            `key` folded with them and with p, so it depends on neither the other rows nor on
-            how often `decode` was called.
-
-        Returns:
-          One `Generation` a slot, in the order of `slots`.
-        """
-        slots = np.asarray(list(slots))
-        limit = np.zeros(self.slots, np.int32)
-        limit[slots] = np.minimum(max_new_tokens, self.max_tokens - 1 - self._length[slots])
-        window = self._window(int(np.max(self._length[slots] + limit[slots])) + 1)
-        folds = np.zeros((self.slots, 2), np.uint32)
-        folds[slots] = streams
-        out = self._run_decode(limit, folds, key, sampling, window, max_new_tokens)
-        length, pending, finish, tokens, logprobs, count = jax.device_get(
-            (out.length, out.pending, out.finish, out.tokens, out.logprobs, out.count)
-        )
-        self._length[slots], self._pending[slots] = length[slots], pending[slots]
-        self.decoded_tokens += int(count[slots].sum())
-        names = {STOPPED: "stop", ENDED: "end", LIMIT: "length"}
-        return [
-            Generation(
-                tokens[slot, : count[slot]].tolist(),
-                logprobs[slot, : count[slot]].tolist(),
-                names[int(finish[slot])],
+    def _check_fits(self, cached_tokens: int, new_tokens: int) -> None:
+        if cached_tokens + new_tokens > self.max_tokens - 1:
+            raise UserError(
+                f"{cached_tokens + new_tokens + 1} tokens do not fit a slot of "
+                f"{self.max_tokens}; raise config.rollout's token limits or shorten the input"
             )
-            for slot in slots
-        ]
 
     def _append(self, slots: Sequence[int], rows: list[list[int]]) -> None:
         """Writes rows of tokens behind the slots' cached ones, in bucketed chunks."""
         for slot, row in zip(slots, rows, strict=True):
-            if len(row) > self.max_tokens - 1 - self._length[slot]:
-                raise UserError(
-                    f"{self._length[slot] + len(row) + 1} tokens do not fit a slot of "
-                    f"{self.max_tokens}; raise config.rollout's token limits or shorten the input"
-                )
+            self._check_fits(int(self._length[slot]), len(row))
         # Rows of like length go together, so that little of a bucket is padding.
         order = sorted((i for i in range(len(rows)) if rows[i]), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), self.prefill_rows):
-            group = order[start : start + self.prefill_rows]
-            todo = [rows[i] for i in group]
-            while any(todo):
-                longest = max(len(row) for row in todo)
-                fits = [size for size in self.prefill_buckets if size >= longest]
-                self._prefill_chunk(
-                    [slots[i] for i in group], todo, fits[0] if fits else self.prefill_buckets[-1]
+        queues: list[list[int]] = [[] for _ in range(self.replicas)]
+        for i in order:
+            queues[self.replica_of(slots[i])].append(i)
+        while any(queues):
+            groups = [queue[: self._prefill_rows] for queue in queues]
+            queues = [queue[self._prefill_rows :] for queue in queues]
+            todo = {i: rows[i] for group in groups for i in group}
+            while any(todo.values()):
+                longest = max(len(row) for row in todo.values())
+                fits = [size for size in self._buckets if size >= longest]
+                size = fits[0] if fits else self._buckets[-1]
+                held = max(int(self._length[slots[i]]) for i in todo)
+                chunks = [[todo[i][:size] for i in group] for group in groups]
+                self._prefill(
+                    [[slots[i] for i in group] for group in groups],
+                    chunks,
+                    size,
+                    self._window(held),
                 )
-                todo = [row[self.prefill_buckets[-1] :] for row in todo]
+                for group, parts in zip(groups, chunks, strict=True):
+                    for i, part in zip(group, parts, strict=True):
+                        self._length[slots[i]] += len(part)
+                        self.prefilled_tokens += len(part)
+                        todo[i] = todo[i][size:]
 
-    def _prefill_chunk(self, slots: list[int], rows: list[list[int]], size: int) -> None:
-        """Prefills up to `size` tokens of each row; slots past the given ones are padding."""
-        index, tokens, positions = self._empty_chunk(size)
-        for i, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            row = row[:size]
-            index[i] = slot
-            tokens[i, : len(row)] = row
-            positions[i, : len(row)] = self._length[slot] + np.arange(len(row))
-            self._length[slot] += len(row)
-            self.prefilled_tokens += len(row)
-        window = self._window(max(int(self._length[slot]) for slot in slots))
-        self._run_prefill(index, tokens, positions, window)
+    def _copy_prompts(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies the prompts of slots to other slots of the same replica, (from, to)."""
+        queues: list[list[tuple[int, int]]] = [[] for _ in range(self.replicas)]
+        for source, target in pairs:
+            queues[self.replica_of(source)].append((source, target))
+        while any(queues):
+            groups = [queue[: self._prefill_rows] for queue in queues]
+            queues = [queue[self._prefill_rows :] for queue in queues]
+            reach = max(len(self._prompts[source]) for group in groups for source, _ in group)
+            if reach:
+                self._copy(
+                    [[target for _, target in group] for group in groups],
+                    [[source for source, _ in group] for group in groups],
+                    self._window(reach),
+                )
+
+    def _windows(self) -> list[int]:
+        step = self._window_tokens
+        return [min(reach, self.max_tokens) for reach in range(0, self.max_tokens + step, step)]
 
     def _window(self, reach: int) -> int:
-        """The part of the cache to compute on when `reach` tokens of it are in use."""
-        return min(-(-reach // self.window_tokens) * self.window_tokens, self.max_tokens)
+        """The part of the cache to attend to when its first `reach` tokens are in use."""
+        return next(window for window in self._windows() if window >= reach)
 
-    def _empty_chunk(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slots `[P]`, tokens and positions `[P, size]` of a chunk that writes nothing."""
-        shape = (self.prefill_rows, size)
-        # A slot past the last and positions beyond the cache: such writes are dropped.
-        index = np.full(self.prefill_rows, self.slots, np.int32)
-        return index, np.zeros(shape, np.int32), np.full(shape, self.max_tokens, np.int32)
+    def _rows(self, slots: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+        """Indices `[replicas · rows]` of slots in their replicas; rows to spare fit no slot."""
+        index = np.tile(np.arange(self._slots_each, self._slots_each + rows), (self.replicas, 1))
+        for replica, group in enumerate(slots):
+            index[replica, : len(group)] = [slot % self._slots_each for slot in group]
+        return index.ravel().astype(np.int32)
 
-    def _run_prefill(self, index, tokens, positions, window: int) -> None:
+    def _put(self, *arrays: np.ndarray) -> list[jax.Array]:
+        self.clock.started()
+        return jax.device_put(arrays, self._by_row)
+
+    def drain(self) -> None:
+        """Waits until the device has done all it was given."""
+        jax.block_until_ready(self._cache)
+        self.clock.drained()
+
+    def _prefill(self, slots, chunks, size: int, window: int) -> None:
+        """Prefills each replica's `chunks` of at most `size` tokens behind its `slots`' cache."""
+        shape = (self.replicas, self._prefill_rows)
+        tokens = np.zeros((*shape, size), np.int32)
+        starts = np.zeros(shape, np.int32)
+        for replica, rows in enumerate(chunks):
+            for i, row in enumerate(rows):
+                tokens[replica, i, : len(row)] = row
+                starts[replica, i] = self._length[slots[replica][i]]
+        index, starts, tokens = self._put(
+            self._rows(slots, self._prefill_rows), starts.ravel(), tokens.reshape(-1, size)
+        )
         self._cache = _prefill(
-            self._params,
-            self._cache,
-            index,
-            tokens,
-            positions,
-            graphdef=self._graphdef,
-            window=window,
-        )
+            self._params, self._cache, index, starts, tokens,
+            graphdef=self._graphdef, window=window, mesh=self.mesh,
+        )  # fmt: skip
 
-    def _run_decode(
-        self, limit, folds, key, sampling: Sampling, window: int, max_new_tokens: int
-    ) -> _Decoded:
-        out = _decode(
-            self._params,
-            self._cache,
-            self._length,
-            self._pending,
-            limit,
-            key,
-            folds,
-            self._table,
-            self._end_ids,
-            graphdef=self._graphdef,
-            sampling=sampling,
-            window=window,
-            max_new_tokens=max_new_tokens,
-        )
-        self._cache = out.cache
-        return out
+    def _copy(self, targets, sources, window: int) -> None:
+        rows = self._prefill_rows
+        index = self._put(self._rows(targets, rows), self._rows(sources, rows))
+        self._cache = _copy(self._cache, *index, window=window, mesh=self.mesh)
+
+    def _decode(self, turns, rows: int, window: int, key, sampling: Sampling, enough: int):
+        """Runs `turns`' slots; returns each one's row, and the rows' arrays (see `_decode`)."""
+        everything = rows == self._slots_each
+        places = {}
+        shape = self.replicas * rows
+        length, pending, limit, state = (np.zeros(shape, np.int32) for _ in range(4))
+        streams = np.zeros((shape, 2), np.uint32)
+        for replica, group in enumerate(turns):
+            for i, slot in enumerate(group):
+                # With a row for every slot nothing needs to be moved.
+                row = replica * rows + (slot % rows if everything else i)
+                places[slot], turn = row, self._turns[slot]
+                length[row], pending[row] = self._length[slot], self._pending[slot]
+                limit[row], state[row], streams[row] = turn.limit, turn.state, turn.stream
+        index = self._rows(turns, rows)
+        if everything:
+            index = np.tile(np.arange(rows, dtype=np.int32), self.replicas)
+        rest = jax.device_put((key, np.int32(enough)), self._whole)
+        by_row = self._put(index, length, pending, limit, state, streams)
+        self._cache, *out = _decode(
+            self._params, self._cache, *by_row, *rest, self._table, self._end_ids,
+            graphdef=self._graphdef, sampling=sampling, window=window, burst=self._burst,
+            everything=everything, mesh=self.mesh,
+        )  # fmt: skip
+        return places, *out
 
 
-@partial(jax.jit, static_argnames=("graphdef", "window"), donate_argnames="cache")
-def _prefill(params, cache, index, tokens, positions, *, graphdef, window):
-    """Writes `tokens` `[P, C]` at `positions` of the cache rows `index` `[P]`."""
-    model = nnx.merge(graphdef, params)
-    # A padded position must stay beyond the window that is computed on.
-    positions = jnp.where(positions < window, positions, window)
-    rows = [
+ROWS = PartitionSpec(mesh_lib.ROWS)
+WHOLE = PartitionSpec()
+
+
+def _per_replica(function, mesh: jax.sharding.Mesh, in_specs, out_specs):
+    """`function` on each replica's own rows; XLA sees to the tensor axis alone."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(mesh_lib.ROWS),
+        check_vma=False,
+    )
+
+
+def _take_rows(cache, index, window: int):
+    """The first `window` tokens of the cache rows `index`."""
+    return [
         (k.at[index, :, :, :window].get(mode="clip"), v.at[index, :, :window].get(mode="clip"))
         for k, v in cache
     ]
-    _, rows = model.cached(tokens, positions, rows)
-    return [
-        (
-            k.at[index, :, :, :window].set(k_rows, mode="drop"),
-            v.at[index, :, :window].set(v_rows, mode="drop"),
-        )
-        for (k, v), (k_rows, v_rows) in zip(cache, rows, strict=True)
-    ]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "window", "mesh"), donate_argnames="cache")
+def _prefill(params, cache, index, starts, tokens, *, graphdef, window, mesh):
+    """Writes `tokens` `[P, C]` behind the first `starts` `[P]` of the cache rows `index` `[P]`."""
+
+    def run(params, cache, index, starts, tokens):
+        model = nnx.merge(graphdef, params)
+        past = _take_rows(cache, index, window)
+        dtype = cache[0][0].dtype
+        empty = empty_cache(model.config, *tokens.shape, dtype)
+        _, block = model.cached(tokens, past, starts, empty, jnp.int32(0))
+        return append_to_cache(cache, index, starts, block)
+
+    specs = (WHOLE, ROWS, ROWS, ROWS, ROWS)
+    return _per_replica(run, mesh, specs, ROWS)(params, cache, index, starts, tokens)
+
+
+@partial(jax.jit, static_argnames=("window", "mesh"), donate_argnames="cache")
+def _copy(cache, targets, sources, *, window, mesh):
+    """Copies the first `window` tokens of the rows `sources` `[P]` to the rows `targets` `[P]`."""
+
+    def run(cache, targets, sources):
+        block = _take_rows(cache, sources, window)
+        return append_to_cache(cache, targets, jnp.zeros_like(targets), block)
+
+    return _per_replica(run, mesh, (ROWS, ROWS, ROWS), ROWS)(cache, targets, sources)
 
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "sampling", "window", "max_new_tokens"),
+    static_argnames=("graphdef", "sampling", "window", "burst", "everything", "mesh"),
     donate_argnames="cache",
 )
 def _decode(
-    params, cache, length, pending, limit, key, folds, table, end_ids,
-    *, graphdef, sampling, window, max_new_tokens,
+    params, cache, index, length, pending, limit, state, streams, key, enough, table, end_ids,
+    *, graphdef, sampling, window, burst, everything, mesh,
 ):  # fmt: skip
-    """Runs every row with `limit` > 0 until it stops; see `Generator.decode`."""
-    model = nnx.merge(graphdef, params)
-    num_rows = length.shape[0]
-    accept = table.shape[0] - 1
-    fold = jax.random.fold_in
-    row_keys = jax.vmap(lambda stream: fold(fold(key, stream[0]), stream[1]))(folds)
-    whole = cache
-    start = _Decoded(
-        step=jnp.int32(0),
-        cache=[(k[..., :window], v[:, :, :window]) for k, v in whole],
-        length=length,
-        pending=pending,
-        state=jnp.zeros(num_rows, jnp.int32),
-        finish=jnp.where(limit > 0, 0, LIMIT),
-        tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
-        logprobs=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-        count=jnp.zeros(num_rows, jnp.int32),
-    )
+    """Samples in the rows with `limit` > 0 until `enough` of them have stopped.
 
-    def body(s: _Decoded) -> _Decoded:
-        running = s.finish == 0
-        positions = jnp.where(running, s.length, window)  # a finished row writes nothing
-        hidden, cache = model.cached(s.pending[:, None], positions[:, None], s.cache)
-        token_keys = jax.vmap(fold)(row_keys, s.length)
-        token, logprob = sample(model.logits(hidden[:, 0]), token_keys, sampling)
-        state = table[s.state, token].astype(jnp.int32)
-        count = s.count + running
-        finish = jnp.where(count >= limit, LIMIT, 0)
-        finish = jnp.where(jnp.isin(token, end_ids), ENDED, finish)
-        finish = jnp.where(state == accept, STOPPED, finish)
-        return _Decoded(
-            step=s.step + 1,
-            cache=cache,
-            length=s.length + running,
-            pending=jnp.where(running, token, s.pending),
-            state=jnp.where(running, state, s.state),
-            finish=jnp.where(running, finish, s.finish),
-            tokens=s.tokens.at[:, s.step].set(jnp.where(running, token, 0)),
-            logprobs=s.logprobs.at[:, s.step].set(jnp.where(running, logprob, 0.0)),
-            count=count,
+    Args:
+      index: `[R]` cache row of each; `everything`: they are all rows, in order.
+      length, pending, limit, state: `[R]` tokens cached, the token to feed, tokens that may be
+        sampled, state of the stop automaton.
+
+    Returns:
+      The cache; then `[R]` pending, state, finish (0: not stopped) and number of tokens sampled;
+      tokens and log-probs `[R, burst]`.
+    """
+
+    def run(
+        params, cache, index, length, pending, limit, state, streams, key, enough, table, end_ids
+    ):
+        model = nnx.merge(graphdef, params)
+        num_rows = length.shape[0]
+        accept = table.shape[0] - 1
+        fold = jax.random.fold_in
+        keys = jax.vmap(lambda stream: fold(fold(key, stream[0]), stream[1]))(streams)
+        if everything:
+            past = [(k[..., :window], v[:, :, :window]) for k, v in cache]
+        else:
+            past = _take_rows(cache, index, window)
+        idle = limit == 0
+
+        def going(carry):
+            step, finish = carry[0], carry[4]
+            stopped = jnp.sum((finish != 0) & ~idle)
+            return (step < burst) & jnp.any(finish == 0) & (stopped < enough)
+
+        def body(carry):
+            step, recent, pending, state, finish, count, tokens, logprobs = carry
+            running = finish == 0
+            hidden, recent = model.cached(pending[:, None], past, length, recent, step)
+            token_keys = jax.vmap(fold)(keys, length + step)
+            token, logprob = sample(model.logits(hidden[:, 0]), token_keys, sampling)
+            state = jnp.where(running, table[state, token].astype(jnp.int32), state)
+            count = count + running
+            ends = jnp.where(count >= limit, LIMIT, 0)
+            ends = jnp.where(jnp.isin(token, end_ids), ENDED, ends)
+            ends = jnp.where(state == accept, STOPPED, ends)
+            return (
+                step + 1,
+                recent,
+                jnp.where(running, token, pending),
+                state,
+                jnp.where(running, ends, finish),
+                count,
+                tokens.at[:, step].set(token),
+                logprobs.at[:, step].set(logprob),
+            )
+
+        zeros = jnp.zeros(num_rows, jnp.int32)
+        dtype = cache[0][0].dtype
+        out = lax.while_loop(
+            going,
+            body,
+            (
+                jnp.int32(0),
+                empty_cache(model.config, num_rows, burst, dtype),
+                pending,
+                state,
+                jnp.where(idle, LIMIT, 0),
+                zeros,
+                jnp.zeros((num_rows, burst), jnp.int32),
+                jnp.zeros((num_rows, burst), jnp.float32),
+            ),
         )
+        _, recent, pending, state, finish, count, tokens, logprobs = out
+        rows = jnp.where(idle, num_rows + cache[0][0].shape[0] + jnp.arange(num_rows), index)
+        cache = append_to_cache(cache, rows, length, recent)
+        return cache, pending, state, jnp.where(idle, 0, finish), count, tokens, logprobs
 
-    end = lax.while_loop(lambda s: jnp.any(s.finish == 0) & (s.step < max_new_tokens), body, start)
-    merged = [
-        (k.at[..., :window].set(k_part), v.at[:, :, :window].set(v_part))
-        for (k, v), (k_part, v_part) in zip(whole, end.cache, strict=True)
-    ]
-    return _Decoded(**(end.__dict__ | {"cache": merged}))
+    specs = (WHOLE, *(ROWS,) * 7, *(WHOLE,) * 4)
+    return _per_replica(run, mesh, specs, (ROWS,) * 7)(
+        params, cache, index, length, pending, limit, state, streams, key, enough, table, end_ids
+    )

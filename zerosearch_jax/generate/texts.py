@@ -1,5 +1,6 @@
 """Prompts to texts with a generator: what the simulated search engine calls."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ from zerosearch_jax.text.tokenizer import decode, encode_prompt
 
 
 class TextGenerator:
-    """Completes prompts, in waves of the generator's slots.
+    """Completes prompts; a slot that has finished takes the next prompt at once.
 
     Args:
       key: a typed PRNG key; a prompt with key (a, b) samples from `key` folded with both.
@@ -33,19 +34,25 @@ class TextGenerator:
 
     def __call__(self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]) -> list[str]:
         """The completion of each prompt (user turn; the system turn is empty)."""
-        texts = []
-        for start in range(0, len(prompts), self.generator.slots):
-            wave = prompts[start : start + self.generator.slots]
-            slots = range(len(wave))
-            self.generator.start(
-                slots, [encode_prompt(self.tokenizer, prompt, system="") for prompt in wave]
-            )
-            generations = self.generator.decode(
-                slots,
-                key=self.key,
-                streams=keys[start : start + len(wave)],
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-            )
-            texts += [decode(self.tokenizer, generation.tokens) for generation in generations]
+        texts = [""] * len(prompts)
+        queue = deque(range(len(prompts)))
+        free = deque(range(self.generator.slots))
+        writing: dict[int, int] = {}  # slot -> which prompt
+        while queue or writing:
+            new = {free.popleft(): queue.popleft() for _ in range(min(len(free), len(queue)))}
+            if new:
+                self.generator.start(
+                    list(new),
+                    [encode_prompt(self.tokenizer, prompts[i], system="") for i in new.values()],
+                )
+                self.generator.begin(
+                    list(new),
+                    streams=[keys[i] for i in new.values()],
+                    max_new_tokens=self.max_new_tokens,
+                )
+                writing |= new
+            stopped = self.generator.advance(key=self.key, sampling=self.sampling)
+            for slot, generation in stopped.items():
+                texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)
+                free.append(slot)
         return texts

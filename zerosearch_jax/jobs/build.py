@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -15,6 +16,7 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.models.config import ModelConfig, read_config
 from zerosearch_jax.models.weights import load_params
+from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
@@ -49,28 +51,43 @@ def dtype_of(name: str):
 
 
 def make_generator(
-    model: Model, config: ConfigDict, mesh: jax.sharding.Mesh, stop_strings: tuple[str, ...]
+    model: Model,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    stop_strings: tuple[str, ...],
+    clock: DeviceClock | None = None,
 ) -> Generator:
     """A generator of `model` with `config`'s slots and buckets, its parameters loaded."""
-    vocabulary = token_bytes(model.tokenizer)
-    vocabulary += [b""] * (model.config.vocab_size - len(vocabulary))
     generator = Generator(
         model.config,
-        stop_table=build_stop_table(vocabulary, stop_strings),
+        stop_table=stop_table(model, stop_strings),
         end_ids=[model.tokenizer.eos_token_id],
         slots=config.slots,
         max_tokens=config.max_tokens,
         mesh=mesh,
         prefill_rows=config.prefill_rows,
         prefill_buckets=tuple(config.prefill_buckets),
+        decode_rows=tuple(config.decode_rows),
+        burst_tokens=config.burst_tokens,
         window_tokens=config.window_tokens,
         dtype=dtype_of(config.dtype),
+        int8_weights=config.int8_weights,
+        clock=clock,
     )
     generator.load(model.params)
     return generator
 
 
-def make_engine(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> SearchEngine:
+def stop_table(model: Model, stop_strings: tuple[str, ...]) -> np.ndarray:
+    """The stop automaton over the model's vocabulary, `[A, V]`."""
+    vocabulary = token_bytes(model.tokenizer)
+    vocabulary += [b""] * (model.config.vocab_size - len(vocabulary))
+    return build_stop_table(vocabulary, stop_strings)
+
+
+def make_engine(
+    config: ConfigDict, seed: int, mesh_config: ConfigDict, clock: DeviceClock | None = None
+) -> SearchEngine:
     """The engine that `config.engine` names: "bm25" over the embedded world, or "simulated"."""
     if config.engine == "bm25":
         return BM25Engine(corpus(load_entities()), topk=config.topk)
@@ -81,8 +98,9 @@ def make_engine(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> Searc
     model = load_model(simulator.model, mesh, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
     # The text is cut before a document too many, so generation stops where that would begin.
-    generator = make_generator(model, simulator.generator, mesh, (f"Doc {config.topk + 1}",))
-    generator.warm_up([(sampling, simulator.max_new_tokens)])
+    stops = (f"Doc {config.topk + 1}",)
+    generator = make_generator(model, simulator.generator, mesh, stops, clock)
+    generator.warm_up([sampling])
     texts = TextGenerator(
         generator,
         model.tokenizer,

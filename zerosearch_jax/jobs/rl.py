@@ -7,22 +7,26 @@ policy are judged on held-out questions with a real engine.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import build
+from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.jobs.evaluate import GREEDY, evaluate_policy, print_table, summary
 from zerosearch_jax.jobs.scores import answer_scores, episode_figures, reward_of
 from zerosearch_jax.models.weights import save_params
+from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.advantages import group_advantages
 from zerosearch_jax.rl.learner import GRPOLoss
@@ -51,10 +55,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     limits = Limits(
         config.rollout.max_turns, config.rollout.response_tokens, config.rollout.observation_tokens
     )
-    train = load_qa(config.data.source, config.data.train_split, config.data.train_limit)
-    engine = build.make_engine(config.search, config.seed, config.mesh)
+    epochs = Epochs(
+        load_qa(config.data.source, config.data.train_split, config.data.train_limit),
+        config.rollout.questions_per_step,
+        config.seed,
+        "config.rollout.questions_per_step",
+    )
+    clock = DeviceClock()
+    print("compiling the programs of the simulator and the policy", flush=True)
+    engine = build.make_engine(config.search, config.seed, config.mesh, clock)
     judge = build.make_engine(config.eval.search, config.seed, config.mesh)
-    generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
+    generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS, clock)
     learner = build.make_learner(policy.config, mesh, config.rl, config.learner)
     loss = GRPOLoss(
         clip_low=config.rl.clip_low,
@@ -69,15 +80,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     if first:
         state, _ = checkpoints.restore(first, learner.abstract_state())
         print(f"resuming after step {first}")
-    print("compiling the generator's programs", flush=True)
-    response = config.rollout.response_tokens
-    generator.warm_up([(sampling, response), (GREEDY, response)])
+    generator.warm_up([sampling, GREEDY])
 
     recorder = Recorder(workdir, first_step=first + 1)
     progress = Progress(config.rl.steps, first)
     phases = Phases()
     judged = partial(evaluate_policy, generator, judge, policy.tokenizer, limits=limits)
     watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
+    clock.take()
     for step in range(first, config.rl.steps):
         p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
         generator.load(state.params)
@@ -91,10 +101,11 @@ def run(config: ConfigDict, workdir: str) -> None:
                 config.seed, i, episode, turn, p
             ),
             stop_on_failure=config.rollout.stop_on_failure,
+            concurrent_searches=config.rollout.concurrent_searches,
             searching=partial(phases.phase, "search"),
         )
         with phases.phase("rollout"):
-            episodes = episodes_of(train, config, step)
+            episodes = episodes_of(epochs.draw(step), config.rollout.group_size, step)
             trajectories = rollouts.play(episodes, jax.random.key(config.seed))
         rewards = np.array(
             [reward_of(t, config.reward.name, config.reward.format_weight) for t in trajectories],
@@ -103,8 +114,10 @@ def run(config: ConfigDict, workdir: str) -> None:
         advantages = np.asarray(group_advantages(rewards, normalize_std=config.rl.normalize_std))
         with phases.phase("learner"):
             batch = learner.put(batch_of(trajectories, advantages.ravel(), config))
+            clock.started()
             state, metrics = learner.grpo_step(state, reference, batch, loss=loss)
             figures = {name: float(value) for name, value in metrics.items()}
+            clock.drained()
 
         done = step + 1
         figures |= episode_figures(trajectories) | group_figures(rewards, trajectories)
@@ -119,6 +132,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             with phases.phase("checkpoint"):
                 checkpoints.save(done, state, {"seed": config.seed, "p_noisy": p_noisy})
         figures |= phases.take()
+        figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
         figures["tokens_per_sec"] = (
             sum(t.policy_tokens for t in trajectories) / figures["seconds/step"]
         )
@@ -127,35 +141,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     progress.close()
     recorder.close()
 
-    save_params(
-        workdir / "policy", state.params, policy.config, eos_token_id=policy.tokenizer.eos_token_id
+    conclude(
+        config,
+        workdir,
+        policy=policy,
+        trained=state.params,
+        generator=generator,
+        judged=judged,
+        engine_name=judge.name,
+        began=began,
     )
-    policy.tokenizer.save_pretrained(workdir / "policy")
-    test = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
-    generator.load(reference)
-    base = judged(test)
-    generator.load(state.params)
-    trained, no_search = judged(test), judged(test, forbid_search=True)
-    table = {
-        "base": summary(base),
-        "trained": summary(trained),
-        "no_search": summary(no_search),
-    }
-    title = f"{config.data.eval_source}/{config.data.test_split}, judged with {judge.name}"
-    print_table(table, title)
-    shown = question_to_show(test, config.data.eval_source)
-    for name, played in (("base", base), ("trained", trained)):
-        print(f"\n---- {name} policy: {test[shown].id}, gold {test[shown].golden_answers[0]!r}")
-        print(show(played[shown], policy.tokenizer))
-    report = {
-        **table,
-        "steps": config.rl.steps,
-        "seconds": time.monotonic() - began,
-        "engine": judge.name,
-        "split": config.data.test_split,
-    }
-    (workdir / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 
 def check(config: ConfigDict) -> None:
@@ -174,23 +169,13 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def episodes_of(train: Sequence[QARow], config: ConfigDict, step: int) -> list[Episode]:
-    """The step's episodes, group by group; the order of questions is keyed by (seed, epoch)."""
-    questions, group = config.rollout.questions_per_step, config.rollout.group_size
-    per_epoch = len(train) // questions
-    if per_epoch == 0:
-        raise UserError(
-            f"config.rollout.questions_per_step={questions} is more than the {len(train)} "
-            "training questions; lower it"
-        )
-    order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
-    start = step % per_epoch * questions
-    rows = [train[i] for i in order[start : start + questions]]
-    number = step * questions * group
+def episodes_of(rows: Sequence[QARow], group_size: int, step: int) -> list[Episode]:
+    """The step's episodes, group by group, one group a row; numbered through the run."""
+    number = step * len(rows) * group_size
     return [
-        Episode(number + i * group + member, row.question, row.golden_answers)
+        Episode(number + i * group_size + member, row.question, row.golden_answers)
         for i, row in enumerate(rows)
-        for member in range(group)
+        for member in range(group_size)
     ]
 
 
@@ -217,6 +202,56 @@ def group_figures(rewards: np.ndarray, trajectories: Sequence[Trajectory]) -> di
         "zero_variance_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
         "noisy_ratio": float(np.mean(searches)) if searches else 0.0,
     }
+
+
+def conclude(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    policy: build.Model,
+    trained: nnx.State,
+    generator: Generator,
+    judged: Callable[..., list[Trajectory]],
+    engine_name: str,
+    began: float,
+) -> None:
+    """Exports the trained policy and judges it beside the base policy and without search.
+
+    Prints the table and an episode of each policy; writes `policy/` and `summary.json`.
+
+    Args:
+      policy: the base policy.
+      trained: its parameters after training.
+      judged: greedy episodes of what `generator` has loaded (`evaluate_policy`, its first
+        arguments given) with the engine that is called `engine_name`.
+      began: `time.monotonic()` at the run's start.
+    """
+    save_params(
+        workdir / "policy", trained, policy.config, eos_token_id=policy.tokenizer.eos_token_id
+    )
+    policy.tokenizer.save_pretrained(workdir / "policy")
+    test = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
+    generator.load(policy.params)
+    played = {"base": judged(test)}
+    generator.load(trained)
+    played |= {"trained": judged(test), "no_search": judged(test, forbid_search=True)}
+    table = {name: summary(trajectories) for name, trajectories in played.items()}
+    print_table(
+        table, f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"
+    )
+    shown = question_to_show(test, config.data.eval_source)
+    for name in ("base", "trained"):
+        print(f"\n---- {name} policy: {test[shown].id}, gold {test[shown].golden_answers[0]!r}")
+        print(show(played[name][shown], policy.tokenizer))
+    report = {
+        **table,
+        "steps": config.rl.steps,
+        "seconds": time.monotonic() - began,
+        "engine": engine_name,
+        "split": config.data.test_split,
+    }
+    (workdir / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 
 def question_to_show(rows: Sequence[QARow], source: str) -> int:

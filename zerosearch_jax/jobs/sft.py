@@ -7,7 +7,6 @@ checkpoint now and then; at the end a Hugging Face directory that every other jo
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
@@ -15,6 +14,7 @@ from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.transcripts import Habits, Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import build
+from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
@@ -44,6 +44,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     fitting = [s for s in sequences if len(s.tokens) <= config.learner.row_tokens]
     print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row left out")
     train, validation = split(fitting, config.data.validation_examples)
+    epochs = Epochs(
+        train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
+    )
     mesh = make_mesh(**config.mesh)
     model_config, params = initial_model(config, tokenizer, mesh)
     learner = build.make_learner(model_config, mesh, config.optimizer, config.learner)
@@ -57,8 +60,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     progress = Progress(config.sft.steps, first)
     held_out = learner.put(batch_of(validation, config, None))
     for step in range(first, config.sft.steps):
-        examples = draw(train, config, step)
-        batch = learner.put(batch_of(examples, config, config.learner.microbatches))
+        batch = learner.put(batch_of(epochs.draw(step), config, config.learner.microbatches))
         state, metrics = learner.sft_step(state, batch)
         done = step + 1
         figures = {name: float(value) for name, value in metrics.items()}
@@ -77,17 +79,17 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def load_examples(config: ConfigDict) -> list[list[Segment]]:
     """The examples that `config.data.examples` names."""
+    sizes = dict(
+        worlds=config.data.worlds,
+        entities_per_world=config.data.entities_per_world,
+        questions_per_world=config.data.questions_per_world,
+        topk=config.data.topk,
+        seed=config.seed,
+    )
     if config.data.examples == "policy_transcripts":
-        return sft_data.policy_transcripts(
-            worlds=config.data.worlds,
-            entities_per_world=config.data.entities_per_world,
-            questions_per_world=config.data.questions_per_world,
-            habits=Habits(**config.data.habits),
-            topk=config.data.topk,
-            seed=config.seed,
-        )
+        return sft_data.policy_transcripts(habits=Habits(**config.data.habits), **sizes)
     if config.data.examples == "simulator_pairs":
-        return sft_data.simulator_examples(topk=config.data.topk, seed=config.seed)
+        return sft_data.simulator_examples(**sizes)
     raise UserError(
         f"config.data.examples is {config.data.examples!r}; "
         "choose policy_transcripts or simulator_pairs"
@@ -121,19 +123,6 @@ def split(
             f"something of {len(sequences)} examples"
         )
     return sequences[:-validation_examples], sequences[-validation_examples:]
-
-
-def draw(train: list[TokenSequence], config: ConfigDict, step: int) -> list[TokenSequence]:
-    """The examples of one step: epochs in an order keyed by (seed, epoch), without replacement."""
-    size = config.sft.examples_per_step
-    per_epoch = len(train) // size
-    if per_epoch == 0:
-        raise UserError(
-            f"config.sft.examples_per_step={size} is more than the {len(train)} training examples"
-        )
-    order = np.random.default_rng((config.seed, step // per_epoch)).permutation(len(train))
-    start = step % per_epoch * size
-    return [train[i] for i in order[start : start + size]]
 
 
 def batch_of(sequences: list[TokenSequence], config: ConfigDict, microbatches: int | None):

@@ -69,8 +69,8 @@ def read_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{directory} holds no config.json; give a Hugging Face model directory "
-            "(`make smollm2` makes one)"
+            f"{directory} holds no config.json; give a Hugging Face model directory (the head of "
+            "the config file tells what makes its own; `make smollm2` makes models/smollm2-135m)"
         )
     try:
         return from_hf(json.loads(path.read_text()))

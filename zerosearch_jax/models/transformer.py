@@ -9,7 +9,8 @@ H head size, F MLP, L layers, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
+from zerosearch_jax.models.decode_weights import SUMMED_AXES, OutputMajor
 from zerosearch_jax.parallel import mesh as mesh_lib
 
 # Logical axes of every parameter, by its last name; `sharding` prepends "layers" when stacked.
@@ -81,28 +83,78 @@ def cache_shardings(
     ]
 
 
+def append_to_cache(
+    cache: list[LayerCache], rows: jax.Array, starts: jax.Array, new: list[LayerCache]
+) -> list[LayerCache]:
+    """Writes a block of C tokens into some rows of a cache, in place where the cache is donated.
+
+    Args:
+      rows: `[P]` rows of the cache, no two alike; a row that does not exist is dropped.
+      starts: `[P]` where in its row each block begins; what reaches past the row's end is lost.
+      new: blocks of `[P, K, H, C]` keys and `[P, K, C, H]` values, a layer each.
+    """
+    length, size = cache[0][1].shape[2], new[0][1].shape[2]
+    firsts = jnp.clip(starts, 0, length - size)
+    # A block that would reach past the end begins earlier, with what stands there already.
+    source = jnp.arange(size) - (starts - firsts)[:, None]
+
+    def write(old, block, axis):
+        index = (slice(None), *(None,) * (axis - 1), slice(None), *(None,) * (3 - axis))
+        sizes = (1, *old.shape[1:axis], size, *old.shape[axis + 1 :])
+        kept = jax.vmap(
+            lambda row, first: lax.dynamic_slice(
+                old, [first if i == axis else row if i == 0 else 0 for i in range(4)], sizes
+            )[0]
+        )(rows, firsts)
+        moved = jnp.take_along_axis(block, jnp.maximum(source, 0)[index], axis=axis)
+        return lax.scatter(
+            old,
+            jnp.stack([rows, firsts], axis=1),
+            jnp.where((source >= 0)[index], moved, kept),
+            lax.ScatterDimensionNumbers(
+                update_window_dims=(1, 2, 3),
+                inserted_window_dims=(0,),
+                scatter_dims_to_operand_dims=(0, axis),
+            ),
+            unique_indices=True,
+            mode=lax.GatherScatterMode.FILL_OR_DROP,
+        )
+
+    return [
+        (write(keys, new_keys, 3), write(values, new_values, 2))
+        for (keys, values), (new_keys, new_values) in zip(cache, new, strict=True)
+    ]
+
+
 def cached_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+    q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
 ) -> jax.Array:
-    """Grouped-query attention over a KV cache, softmax in float32.
+    """Grouped-query attention over keys and values that lie in several parts, softmax in float32.
 
     Args:
       q: `[B, T, N, H]`.
-      keys, values: a `LayerCache`.
-      mask: `[B, T, S]` bool, True where the query may look.
+      parts: keys and values of a `LayerCache` and a mask that broadcasts to `[B, T, S]`, True
+        where the query may look.
 
     Returns:
       `[B, T, N, H]` in q's dtype.
     """
     b, t, n, h = q.shape
-    k = keys.shape[1]
+    k = parts[0][0].shape[1]
     # Queries that share a key-value head become rows of one matrix.
     q = (q * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
-    scores = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, k, n // k, t, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(b, k, -1, mask.shape[-1])
-    out = jnp.einsum("bkms,bksh->bkmh", weights, values)
+    scores = []
+    for keys, _, mask in parts:
+        part = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
+        part = part.reshape(b, k, n // k, t, -1)
+        scores.append(jnp.where(mask[:, None, None], part, jnp.finfo(jnp.float32).min))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = weights.astype(q.dtype).reshape(b, k, (n // k) * t, -1)
+    out, start = 0, 0
+    for keys, values, _ in parts:
+        stop = start + keys.shape[-1]
+        out += jnp.einsum("bkms,bksh->bkmh", weights[..., start:stop], values)
+        start = stop
     return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
@@ -130,14 +182,18 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     return jnp.concatenate(outputs, axis=1)
 
 
-def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x` `[B, T, D]` times `weight` `[D, ...]`, as one plain matrix product.
+def dense(x: jax.Array, weight: jax.Array | OutputMajor, summed: int = 1) -> jax.Array:
+    """`x` `[B, T, *in]` times `weight` `[*in, *out]` with `summed` axes in, as one plain product.
 
     XLA's CPU backend runs the backward pass of a product over `[B, T, D]` at a third of the
     speed of the same product over `[B·T, D]`.
     """
-    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+    rows = x.reshape(x.shape[0] * x.shape[1], -1)
+    if isinstance(weight, OutputMajor):
+        out = weight.product(rows)
+    else:
+        out = (rows @ weight.reshape(rows.shape[1], -1)).reshape(-1, *weight.shape[summed:])
+    return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -212,7 +268,7 @@ class Block(nnx.Module):
 
     def combine(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual output `[B, T, D]` from `x` and the attended values `[B, T, N, H]`."""
-        x = x + dense(attended.reshape(*x.shape[:2], -1), self.o[...].reshape(-1, x.shape[-1]))
+        x = x + dense(attended, self.o[...], summed=2)
         y = rms_norm(x, self.mlp_norm[...], self.eps)
         y = jax.nn.silu(dense(y, self.gate[...])) * dense(y, self.up[...])
         return x + dense(y, self.down[...])
@@ -222,18 +278,23 @@ class Block(nnx.Module):
         return self.combine(x, packed_attention(q, k, v, segment_ids))
 
     def cached(
-        self, x: jax.Array, angles: jax.Array, positions: jax.Array, cache: LayerCache
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        past: tuple[jax.Array, jax.Array, jax.Array],
+        recent: LayerCache,
+        at: jax.Array,
+        recent_mask: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """Writes `x`'s keys and values at `positions` `[B, T]` and attends to all up to them.
+        """`x` `[B, T, D]` attending to `past` (an attention part) and to the recent tokens.
 
-        A position beyond the cache is dropped, never written elsewhere.
+        Its own keys and values are written into `recent` from position `at` `[]` on.
         """
         q, k, v = self.project(x, angles)
-        rows = jnp.arange(x.shape[0])[:, None]
-        keys = cache[0].at[rows, :, :, positions].set(k, mode="drop")
-        values = cache[1].at[rows, :, positions].set(v, mode="drop")
-        mask = jnp.arange(values.shape[2]) <= positions[:, :, None]
-        return self.combine(x, cached_attention(q, keys, values, mask)), (keys, values)
+        keys = lax.dynamic_update_slice(recent[0], k.transpose(0, 2, 3, 1), (0, 0, 0, at))
+        values = lax.dynamic_update_slice(recent[1], v.transpose(0, 2, 1, 3), (0, 0, at, 0))
+        attended = cached_attention(q, [past, (keys, values, recent_mask)])
+        return self.combine(x, attended), (keys, values)
 
 
 class Transformer(nnx.Module):
@@ -279,7 +340,10 @@ class Transformer(nnx.Module):
         return self.embedding[...].T if self.unembed is None else self.unembed[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+        """Float32 logits `[..., V]` of hidden states `[..., D]` (decode weights: `[R, D]`)."""
+        weight = (self.embedding if self.unembed is None else self.unembed)[...]
+        if isinstance(weight, OutputMajor):
+            return weight.product(hidden, jnp.float32)
         return jnp.dot(hidden, self.unembedding(), preferred_element_type=jnp.float32)
 
     def __call__(
@@ -295,7 +359,7 @@ class Transformer(nnx.Module):
         Returns:
           `[B, T, D]`, after the final norm.
         """
-        x = self.embedding[...][tokens]
+        x = self._embed(tokens)
         angles = self._angles(positions)
         graphdef, stacked = nnx.split(self.layers)
 
@@ -308,21 +372,42 @@ class Transformer(nnx.Module):
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
     def cached(
-        self, tokens: jax.Array, positions: jax.Array, cache: list[LayerCache]
+        self,
+        tokens: jax.Array,
+        past: list[LayerCache],
+        past_length: jax.Array,
+        recent: list[LayerCache],
+        at: jax.Array,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Hidden states `[B, T, D]` of `tokens` `[B, T]` appended to a KV cache.
+        """Hidden states `[B, T, D]` of `tokens` `[B, T]` behind a KV cache that is only read.
+
+        A token sees the first `past_length` `[B]` tokens of `past`, then those of `recent` up to
+        itself. Its position is `past_length + at + t`. The two are apart because writing one
+        token a row into a long cache costs more than computing it.
 
         Args:
-          positions: `[B, T]` int32, where in the row's cache each token goes.
-          cache: a `LayerCache` for each layer.
+          past, recent: a `LayerCache` for each layer; `past` may hold no tokens at all.
+          at: `[]` int32, where in `recent` the tokens go, alike for all rows.
+
+        Returns:
+          The hidden states, and `recent` with the tokens' keys and values.
         """
-        x = self.embedding[...][tokens]
-        angles = self._angles(positions)
-        new_cache = []
-        for block, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = block.cached(x, angles, positions, layer_cache)
-            new_cache.append(layer_cache)
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), new_cache
+        places = at + jnp.arange(tokens.shape[1])
+        x = self._embed(tokens)
+        angles = self._angles(past_length[:, None] + places)
+        past_mask = (jnp.arange(past[0][1].shape[2]) < past_length[:, None])[:, None]
+        recent_mask = (jnp.arange(recent[0][1].shape[2]) <= places[:, None])[None]
+        new_recent = []
+        for block, (keys, values), layer_recent in zip(self.layers, past, recent, strict=True):
+            x, layer_recent = block.cached(
+                x, angles, (keys, values, past_mask), layer_recent, at, recent_mask
+            )
+            new_recent.append(layer_recent)
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps), new_recent
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        weight = self.embedding[...]
+        return weight.rows(tokens) if isinstance(weight, OutputMajor) else weight[tokens]
 
     def _angles(self, positions: jax.Array) -> jax.Array:
         config = self.config
@@ -345,16 +430,32 @@ def init_params(config: ModelConfig, seed: int, *, dtype: Any = jnp.float32) -> 
     return nnx.state(Transformer(config, rngs=nnx.Rngs(seed), dtype=dtype))
 
 
-def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
-    """A tree like `params` (arrays or shapes) of shardings by `PARAM_AXES`."""
+def param_shardings(
+    params: nnx.State, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
+) -> nnx.State:
+    """A tree like `params` (arrays or shapes) of shardings by `PARAM_AXES` and `rules`."""
 
     def one(path, leaf):
         names = [entry.key for entry in path if hasattr(entry, "key")]
-        axes = PARAM_AXES[[name for name in names if name in PARAM_AXES][-1]]
+        name = [name for name in names if name in PARAM_AXES][-1]
+        axes = PARAM_AXES[name]
+        if isinstance(leaf, OutputMajor):
+            summed = SUMMED_AXES[name]
+            outer = tuple(axis for i, axis in enumerate(axes) if i not in summed)
+            inner = tuple(axes[i] for i in summed)
+            return replace(
+                leaf,
+                values=mesh_lib.sharding(mesh, outer + inner, leaf.values.shape, rules),
+                scale=None
+                if leaf.scale is None
+                else mesh_lib.sharding(mesh, outer, leaf.scale.shape, rules),
+            )
         axes = ("layers",) * (len(leaf.shape) - len(axes)) + axes
-        return mesh_lib.sharding(mesh, axes, leaf.shape)
+        return mesh_lib.sharding(mesh, axes, leaf.shape, rules)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(
+        one, params, is_leaf=lambda leaf: isinstance(leaf, OutputMajor)
+    )
 
 
 def unstack_layers(params: nnx.State, num_layers: int) -> nnx.State:

@@ -3,7 +3,7 @@
 Models name the axes of their parameters; nothing else decides how a parameter is sharded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -11,9 +11,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from zerosearch_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that rows of a batch are split over
 
 # Logical axis of a parameter or activation -> mesh axis (None: replicated).
-RULES = {
+Rules = Mapping[str, str | tuple[str, ...] | None]
+TRAIN_RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -21,9 +23,13 @@ RULES = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "batch": ("data", "fsdp"),
+    "batch": ROWS,
     "length": None,
 }
+
+# A generator's weights are whole on every replica but for `tensor`: gathering them for each token
+# would cost more than the token.
+GENERATE_RULES: Rules = {**TRAIN_RULES, "embed": None}
 
 
 def make_mesh(
@@ -46,22 +52,24 @@ def make_mesh(
     )
 
 
-def partition_spec(axes: Sequence[str]) -> PartitionSpec:
+def partition_spec(axes: Sequence[str], rules: Rules = TRAIN_RULES) -> PartitionSpec:
     """The partition of an array whose dimensions bear these logical names."""
-    spec = [RULES[axis] for axis in axes]
+    spec = [rules[axis] for axis in axes]
     used = [name for entry in spec if entry for name in (entry if _many(entry) else (entry,))]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} use a mesh axis twice: {used}")
     return PartitionSpec(*spec)
 
 
-def sharding(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+def sharding(
+    mesh: Mesh, axes: Sequence[str], shape: Sequence[int], rules: Rules = TRAIN_RULES
+) -> NamedSharding:
     """The sharding of an array of `shape` whose dimensions bear the logical names `axes`.
 
     Raises:
       UserError: a dimension does not divide by its mesh axes.
     """
-    spec = partition_spec(axes)
+    spec = partition_spec(axes, rules)
     for axis, size, entry in zip(axes, shape, spec, strict=True):
         names = () if entry is None else entry if _many(entry) else (entry,)
         parts = 1
@@ -80,9 +88,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def sharding_of_rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays `[rows, ...]`: rows over the data axes."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
 def sharding_of_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of learner arrays `[M, R, T]`: rows over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(None, ROWS))
 
 
 def _many(entry) -> bool:

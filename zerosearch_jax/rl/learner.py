@@ -60,14 +60,19 @@ class GRPOLoss:
 def warmup_cosine(
     peak: float, *, warmup_steps: int, total_steps: int, final_fraction: float
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it (1: constant)."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup_steps else peak,
-        peak_value=peak,
-        warmup_steps=warmup_steps,
-        decay_steps=max(total_steps, warmup_steps + 1),
-        end_value=peak * final_fraction,
+    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it (1: constant).
+
+    Steps count from 0: warm-up step i has the rate peak·(i + 1) / warmup_steps, so that the first
+    update changes something and the last one of the warm-up has the peak; so has the step after
+    it, with which the cosine begins. From step `total_steps` on the rate stays at the end's.
+    """
+    cosine = optax.cosine_decay_schedule(
+        peak, max(total_steps - warmup_steps, 1), alpha=final_fraction
     )
+    if not warmup_steps:
+        return cosine
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def adamw(

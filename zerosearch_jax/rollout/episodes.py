@@ -1,18 +1,21 @@
 """The multi-turn scheduler: think, search, read, answer, for many episodes at once.
 
-The policy decodes all running episodes to their next stop, the engine answers their searches in
-one batch, and only what was inserted is prefilled behind each slot's cache. It decides nothing
-about rewards or learning.
+Every episode owns a slot of the policy's generator. A slot whose episode has ended takes the next
+one at once; a slot that waits for documents is parked while the others go on; only what was
+inserted is prefilled behind its cache. It decides nothing about rewards or learning.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import jax
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.generator import Generation, Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
@@ -38,6 +41,58 @@ class Limits:
     observation_tokens: int
 
 
+class _Table:
+    """Who sits where and waits for what; keys are slots of the generator.
+
+    Attributes:
+      queued: episodes without a slot yet, a queue for each replica of the generator: a group
+        stays on one replica, where its members share their prompt.
+      seated: running episodes; `sampling` those that decode; `asking` their requests not yet
+        sent; `flying` batches that the engine works on; `observations` tokens to insert.
+    """
+
+    def __init__(self, generator: Generator, episodes: Sequence[Episode]):
+        self.trajectories = [Trajectory(episode) for episode in episodes]
+        self.seated: dict[int, Trajectory] = {}
+        self.sampling: set[int] = set()
+        self.asking: dict[int, SearchRequest] = {}
+        self.flying: dict[Future, dict[int, SearchRequest]] = {}
+        self.observations: dict[int, list[int]] = {}
+        self._queues = [deque() for _ in range(generator.replicas)]
+        groups = groupby(self.trajectories, key=lambda t: t.episode.question)
+        for i, (_, group) in enumerate(groups):
+            self._queues[i % len(self._queues)].extend(group)
+        self._free = [[] for _ in self._queues]
+        for slot in range(generator.slots):
+            self._free[generator.replica_of(slot)].append(slot)
+        self._replica_of = generator.replica_of
+        self._last_question: dict[int, str] = {}
+
+    @property
+    def queued(self) -> bool:
+        return any(self._queues)
+
+    def seat_next(self) -> dict[int, Trajectory]:
+        """Seats queued episodes in the free slots; returns the new ones."""
+        new = {}
+        for queue, free in zip(self._queues, self._free, strict=True):
+            # A free slot that holds the next group's prompt already is taken first.
+            while queue and free:
+                question = queue[0].episode.question
+                holding = [slot for slot in free if self._last_question.get(slot) == question]
+                slot = holding[0] if holding else free[0]
+                free.remove(slot)
+                self._last_question[slot] = question
+                new[slot] = queue.popleft()
+        self.seated |= new
+        return new
+
+    def leave(self, slot: int, finish: str) -> None:
+        """Ends a slot's episode and frees the slot."""
+        self.seated.pop(slot).finish = finish
+        self._free[self._replica_of(slot)].append(slot)
+
+
 class Rollouts:
     """Plays episodes with one policy generator and one engine.
 
@@ -47,7 +102,11 @@ class Rollouts:
         "search failed" observation.
       forbid_search: each episode is one turn that has to answer: the opening of the answer is
         inserted after the prompt.
-      searching: entered while the engine is waited for (to time it).
+      concurrent_searches: batches of searches that may be under way while the policy decodes, for
+        an engine that works elsewhere (over the network, on its own devices). What is batched
+        with what then depends on the clock, and so do the last bits of the figures. 0: the
+        engine and the policy take turns, always in the same way.
+      searching: entered while nothing but the engine is waited for (to time it).
     """
 
     def __init__(
@@ -61,6 +120,7 @@ class Rollouts:
         noisy: Callable[[int, int], bool] = lambda episode, turn: False,
         stop_on_failure: bool = False,
         forbid_search: bool = False,
+        concurrent_searches: int = 0,
         searching: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.generator = generator
@@ -71,6 +131,7 @@ class Rollouts:
         self.noisy = noisy
         self.stop_on_failure = stop_on_failure
         self.forbid_search = forbid_search
+        self.concurrent_searches = concurrent_searches
         self.searching = searching
         self._invalid = encode(tokenizer, prompts.INVALID_ACTION)
 
@@ -78,37 +139,42 @@ class Rollouts:
         """Plays all episodes, as many at once as the generator has slots.
 
         Args:
+          episodes: members of a group next to each other, so that they share their prefill.
           key: a typed PRNG key; episode n samples from `key` folded with n, so what it does
             depends on neither its neighbours nor its place in the batch.
 
         Returns:
           A trajectory for each episode, in order.
         """
-        size = self.generator.slots
-        waves = [episodes[i : i + size] for i in range(0, len(episodes), size)]
-        return [trajectory for wave in waves for trajectory in self._play_wave(wave, key)]
+        table = _Table(self.generator, episodes)
+        with ThreadPoolExecutor(max(1, self.concurrent_searches)) as pool:
+            while table.queued or table.seated:
+                self._seat(table)
+                for slot, generation in self._advance(key).items():
+                    self._take_turn(table, slot, generation)
+                self._search(table, pool)
+                self._observe(table)
+        return table.trajectories
 
-    def _play_wave(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
-        trajectories = [Trajectory(episode) for episode in episodes]
-        for trajectory in trajectories:
-            trajectory.append_inserted(self._prompt(trajectory))
-        self.generator.start(range(len(trajectories)), [t.tokens for t in trajectories])
-        running = list(range(len(trajectories)))
-        for turn in range(1 if self.forbid_search else self.limits.max_turns + 1):
-            if not running:
-                break
-            generations = self.generator.decode(
-                running,
-                key=key,
-                streams=[(episodes[slot].number, 0) for slot in running],
-                max_new_tokens=self.limits.response_tokens,
-                sampling=self.sampling,
-            )
-            for slot, generation in zip(running, generations, strict=True):
-                self._take_turn(trajectories[slot], generation)
-            last = self.forbid_search or turn == self.limits.max_turns
-            running = self._observe(trajectories, running, turn, last)
-        return trajectories
+    def _advance(self, key: jax.Array) -> dict[int, Generation]:
+        return self.generator.advance(key=key, sampling=self.sampling)
+
+    def _seat(self, table: "_Table") -> None:
+        """Gives free slots to the next episodes."""
+        new = table.seat_next()
+        if new:
+            for trajectory in new.values():
+                trajectory.append_inserted(self._prompt(trajectory))
+            self.generator.start(list(new), [t.tokens for t in new.values()])
+            self._begin(table, list(new))
+
+    def _begin(self, table: "_Table", slots: list[int]) -> None:
+        table.sampling |= set(slots)
+        self.generator.begin(
+            slots,
+            streams=[(table.seated[slot].episode.number, 0) for slot in slots],
+            max_new_tokens=self.limits.response_tokens,
+        )
 
     def _prompt(self, trajectory: Trajectory) -> list[int]:
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(trajectory.episode.question))
@@ -117,50 +183,73 @@ class Rollouts:
             prompt = prompt + encode(self.tokenizer, prompts.FORCED_ANSWER)
         return prompt
 
-    def _take_turn(self, trajectory: Trajectory, generation) -> None:
+    def _take_turn(self, table: "_Table", slot: int, generation: Generation) -> None:
+        """Records what a slot sampled; the episode ends, searches, or is told it is invalid."""
+        table.sampling.discard(slot)
+        trajectory = table.seated[slot]
         trajectory.append_sampled(generation.tokens, generation.logprobs)
         text = decode(self.tokenizer, generation.tokens)
         action = parse_action(text, trajectory.answer_prefix)
         trajectory.turns.append(Turn(text, action))
         if action.kind == "answer":
-            trajectory.finish = "answer"
+            table.leave(slot, "answer")
+        elif self.forbid_search or len(trajectory.turns) > self.limits.max_turns:
+            table.leave(slot, "turns")
+        elif action.kind == "search":
+            table.asking[slot] = self._request(trajectory)
+        else:
+            table.observations[slot] = self._invalid
 
-    def _observe(
-        self, trajectories: list[Trajectory], running: list[int], turn: int, last: bool
-    ) -> list[int]:
-        """Inserts what each running episode is told after its turn; returns who goes on."""
-        going = [slot for slot in running if not trajectories[slot].finish]
-        if last:
-            for slot in going:
-                trajectories[slot].finish = "turns"
-            return []
-        requests = {
-            slot: self._request(trajectories[slot], turn)
-            for slot in going
-            if trajectories[slot].turns[-1].action.kind == "search"
-        }
-        results = self._search(list(requests.values()))
-        observations = {}
-        for slot in going:
-            if slot in requests:
-                result = results[requests[slot].key]
-                trajectories[slot].searches.append((requests[slot], result))
-                observations[slot] = self._documents(result)
-            else:
-                observations[slot] = self._invalid
-        for slot in going:
+    def _search(self, table: "_Table", pool: ThreadPoolExecutor) -> None:
+        """Sends requests to the engine, as one batch, and takes in what it has answered.
+
+        With `concurrent_searches` a batch is sent as soon as a thread is free, and waited for
+        only when no slot samples. Without, the engine is asked once half of the seated episodes
+        wait for it or none samples: it may share the device, and likes large batches.
+        """
+        waiting = table.asking
+        if not self.concurrent_searches:
+            if waiting and (not table.sampling or 2 * len(waiting) >= len(table.seated)):
+                table.asking = {}
+                self._take_results(table, waiting, self._ask(list(waiting.values())))
+            return
+        if waiting and len(table.flying) < self.concurrent_searches:
+            table.asking = {}
+            table.flying[pool.submit(self._ask, list(waiting.values()))] = waiting
+        if table.flying:
+            idle = not table.sampling and not table.observations
+            with self.searching() if idle else nullcontext():
+                landed, _ = wait(table.flying, None if idle else 0, FIRST_COMPLETED)
+            for future in landed:
+                self._take_results(table, table.flying.pop(future), future.result())
+
+    def _take_results(
+        self,
+        table: "_Table",
+        asked: dict[int, SearchRequest],
+        results: dict[tuple[int, int], SearchResult],
+    ) -> None:
+        for slot, request in asked.items():
+            result = results[request.key]
+            table.seated[slot].searches.append((request, result))
+            table.observations[slot] = self._documents(result)
+
+    def _observe(self, table: "_Table") -> None:
+        """Inserts what the episodes are told, and lets them sample on."""
+        told, table.observations = table.observations, {}
+        for slot, tokens in list(told.items()):
             # The observation and at least one token after it must fit.
-            if self.generator.room(slot) <= len(observations[slot]):
-                trajectories[slot].finish = "length"
+            if self.generator.room(slot) <= len(tokens):
+                table.leave(slot, "length")
+                del told[slot]
             else:
-                trajectories[slot].append_inserted(observations[slot])
-        going = [slot for slot in going if not trajectories[slot].finish]
-        if going:
-            self.generator.extend(going, [observations[slot] for slot in going])
-        return going
+                table.seated[slot].append_inserted(tokens)
+        if told:
+            self.generator.extend(list(told), list(told.values()))
+            self._begin(table, list(told))
 
-    def _request(self, trajectory: Trajectory, turn: int) -> SearchRequest:
-        episode = trajectory.episode
+    def _request(self, trajectory: Trajectory) -> SearchRequest:
+        episode, turn = trajectory.episode, len(trajectory.turns) - 1
         return SearchRequest(
             episode=episode.number,
             turn=turn,
@@ -170,10 +259,9 @@ class Rollouts:
             noisy=self.noisy(episode.number, turn),
         )
 
-    def _search(self, requests: list[SearchRequest]) -> dict[tuple[int, int], SearchResult]:
-        if not requests:
-            return {}
-        with self.searching():
+    def _ask(self, requests: list[SearchRequest]) -> dict[tuple[int, int], SearchResult]:
+        """The engine's results by key; refuses a wrong set of them."""
+        with nullcontext() if self.concurrent_searches else self.searching():
             answered = self.engine.search(requests)
         results = {result.key: result for result in answered}
         keys = {request.key for request in requests}

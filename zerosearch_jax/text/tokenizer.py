@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from zerosearch_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_STAND_IN = "\ue000"  # for the user's text, to see where a chat template puts it
 
 
 def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -47,15 +48,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
       UserError: the vocabulary is neither byte-level BPE nor SentencePiece.
     """
     vocabulary = tokenizer.get_vocab()
-    added = tokenizer.added_tokens_decoder
+    added, special = tokenizer.added_tokens_decoder, _special_ids(tokenizer)
     piece_bytes = _piece_reader(tokenizer)
     result = [b""] * (max(vocabulary.values()) + 1)
     for piece, token_id in vocabulary.items():
-        if token_id in added:
-            special = added[token_id].special or token_id in tokenizer.all_special_ids
-            result[token_id] = b"" if special else added[token_id].content.encode()
-        elif token_id not in tokenizer.all_special_ids:
-            result[token_id] = piece_bytes(piece)
+        if token_id not in special:
+            ours = token_id in added
+            result[token_id] = added[token_id].content.encode() if ours else piece_bytes(piece)
     return result
 
 
@@ -74,15 +73,36 @@ def encode_prompt(
 
     With a chat template: a system turn (if `system` is not None; it may be empty), the user turn
     and the opening of the assistant's. Without one: the plain text, with the special tokens that
-    the tokenizer puts first.
+    the tokenizer puts first. A special token spelled out in `user_text` is ordinary text, so that
+    a question cannot end its turn; `system` is trusted.
     """
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
         return tokenizer(text, split_special_tokens=True)["input_ids"]
+    text = _render(tokenizer, user_text, system)
+    head, _, tail = _render(tokenizer, _STAND_IN, system).partition(_STAND_IN)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = _special_ids(tokenizer)
+    ids = []
+    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        by_user = len(head) <= start < len(text) - len(tail)
+        if by_user and token_id in special:
+            ids += encode(tokenizer, text[start:end])
+        else:
+            ids.append(token_id)
+    return ids
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | None) -> str:
+    """The chat template's text up to where the assistant is to go on."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": user_text})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

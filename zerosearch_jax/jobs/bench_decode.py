@@ -1,0 +1,201 @@
+"""Decode and prefill against other libraries, and against what the machine can do.
+
+All run the same weights on the same prompts, greedily, with no end of text, one after the other
+in turns. Decode counts the tokens of all rows after the prompt, prefill those of the prompts.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.jobs import bench_peers, build
+from zerosearch_jax.jobs.bench_rows import Row
+from zerosearch_jax.parallel.mesh import make_mesh
+
+GREEDY = Sampling(temperature=0.0)
+PEERS = Path(__file__).parent / "peers"
+
+
+def run(config: ConfigDict) -> list[Row]:
+    """Rows for every number of slots, every peer that there is, and the machine's limits."""
+    model = build.load_model(config.model, make_mesh(), "float32")
+    rng = np.random.default_rng(0)
+    words = rng.integers(1000, model.config.vocab_size - 1000, (max(config.slots), 4096)).tolist()
+    rows = []
+    copied, multiplied = copy_bandwidth(config.threads), gemm_peak()
+    for slots in config.slots:
+        prompts = [row[: config.prompt_tokens] for row in words[:slots]]
+        tokens = slots * config.new_tokens
+        ours, first = decode_rates(model, prompts, config.new_tokens, config.repeats)
+        if slots == min(config.slots):
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+            moved = [rate / slots * size / 1e9 for rate in ours]
+            rows.append(Row(f"decode {slots} / copy bandwidth", moved, copied, "GB/s"))
+        if slots == max(config.slots):
+            done = [rate * flops_per_token(model, config) / 1e9 for rate in ours]
+            rows.append(Row(f"decode {slots} / GEMM peak", done, multiplied, "GFLOP/s"))
+        for name, peer in peers(config).items():
+            answer = peer(prompts, config.new_tokens)
+            same = len(os.path.commonprefix([first, answer["tokens"]]))
+            print(f"{name}: first {same} of {len(first)} greedy tokens of row 0 equal ours")
+            rates = [tokens / secs for secs in answer["decode_secs"]]
+            rows.append(Row(f"decode {slots} / {name}", ours, rates, "tokens/s"))
+    prompts = [words[0][: config.prefill_tokens]]
+    ours = prefill_rates(model, prompts, config.repeats)
+    for name, peer in peers(config).items():
+        secs = peer(prompts, 1)["prefill_secs"]
+        rates = [config.prefill_tokens / s for s in secs]
+        rows.append(Row(f"prefill {config.prefill_tokens} / {name}", ours, rates, "tokens/s"))
+    return rows
+
+
+def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], int], dict]]:
+    """The peers that can run, by name: `(prompts, new_tokens) -> response`."""
+
+    def script(python: str, name: str):
+        def ask(prompts, new_tokens):
+            return bench_peers.subprocess_peer(
+                python,
+                PEERS / name,
+                dict(
+                    model=str(Path(config.model).absolute()),
+                    prompts=[list(prompt) for prompt in prompts],
+                    slots=len(prompts),
+                    new_tokens=new_tokens,
+                    repeats=config.repeats,
+                    dtype="float32",
+                    threads=config.threads,
+                ),
+            )
+
+        return ask
+
+    def torch(prompts, new_tokens):
+        return bench_peers.torch_decode(
+            config.model,
+            prompts,
+            new_tokens=new_tokens,
+            repeats=config.repeats,
+            dtype="float32",
+            threads=config.threads,
+        )
+
+    found = {"transformers": torch}
+    for name, python, file in (
+        ("tunix", config.peers.tunix_python, "tunix_decode.py"),
+        ("llama.cpp", config.peers.llamacpp_python, "llamacpp_decode.py"),
+    ):
+        if python:
+            found[name] = script(python, file)
+        else:
+            print(f"{name}: not run (config.peers names no interpreter for it)")
+    return found
+
+
+def make_generator(model: build.Model, rows: int, max_tokens: int, **options) -> Generator:
+    """A generator without stops whose programs fit one use."""
+    generator = Generator(
+        model.config,
+        stop_table=build.stop_table(model, ()),
+        end_ids=[],
+        slots=rows,
+        max_tokens=max_tokens,
+        mesh=make_mesh(),
+        window_tokens=64,
+        **options,
+    )
+    generator.load(model.params)
+    return generator
+
+
+def decode_rates(
+    model: build.Model, prompts: Sequence[Sequence[int]], new_tokens: int, repeats: int
+) -> tuple[list[float], list[int]]:
+    """Tokens per second of each repeat, all rows together; row 0's tokens."""
+    rows = len(prompts)
+    generator = make_generator(
+        model,
+        rows,
+        len(prompts[0]) + new_tokens,
+        prefill_rows=min(rows, 8),
+        prefill_buckets=(len(prompts[0]),),
+        burst_tokens=new_tokens,
+    )
+    rates = []
+    for _ in range(repeats + 1):
+        generator.start(range(rows), prompts)
+        generator.drain()
+        began = time.monotonic()
+        out = generator.decode(
+            range(rows),
+            key=jax.random.key(0),
+            streams=[(row, 0) for row in range(rows)],
+            max_new_tokens=new_tokens,
+            sampling=GREEDY,
+        )
+        rates.append(rows * new_tokens / (time.monotonic() - began))
+    return rates[1:], out[0].tokens
+
+
+def prefill_rates(model: build.Model, prompts: Sequence[Sequence[int]], repeats: int):
+    """Prompt tokens per second of each repeat."""
+    size = len(prompts[0])
+    generator = make_generator(
+        model, len(prompts), size + 64, prefill_rows=len(prompts), prefill_buckets=(size,)
+    )
+    rates = []
+    for repeat in range(repeats + 1):
+        # The last token would only be fed by decode; another first one each time: no copy.
+        prompt = [[repeat + 1, *row[1:], 0] for row in prompts]
+        began = time.monotonic()
+        generator.start(range(len(prompts)), prompt)
+        generator.drain()
+        rates.append(len(prompts) * size / (time.monotonic() - began))
+    return rates[1:]
+
+
+def flops_per_token(model: build.Model, config: ConfigDict) -> float:
+    """Floating-point operations of one decoded token: two a weight, and attention's."""
+    c = model.config
+    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    if not c.tie_embeddings:
+        weights -= c.vocab_size * c.embed_dim  # looked up, not multiplied
+    context = config.prompt_tokens + config.new_tokens / 2
+    return 2 * weights + 4 * context * c.num_layers * c.num_heads * c.head_dim
+
+
+def copy_bandwidth(threads: int, repeats: int = 5) -> list[float]:
+    """GB/s that the machine copies, read and written bytes counted once each."""
+    size = 1 << 27  # floats, 512 MiB: no cache holds it
+    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+    parts = list(zip(np.split(source, threads), np.split(target, threads), strict=True))
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            began = time.monotonic()
+            list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
+            rates.append(2 * source.nbytes / (time.monotonic() - began) / 1e9)
+    return rates
+
+
+def gemm_peak(repeats: int = 5) -> list[float]:
+    """GFLOP/s of a square float32 matrix product that is large for a CPU."""
+    n = 3072
+    a = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    rates = []
+    for _ in range(repeats):
+        began = time.monotonic()
+        product(a, a).block_until_ready()
+        rates.append(2 * n**3 / (time.monotonic() - began) / 1e9)
+    return rates
