@@ -15,14 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerosearch_jax.data.world import corpus, load_entities
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import bench_peers, build
 from zerosearch_jax.jobs.bench_rows import Row
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.text.tokenizer import encode
 
 GREEDY = Sampling(temperature=0.0)
 PEERS = Path(__file__).parent / "peers"
+PRECISIONS = {
+    "bfloat16": dict(dtype=jnp.bfloat16),
+    "int8 weights, bfloat16 cache": dict(dtype=jnp.bfloat16, int8_weights=True),
+}
 
 
 def run(config: ConfigDict) -> list[Row]:
@@ -55,6 +61,8 @@ def run(config: ConfigDict) -> list[Row]:
         secs = peer(prompts, 1)["prefill_secs"]
         rates = [config.prefill_tokens / s for s in secs]
         rows.append(Row(f"prefill {config.prefill_tokens} / {name}", ours, rates, "tokens/s"))
+    for name, options in PRECISIONS.items():
+        print(f"{name} against float32: {precision_effect(model, options)}")
     return rows
 
 
@@ -161,6 +169,40 @@ def prefill_rates(model: build.Model, prompts: Sequence[Sequence[int]], repeats:
         generator.drain()
         rates.append(len(prompts) * size / (time.monotonic() - began))
     return rates[1:]
+
+
+def precision_effect(model: build.Model, options: dict, samples: int = 256) -> str:
+    """How far coarser weights move the log-prob of a sampled token that follows real text."""
+    batch, tokens = 32, 48
+    passages = [encode(model.tokenizer, p.text) for p in corpus(load_entities())]
+    prompts = [ids[:tokens] for ids in passages if len(ids) >= tokens][:samples]
+    settings = dict(prefill_rows=batch, prefill_buckets=(tokens,), burst_tokens=1)
+    exact, coarse = (
+        make_generator(model, batch, 2 * tokens, **settings, **more) for more in ({}, options)
+    )
+    same, differences = 0, []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        drawn = []
+        for generator in (exact, coarse):
+            generator.start(range(len(part)), part)
+            drawn.append(
+                generator.decode(
+                    range(len(part)),
+                    key=jax.random.key(0),
+                    streams=[(start + row, 0) for row in range(len(part))],
+                    max_new_tokens=1,
+                    sampling=Sampling(1.0),
+                )
+            )
+        for one, other in zip(*drawn, strict=True):
+            if one.tokens == other.tokens:
+                same += 1
+                differences.append(abs(one.logprobs[0] - other.logprobs[0]))
+    return (
+        f"the same token in {same} of {len(prompts)} draws; there |log-prob difference| "
+        f"mean {np.mean(differences):.4f}, largest {max(differences):.4f} nats"
+    )
 
 
 def flops_per_token(model: build.Model, config: ConfigDict) -> float:

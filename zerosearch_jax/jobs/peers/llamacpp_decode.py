@@ -15,8 +15,8 @@ version.
 
 The package offers llama.cpp's server only. All rows go into it as one request, so that they are
 decoded as one batch; end of text is ignored, prompts are not cached. prefill_secs is that of a
-request for one token; decode_secs that of one for new_tokens + 1, less the former. The wheel is
-built for AVX2: it uses neither AVX-512 nor AMX where there are any.
+request for one token, decode_secs that of one for new_tokens + 1, less the former. The wheel is
+built for AVX2 and uses no AVX-512 or AMX.
 """
 
 import json
@@ -98,7 +98,6 @@ def serve(path: Path, request: dict):
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
     cache = {"float32": "GGML_TYPE_F32", "bfloat16": "GGML_TYPE_BF16"}[request["dtype"]]
     params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, cache)
-    params.fit_params = False
     return xllamacpp.Server(params)
 
 

@@ -1,0 +1,124 @@
+"""Benchmarks: what their rows mean, and that the variants differ in time alone."""
+
+import json
+from dataclasses import fields, replace
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import bench, bench_decode
+from zerosearch_jax.jobs.bench_peers import subprocess_peer
+from zerosearch_jax.jobs.bench_rollout import (
+    LOCKSTEP,
+    Features,
+    LongDocuments,
+    Mix,
+    Player,
+)
+from zerosearch_jax.jobs.bench_rows import Row, report
+from zerosearch_jax.rollout.episodes import Limits
+from zerosearch_jax.rollout.trajectory import Episode
+from zerosearch_jax.search.engine import SearchRequest
+
+GROUP = 3
+EPISODES = [Episode(n, f"Which country is number {n // GROUP}?", ("Chad",)) for n in range(18)]
+
+
+def test_a_row_is_medians_and_their_ratio(tmp_path, capsys):
+    rows = [
+        Row("one", [1.0, 9.0, 4.0], [2.0, 1.0, 30.0], "tokens/s"),
+        Row("two", [1.0], [4.0], "GB/s"),
+    ]
+    report(rows, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "bench.json").read_text()) == [
+        {"name": "one", "ours": 4.0, "peer": 2.0, "unit": "tokens/s", "ratio": 2.0},
+        {"name": "two", "ours": 1.0, "peer": 4.0, "unit": "GB/s", "ratio": 0.25},
+    ]
+    assert "2.00  tokens/s (3)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def play(markov_model):
+    """Plays all episodes with some features; the trajectories, and what was prefilled."""
+    policy = ConfigDict(
+        dict(
+            model=str(markov_model),
+            slots=4,
+            lockstep_slots=18,
+            prefill_rows=4,
+            prefill_buckets=(64, 384),
+            decode_rows=(2,),
+            burst_tokens=8,
+            window_tokens=512,
+        )
+    )
+    config = ConfigDict(dict(policy=policy, group_size=GROUP))
+    mix = Mix(EPISODES, Limits(4, 12, 60), 512, lambda features: LongDocuments((5, 12)))
+
+    def run(features):
+        player = Player(mix, config, features)
+        kept = []
+        inner = player.rollouts.play
+        player.rollouts.play = lambda *args: kept.append(inner(*args)) or kept[-1]
+        player.play()
+        assert len(player.rates) == 1 and player.rates[0] > 0
+        return kept[0], player.generator.prefilled_tokens
+
+    return run
+
+
+def test_every_variant_plays_the_same_episodes(play):
+    ours, prefilled = play(Features())
+    assert sum(len(t.searches) for t in ours) >= 4
+    assert max(len(t.turns) for t in ours) >= 3
+    variants = [LOCKSTEP] + [replace(Features(), **{f.name: False}) for f in fields(Features)]
+    fed = []
+    for variant in variants:
+        trajectories, tokens = play(variant)
+        assert [t.tokens for t in trajectories] == [t.tokens for t in ours]
+        fed.append(tokens)
+    lockstep, no_cache, no_sharing, waves, late, not_compact = fed
+    assert late == not_compact == prefilled
+    assert waves >= prefilled  # a wave may begin in the middle of a group
+    prompts = [t.by_policy.index(True) - 1 for t in ours]
+    shared = sum(prompts[::GROUP])
+    assert no_sharing == prefilled - shared + sum(prompts)
+    # What is inserted or sampled is fed again at every later turn; in lockstep by all episodes.
+    assert lockstep > no_cache > prefilled
+    # Without the cache alone, contexts that begin alike are still shared, so it feeds less.
+    turns = max(len(t.turns) for t in ours)
+    assert lockstep >= turns * sum(prompts)
+
+
+def test_documents_are_keyed_by_the_request_and_as_long_as_wanted():
+    engine = LongDocuments((40, 50))
+    request = SearchRequest(3, 1, "q", "Q?", ("A",))
+    (first,), (again,) = engine.search([request]), engine.search([request])
+    (other,) = engine.search([replace(request, turn=2)])
+    assert first == again and first.documents != other.documents
+    assert 40 <= sum(len(d.split()) for d in first.documents) < 50 + 60
+
+
+def test_flops_of_a_token_by_hand():
+    """Two a weight that is multiplied, and four a cached token, head and head size a layer."""
+    from zerosearch_jax.models.config import ModelConfig
+
+    config = ModelConfig(
+        family="llama", vocab_size=10, embed_dim=4, mlp_dim=8, num_layers=3, num_heads=2,
+        num_kv_heads=1, head_dim=2, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=False,
+        qkv_bias=False, qk_norm=False, max_positions=64,
+    )  # fmt: skip
+    weights = {"a": jax.ShapeDtypeStruct((100,), "float32")}
+    model = bench_decode.build.Model(config, weights, None)
+    sizes = ConfigDict(dict(prompt_tokens=6, new_tokens=4))
+    assert bench_decode.flops_per_token(model, sizes) == 2 * (100 - 40) + 4 * 8 * 3 * 2 * 2
+
+
+def test_a_missing_interpreter_or_suite_is_named(tmp_path):
+    script = bench_decode.PEERS / "tunix_decode.py"
+    with pytest.raises(UserError, match="no-python"):
+        subprocess_peer(tmp_path / "no-python", script, {})
+    with pytest.raises(UserError, match="rollout, decode"):
+        bench.run(ConfigDict(dict(suite="speed")), str(tmp_path))
