@@ -101,10 +101,10 @@ def embedded() -> ConfigDict:
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             reward=dict(name="f1", format_weight=0.0),
             rl=dict(
-                steps=14,
+                steps=18,
                 learning_rate=5e-4,
                 warmup_steps=2,
-                schedule_steps=14,
+                schedule_steps=18,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.99,
@@ -125,7 +125,7 @@ def embedded() -> ConfigDict:
                 logprob_chunk=128,
             ),
             eval=dict(
-                every=7,
+                every=9,
                 questions=120,
                 test_questions=240,
                 search=dict(engine="bm25", topk=2),
