@@ -132,9 +132,9 @@ def smollm2_135m(config: ConfigDict) -> ConfigDict:
                     retry=1.0,
                 ),
             ),
-            optimizer=dict(learning_rate=1e-4, warmup_steps=4, schedule_steps=24),
+            optimizer=dict(learning_rate=1e-4, warmup_steps=2, schedule_steps=10),
             learner=dict(rows=1, microbatches=8, remat="full"),
-            sft=dict(steps=24, examples_per_step=8, eval_every=24, checkpoint_every=24),
+            sft=dict(steps=10, examples_per_step=8, eval_every=10, checkpoint_every=10),
         )
     )
     return config

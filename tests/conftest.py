@@ -17,6 +17,16 @@ TOKENIZER_TEXTS = [
 ] * 3
 
 
+@pytest.fixture(autouse=True)
+def _compilation_cache_stays():
+    """A command that is run in the test's process sets it for its own workdir."""
+    import jax
+
+    directory = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
     """A byte-level BPE of at most 320 ids; every byte is an id of its own."""

@@ -51,12 +51,15 @@ def _run(argv: Sequence[str]) -> None:
     config = config_check.parse(flag_values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
-    if distributed.value or config.get("distributed", False):
-        import jax  # imported late, so that a misspelt flag is answered at once
+    import jax  # imported late, so that a misspelt flag is answered at once
 
+    if distributed.value or config.get("distributed", False):
         jax.distributed.initialize()
+    directory = workdir.value or default_workdir(config_check.config_argument(argv))
+    # What was compiled once need not be compiled again by a resumed or repeated run.
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     job = importlib.import_module(f"zerosearch_jax.jobs.{config.job}")
-    job.run(config, workdir.value or default_workdir(config_check.config_argument(argv)))
+    job.run(config, directory)
 
 
 def default_workdir(config_spec: str) -> str:

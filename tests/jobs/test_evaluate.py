@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from zerosearch_jax import main
@@ -19,10 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
-    cache = jax.config.jax_compilation_cache_dir
     monkeypatch.chdir(ROOT)
-    yield
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def _command(model: Path, questions: Path, workdir: Path, *more: str) -> list[str]:

@@ -51,7 +51,6 @@ def run_and_count(config, workdir) -> list[int]:
             counts.append(len(compiled))
             super().update(done, figures)
 
-    cache = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "Progress", Counting)
         jax.monitoring.register_event_duration_secs_listener(listen)
@@ -59,7 +58,6 @@ def run_and_count(config, workdir) -> list[int]:
             rl.run(config, str(workdir))
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-            jax.config.update("jax_compilation_cache_dir", cache)
     return counts
 
 

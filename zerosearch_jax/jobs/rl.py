@@ -46,7 +46,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
 
     mesh = make_mesh(**config.mesh)
     policy = build.load_model(config.policy.model, mesh, "float32")
