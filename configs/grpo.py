@@ -5,7 +5,7 @@
 | preset | policy ← simulator | hardware | time | score |
 |---|---|---|---|---|
 | (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 10 min | see README |
-| smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | not run | one step |
+| smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | 2 min | one step |
 | qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
 | qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |
 | llama-3.2-3b | Llama-3.2-3B ← SearchSimulation_14B | 8 × 80 GB | not run | see the paper |

@@ -55,12 +55,14 @@ def run(config: ConfigDict) -> list[Row]:
             print(f"{name}: first {same} of {len(first)} greedy tokens of row 0 equal ours")
             rates = [tokens / secs for secs in answer["decode_secs"]]
             rows.append(Row(f"decode {slots} / {name}", ours, rates, "tokens/s"))
+            print(rows[-1], flush=True)
     prompts = [words[0][: config.prefill_tokens]]
     ours = prefill_rates(model, prompts, config.repeats)
     for name, peer in peers(config).items():
         secs = peer(prompts, 1)["prefill_secs"]
         rates = [config.prefill_tokens / s for s in secs]
         rows.append(Row(f"prefill {config.prefill_tokens} / {name}", ours, rates, "tokens/s"))
+        print(rows[-1], flush=True)
     for name, options in PRECISIONS.items():
         print(f"{name} against float32: {precision_effect(model, options)}")
     return rows

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.texts import TextGenerator
@@ -208,22 +209,28 @@ def generator_of(config: ConfigDict, max_tokens: int, features: Features, stops:
     return generator, model
 
 
+VARIANTS = {"lockstep": LOCKSTEP} | {
+    f"without {name}": replace(Features(), **{name: False}) for name in Features.__annotations__
+}
+MIXES = {"embedded": embedded_mix, "long": long_mix}
+
+
 def run(config: ConfigDict) -> list[Row]:
-    """Every mix: ours against lockstep, then one row a feature switched off."""
+    """Each mix and variant that the config names: ours against it, in turns."""
+    for key, known in (("mixes", MIXES), ("variants", VARIANTS)):
+        for name in config[key]:
+            if name not in known:
+                raise UserError(f"config.{key} names {name!r}; choose of {', '.join(known)}")
     rows = []
-    for name, mix in (("embedded", embedded_mix(config)), ("long", long_mix(config))):
-        variants = {"lockstep": LOCKSTEP} | {
-            f"without {feature}": replace(Features(), **{feature: False})
-            for feature in Features.__dataclass_fields__
-        }
-        players = {"ours": Player(mix, config, Features())}
-        players |= {label: Player(mix, config, f) for label, f in variants.items()}
-        for _ in range(config.repeats):  # alternately, so that a slow minute strikes all alike
-            for player in players.values():
+    for name in config.mixes:
+        mix = MIXES[name](config)
+        ours = Player(mix, config, Features())
+        others = {label: Player(mix, config, VARIANTS[label]) for label in config.variants}
+        for _ in range(config.repeats):  # in turns, so that a slow minute strikes all alike
+            for player in (ours, *others.values()):
                 player.play()
-        ours = players.pop("ours")
-        print(f"{name}: {ours.tokens}")
-        for label, player in players.items():
+        print(f"{name}, ours: {ours.tokens}")
+        for label, player in others.items():
             print(f"{name}, {label}: {player.tokens}")
             rows.append(Row(f"rollout {name} / {label}", ours.rates, player.rates, "episodes/s"))
     return rows

@@ -20,6 +20,13 @@ class Row:
     peer: Sequence[float]
     unit: str
 
+    def __str__(self) -> str:
+        d = self.as_dict()
+        return (
+            f"{self.name:40}  {d['ours']:8.4g}   {d['peer']:8.4g}  {d['ratio']:5.2f}  "
+            f"{self.unit} ({len(self.ours)})"
+        )
+
     def as_dict(self) -> dict[str, str | float]:
         """Medians, and ours over the peer's."""
         ours, peer = median(self.ours), median(self.peer)
@@ -34,14 +41,9 @@ class Row:
 
 def report(rows: Sequence[Row], workdir: Path) -> None:
     """Prints the table and writes `workdir/bench.json`."""
-    width = max(len(row.name) for row in rows)
-    print(f"\n{'':{width}}      ours       peer  ratio  (medians; repeats)")
+    print(f"\n{'':40}      ours       peer  ratio  (medians; repeats)")
     for row in rows:
-        d = row.as_dict()
-        print(
-            f"{row.name:{width}}  {d['ours']:8.4g}   {d['peer']:8.4g}  {d['ratio']:5.2f}  "
-            f"{row.unit} ({len(row.ours)})"
-        )
+        print(row)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "bench.json"
     path.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
