@@ -57,7 +57,7 @@ def naive(tiny_config, tiny_params):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_generator(tiny_config, tiny_params):
     def make(stops=(), **options):
         settings = dict(
@@ -344,25 +344,11 @@ def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, shar
 
 
 @pytest.fixture(scope="module")
-def scheduled(tiny_config, tiny_params, naive):
+def scheduled(make_generator, naive):
     """One generator for all schedules (its slots hold what the last one left), and its stops."""
     text = b"".join(PIECES[t] for t in naive(PROMPTS[1], (0, 0), 6, GREEDY)[0]).decode()
     stops = (text[4:9], "31")
-    generator = Generator(
-        tiny_config,
-        stop_table=build_stop_table(PIECES, stops),
-        end_ids=[],
-        slots=3,
-        max_tokens=MAX_TOKENS,
-        mesh=make_mesh(),
-        prefill_rows=2,
-        prefill_buckets=(4, 8),
-        decode_rows=(1,),
-        burst_tokens=3,
-        window_tokens=32,
-    )
-    generator.load(tiny_params)
-    return generator, stops
+    return make_generator(stops, slots=3, decode_rows=(1,)), stops
 
 
 def test_int8_weights_sample_like_the_rounded_model(make_generator, tiny_params):

@@ -14,9 +14,10 @@ leave it, so its programs hold no collectives but those of the tensor axis.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,9 +254,7 @@ class Generator:
         if self._stopped:
             stopped, self._stopped = self._stopped, {}
             return stopped
-        turns: list[list[int]] = [[] for _ in range(self.replicas)]
-        for slot in self._turns:
-            turns[self.replica_of(slot)].append(slot)
+        turns = self._by_replica([(slot, slot) for slot in self._turns])
         most = max(map(len, turns))
         if not most:
             return {}
@@ -309,12 +308,7 @@ class Generator:
             self._check_fits(int(self._length[slot]), len(row))
         # Rows of like length go together, so that little of a bucket is padding.
         order = sorted((i for i in range(len(rows)) if rows[i]), key=lambda i: len(rows[i]))
-        queues: list[list[int]] = [[] for _ in range(self.replicas)]
-        for i in order:
-            queues[self.replica_of(slots[i])].append(i)
-        while any(queues):
-            groups = [queue[: self._prefill_rows] for queue in queues]
-            queues = [queue[self._prefill_rows :] for queue in queues]
+        for groups in self._batches([(slots[i], i) for i in order]):
             todo = {i: rows[i] for group in groups for i in group}
             while any(todo.values()):
                 longest = max(len(row) for row in todo.values())
@@ -334,14 +328,22 @@ class Generator:
                         self.prefilled_tokens += len(part)
                         todo[i] = todo[i][size:]
 
+    def _by_replica(self, items: Sequence[tuple[int, Any]]) -> list[list[Any]]:
+        """What comes with each slot, a list for each replica."""
+        queues: list[list[Any]] = [[] for _ in range(self.replicas)]
+        for slot, item in items:
+            queues[self.replica_of(slot)].append(item)
+        return queues
+
+    def _batches(self, items: Sequence[tuple[int, Any]]) -> Iterator[list[list[Any]]]:
+        """`_by_replica`, at most `prefill_rows` of each replica at a time."""
+        queues = self._by_replica(items)
+        for start in range(0, max(map(len, queues)), self._prefill_rows):
+            yield [queue[start : start + self._prefill_rows] for queue in queues]
+
     def _copy_prompts(self, pairs: list[tuple[int, int]]) -> None:
         """Copies the prompts of slots to other slots of the same replica, (from, to)."""
-        queues: list[list[tuple[int, int]]] = [[] for _ in range(self.replicas)]
-        for source, target in pairs:
-            queues[self.replica_of(source)].append((source, target))
-        while any(queues):
-            groups = [queue[: self._prefill_rows] for queue in queues]
-            queues = [queue[self._prefill_rows :] for queue in queues]
+        for groups in self._batches([(source, (source, target)) for source, target in pairs]):
             reach = max(len(self._prompts[source]) for group in groups for source, _ in group)
             if reach:
                 self._copy(

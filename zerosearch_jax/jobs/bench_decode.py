@@ -20,10 +20,10 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import bench_peers, build
 from zerosearch_jax.jobs.bench_rows import Row
+from zerosearch_jax.jobs.evaluate import GREEDY
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import encode
 
-GREEDY = Sampling(temperature=0.0)
 PEERS = Path(__file__).parent / "peers"
 PRECISIONS = {
     "bfloat16": dict(dtype=jnp.bfloat16),
@@ -36,7 +36,7 @@ def run(config: ConfigDict) -> list[Row]:
     model = build.load_model(config.model, make_mesh(), "float32")
     rng = np.random.default_rng(0)
     words = rng.integers(1000, model.config.vocab_size - 1000, (max(config.slots), 4096)).tolist()
-    rows = []
+    rows, others = [], peers(config)
     copied, multiplied = copy_bandwidth(config.threads), gemm_peak()
     for slots in config.slots:
         prompts = [row[: config.prompt_tokens] for row in words[:slots]]
@@ -49,7 +49,7 @@ def run(config: ConfigDict) -> list[Row]:
         if slots == max(config.slots):
             done = [rate * flops_per_token(model, config) / 1e9 for rate in ours]
             rows.append(Row(f"decode {slots} / GEMM peak", done, multiplied, "GFLOP/s"))
-        for name, peer in peers(config).items():
+        for name, peer in others.items():
             answer = peer(prompts, config.new_tokens)
             same = len(os.path.commonprefix([first, answer["tokens"]]))
             print(f"{name}: first {same} of {len(first)} greedy tokens of row 0 equal ours")
@@ -58,7 +58,7 @@ def run(config: ConfigDict) -> list[Row]:
             print(rows[-1], flush=True)
     prompts = [words[0][: config.prefill_tokens]]
     ours = prefill_rates(model, prompts, config.repeats)
-    for name, peer in peers(config).items():
+    for name, peer in others.items():
         secs = peer(prompts, 1)["prefill_secs"]
         rates = [config.prefill_tokens / s for s in secs]
         rows.append(Row(f"prefill {config.prefill_tokens} / {name}", ours, rates, "tokens/s"))
