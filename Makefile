@@ -1,6 +1,7 @@
 # make run          train the embedded example: a policy learns to search, on a CPU, in minutes
 # make test         lint, format check and the fast tests (what CI runs)
 # make test-slow    the tests marked slow
+# make algorithms   every algorithm on the embedded world, one budget: a table (about 80 minutes)
 # make tensorboard  curves of everything under runs/
 # make smollm2      SmolLM2-135M-Instruct as a Hugging Face directory in models/
 # make clean        remove .venv and caches (runs/ and models/ stay)
@@ -27,7 +28,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAI
 # Huge pages for the buffers that XLA allocates anew at every step: a faster step on Linux CPUs.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: run test test-slow tensorboard smollm2 clean python-check
+.PHONY: run test test-slow algorithms tensorboard smollm2 clean python-check
 
 run: $(STAMP)
 	$(PY) -m zerosearch_jax.main --config=$(CONFIG) $(ARGS)
@@ -39,6 +40,9 @@ test: $(STAMP_TEST)
 
 test-slow: $(STAMP_TEST)
 	$(PY) -m pytest -m slow $(ARGS)
+
+algorithms: $(STAMP)
+	$(PY) -m zerosearch_jax.main --config=configs/algorithms.py $(ARGS)
 
 tensorboard: $(STAMP)
 	$(INSTALL) tensorboard

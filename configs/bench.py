@@ -2,10 +2,14 @@
 
   python -m zerosearch_jax.main --config=configs/bench.py:rollout   # against a lockstep loop
   python -m zerosearch_jax.main --config=configs/bench.py:decode    # against other libraries
+  python -m zerosearch_jax.main --config=configs/bench.py:learner   # against other libraries
+  python -m zerosearch_jax.main --config=configs/bench.py:learner-gpu --config.peak_tflops=989
 
-`decode` reads models/smollm2-135m (`make smollm2`) and needs torch; the other peers live in
-environments of their own, named by `peers.tunix_python` and `peers.llamacpp_python` (how to make
-them: zerosearch_jax/jobs/peers/). A peer whose interpreter is not given is reported as not run.
+`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch; the other peers
+live in environments of their own, named by `peers.tunix_python`, `peers.llamacpp_python` and
+`peers.trl_python` (how to make them: zerosearch_jax/jobs/peers/). A peer whose interpreter is not
+given is reported as not run. `learner` takes about an hour; `parts` chooses of it. `learner-gpu`
+has not been run: it needs a GPU of 80 GB, and the figure of its dense bfloat16 peak.
 """
 
 from ml_collections import ConfigDict
@@ -78,7 +82,112 @@ def decode() -> ConfigDict:
     ).lock()
 
 
-PRESETS = {"": rollout, "rollout": rollout, "decode": decode}
+OPTIMIZER = dict(
+    learning_rate=1e-6,
+    warmup_steps=0,
+    schedule_steps=1000,
+    final_fraction=1.0,
+    beta1=0.9,
+    beta2=0.999,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    moment_dtype="float32",
+)
+
+
+def learner() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            job="bench",
+            suite="learner",
+            parts=("update", "step", "packing", "memory"),
+            repeats=5,
+            threads=2,
+            model="models/smollm2-135m",
+            optimizer=OPTIMIZER,
+            learner=dict(remat="full", logprob_chunk=128),
+            batch=dict(
+                rows=8,
+                tokens=512,
+                prompt_tokens=1,  # all others are the policy's, so both sides need all logits
+                dtypes=("float32", "bfloat16"),
+                micro_rows=(1, 2, 4),  # both sides take the fastest
+            ),
+            step=dict(
+                questions=4,
+                group_size=4,
+                prompt_tokens=128,
+                new_tokens=128,
+                micro_rows=dict(ours=4, TRL=16, Tunix=4),
+            ),
+            packing=dict(
+                model="zerosearch_jax/assets/policy",
+                episodes=120,
+                row_tokens=640,
+                rows=4,
+                topk=2,
+                habits=dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3),
+            ),
+            memory=dict(
+                tokens=1024,
+                logprob_chunk=128,
+                model=dict(
+                    model_type="llama",
+                    vocab_size=151_936,
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    head_dim=32,
+                    rope_theta=10_000.0,
+                    rms_norm_eps=1e-6,
+                    tie_word_embeddings=True,
+                    max_position_embeddings=2048,
+                ),
+            ),
+            peers=dict(trl_python="", tunix_python=""),
+        )
+    ).lock()
+
+
+def learner_gpu() -> ConfigDict:
+    """Random weights in the shapes of Qwen2.5-0.5B and Qwen2.5-3B."""
+    qwen = dict(
+        model_type="qwen2",
+        vocab_size=151_936,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+    )
+    small = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    large = dict(hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36)
+    return ConfigDict(
+        dict(
+            job="bench",
+            suite="mfu",
+            repeats=5,
+            peak_tflops=0.0,
+            optimizer=OPTIMIZER | dict(moment_dtype="bfloat16"),
+            learner=dict(remat="full", logprob_chunk=512),
+            batch=dict(rows=1, tokens=4096, prompt_tokens=1),
+            models=dict(
+                qwen_500m=qwen | small | dict(num_attention_heads=14),
+                qwen_3b=qwen | large | dict(num_attention_heads=16),
+            ),
+        )
+    ).lock()
+
+
+PRESETS = {
+    "": rollout,
+    "rollout": rollout,
+    "decode": decode,
+    "learner": learner,
+    "learner-gpu": learner_gpu,
+}
 
 
 def get_config(preset: str = "") -> ConfigDict:

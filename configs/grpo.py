@@ -97,11 +97,13 @@ def embedded() -> ConfigDict:
                 temperature=1.0,
                 stop_on_failure=True,
                 concurrent_searches=0,
+                max_rounds=1,  # above 1: dynamic sampling
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             reward=dict(name="f1", format_weight=0.0),
             rl=dict(
                 steps=18,
+                # The optimizer.
                 learning_rate=5e-4,
                 warmup_steps=2,
                 schedule_steps=18,
@@ -110,16 +112,55 @@ def embedded() -> ConfigDict:
                 beta2=0.99,
                 weight_decay=0.01,
                 clip_norm=1.0,
+                moment_dtype="float32",
+                # Advantages: grpo, rloo, reinforce (with its baseline), reinforce_pp or ppo.
+                estimator="grpo",
+                baseline="group_mean",  # of reinforce: none, batch_mean or group_mean
+                normalize_std=True,  # of grpo
+                gamma=1.0,
+                gae_lambda=1.0,
+                # The surrogate: clip, sequence (GSPO) or cispo; 0 leaves dual_clip out.
+                surrogate="clip",
                 clip_low=0.2,
                 clip_high=0.2,
+                dual_clip=0.0,
+                # What each token counts: token_mean, sequence_mean or fixed_length (tokens).
+                aggregate="token_mean",
+                fixed_tokens=0,
+                # KL to the reference: k1, k2 or k3; in the loss or in the reward. A target above
+                # 0 steers its weight towards that KL (nats a token).
                 kl=0.01,
+                kl_estimator="k3",
+                kl_in="loss",
+                kl_target=0.0,
+                kl_horizon=10_000,  # episodes
                 entropy=0.001,
-                normalize_std=True,
+                llds=0.0,
+                # Updates a step, and whose log-probs the ratio starts from: sampler or learner.
+                epochs=1,
+                minibatches=1,
+                old_logprobs="sampler",
+                importance_cap=0.0,
+                overlong="keep",  # or mask: episodes that ran out of room teach nothing
+                nonfinite_limit=3,  # skipped updates in a row that stop the run
             ),
+            # Read by estimator=ppo alone.
+            critic=dict(
+                trunk="own",  # or shared: a value head on the policy
+                learning_rate=5e-4,
+                warmup_steps=2,
+                value=0.5,
+                value_clip=0.2,
+            ),
+            lora=dict(
+                rank=0,  # 0: all parameters are trained
+                alpha=32.0,
+                targets=("q", "k", "v", "o", "gate", "up", "down"),
+            ),
+            watch=dict(window=3, stop=False),  # steps; the warnings need six
             learner=dict(
                 row_tokens=640,
                 rows=4,
-                microbatches=30,
                 compute_dtype="float32",
                 remat="none",
                 logprob_chunk=128,
@@ -171,7 +212,7 @@ def smollm2_135m() -> ConfigDict:
                 observation_tokens=128,
             ),
             rl=dict(steps=1, learning_rate=1e-6, warmup_steps=0, beta2=0.999),
-            learner=dict(row_tokens=480, rows=2, microbatches=2, remat="full"),
+            learner=dict(row_tokens=480, rows=2, remat="full"),
             eval=dict(every=1, questions=2, test_questions=4),
         )
     )
@@ -232,6 +273,8 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 observation_tokens=2048,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
+            critic=dict(learning_rate=1e-5, warmup_steps=3),  # 0.015 of the steps
+            watch=dict(window=10),
             rl=dict(
                 steps=203,
                 learning_rate=1e-6,
@@ -249,7 +292,6 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
             learner=dict(
                 row_tokens=episode_tokens,
                 rows=8,
-                microbatches=40,  # an episode a row always fits; packing leaves most empty
                 compute_dtype="bfloat16",
                 remat="full",
                 logprob_chunk=512,

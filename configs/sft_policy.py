@@ -84,11 +84,12 @@ def reader() -> ConfigDict:
                 beta2=0.98,
                 weight_decay=0.01,
                 clip_norm=1.0,
+                moment_dtype="float32",
             ),
+            lora=dict(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")),
             learner=dict(
                 row_tokens=640,
                 rows=4,
-                microbatches=8,
                 compute_dtype="float32",
                 remat="none",
                 logprob_chunk=128,
@@ -98,6 +99,7 @@ def reader() -> ConfigDict:
                 examples_per_step=32,
                 eval_every=100,
                 checkpoint_every=100,
+                nonfinite_limit=3,
             ),
         )
     )
@@ -133,7 +135,7 @@ def smollm2_135m(config: ConfigDict) -> ConfigDict:
                 ),
             ),
             optimizer=dict(learning_rate=1e-4, warmup_steps=2, schedule_steps=10),
-            learner=dict(rows=1, microbatches=8, remat="full"),
+            learner=dict(rows=1, remat="full"),
             sft=dict(steps=10, examples_per_step=8, eval_every=10, checkpoint_every=10),
         )
     )

@@ -40,11 +40,12 @@ def get_config(preset: str = "") -> ConfigDict:
                 beta2=0.98,
                 weight_decay=0.01,
                 clip_norm=1.0,
+                moment_dtype="float32",
             ),
+            lora=dict(rank=0, alpha=32.0, targets=("q", "k", "v", "o", "gate", "up", "down")),
             learner=dict(
                 row_tokens=512,
                 rows=4,
-                microbatches=12,
                 compute_dtype="float32",
                 remat="none",
                 logprob_chunk=128,
@@ -54,6 +55,7 @@ def get_config(preset: str = "") -> ConfigDict:
                 examples_per_step=48,
                 eval_every=50,
                 checkpoint_every=120,
+                nonfinite_limit=3,
             ),
         )
     ).lock()

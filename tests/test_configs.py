@@ -142,13 +142,6 @@ def test_a_misspelt_preset_is_answered_with_the_right_ones():
 SFT_CONFIGS = ("sft_policy.py", "sft_policy.py:habits", "sft_policy.py:smollm2-135m")
 
 
-@pytest.mark.parametrize("name", [*SFT_CONFIGS, "sft_simulator.py"])
-def test_a_fine_tuning_batch_always_fits(name):
-    config = config_check.load(f"configs/{name}")
-    assert config.is_locked
-    assert config.sft.examples_per_step <= config.learner.rows * config.learner.microbatches
-
-
 def test_the_warm_started_model_is_the_one_that_rl_starts_from():
     rl_config, config = _load("smollm2-135m"), config_check.load(f"configs/{SFT_CONFIGS[2]}")
     workdir, _, written = rl_config.policy.model.rpartition("/")
@@ -177,3 +170,105 @@ def test_evaluation_can_be_narrowed_from_the_command_line(override, read):
     for key in override.partition("=")[0].split("."):
         value = value[key]
     assert value == read
+
+
+ALGORITHMS = {
+    # Name → what sets it apart, in every preset.
+    "ppo": dict(estimator="ppo", kl_in="reward", kl_estimator="k1", gamma=1.0, gae_lambda=1.0),
+    "reinforce": dict(estimator="reinforce", baseline="batch_mean", kl_in="loss"),
+    "reinforce_pp": dict(estimator="reinforce_pp", kl_in="reward", kl_estimator="k1"),
+    "rloo": dict(estimator="rloo", kl_in="reward", kl_estimator="k1"),
+    "dr_grpo": dict(estimator="grpo", normalize_std=False, aggregate="fixed_length"),
+    "dapo": dict(estimator="grpo", clip_high=0.28, kl=0.0, overlong="mask", minibatches=2),
+    "gspo": dict(surrogate="sequence", aggregate="sequence_mean", minibatches=4),
+    "cispo": dict(surrogate="cispo", clip_high=0.28, minibatches=2),
+    "lora": dict(estimator="grpo", surrogate="clip"),
+}
+
+
+def _algorithm(name: str, preset: str = ""):
+    return config_check.load(f"configs/{name}.py:{preset}")
+
+
+def _flat(config, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithms_preset_contradicts_nothing(name, preset):
+    config, base = _algorithm(name, preset), _load(preset)
+    rl.check(config)
+    assert config.is_locked
+    assert {key: config.rl[key] for key in ALGORITHMS[name]} == ALGORITHMS[name]
+    # Only how it learns differs: models, engines, data, sizes and the judge are grpo.py's.
+    ours, theirs = _flat(config), _flat(base)
+    assert ours.keys() == theirs.keys()
+    changed = {key for key in ours if ours[key] != theirs[key]}
+    assert {key.partition(".")[0] for key in changed} <= {"rl", "rollout", "lora"}
+    assert changed <= {key for key in changed if not key.startswith("rollout.")} | {
+        "rollout.questions_per_step",
+        "rollout.group_size",
+        "rollout.max_rounds",
+    }
+    assert (config.lora.rank > 0) == (name == "lora")
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_all_algorithms_learn_from_as_many_episodes_a_step(name):
+    for config in (_algorithm(name), _load("")):
+        assert config.rollout.questions_per_step * config.rollout.group_size == 120
+    comparison = config_check.load("configs/algorithms.py")
+    assert comparison.episodes_per_step == 120
+    assert name in comparison.configs and "grpo" in comparison.configs
+    assert set(comparison.configs) == {*ALGORITHMS, "grpo"}
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, "algorithms"])
+def test_an_algorithms_config_is_short(name):
+    assert len(Path(f"configs/{name}.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_misspelt_preset_of_an_algorithm_is_answered_with_the_right_ones(name):
+    with pytest.raises(UserError, match="no preset 'qwen'.* smollm2-135m, qwen2.5-3b"):
+        _algorithm(name, "qwen")
+
+
+@pytest.mark.parametrize("preset", PAPER)
+@pytest.mark.parametrize(
+    ("name", "group_size", "kl_in", "warmup"),
+    [("ppo", 1, "reward", 0.285), ("reinforce", 5, "loss", 0.95)],
+)
+def test_the_released_scripts_other_algorithms_hold_their_figures(
+    preset, name, group_size, kl_in, warmup
+):
+    config = _algorithm(name, preset)
+    rollout, settings = config.rollout, config.rl
+    assert (rollout.questions_per_step, rollout.group_size) == (64, group_size)
+    assert (rollout.temperature, rollout.max_turns, config.search.topk) == (1.0, 5, 5)
+    assert (settings.steps, settings.learning_rate) == (203, 1e-6)
+    assert settings.warmup_steps == round(warmup * 203)
+    assert settings.final_fraction == 1.0  # constant after the warm-up
+    assert (settings.kl, settings.kl_in, settings.kl_target) == (0.001, kl_in, 0.0)
+    if kl_in == "loss":
+        assert settings.kl_estimator == "k3"
+    assert (settings.clip_low, settings.clip_high) == (0.2, 0.2)
+    assert (settings.entropy, settings.clip_norm) == (0.001, 1.0)
+    assert (settings.gamma, settings.gae_lambda) == (1.0, 1.0)
+    assert (settings.epochs, settings.minibatches) == (1, 1)
+    if name == "ppo":
+        assert config.critic.learning_rate == 1e-5
+        assert config.critic.warmup_steps == round(0.015 * 203)
+        assert config.critic.trunk == "own"
+
+
+def test_dr_grpos_constant_is_the_most_that_a_policy_may_write():
+    for preset, most in (("", 4 * 64), ("smollm2-135m", 2 * 64), ("qwen2.5-3b", 6 * 500)):
+        assert _algorithm("dr_grpo", preset).rl.fixed_tokens == most

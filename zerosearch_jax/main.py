@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 
-JOBS = ("rl", "sft", "evaluate", "bench")
+JOBS = ("rl", "sft", "evaluate", "bench", "algorithms")
 
 
 def cli(argv: Sequence[str]) -> int:

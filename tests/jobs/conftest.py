@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.transformer import init_params
@@ -31,6 +33,27 @@ EPISODES = (
     "<search> Peru </search>",
     "<answer> Chad </answer>",
 )
+
+
+@pytest.fixture(scope="session")
+def _programs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(_programs):
+    """In modules that use this, what one run compiled the next one reads from the disk."""
+    changes = dict(
+        jax_compilation_cache_dir=str(_programs), jax_persistent_cache_min_compile_time_secs=0.0
+    )
+    before = {name: getattr(jax.config, name) for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it asks for the directory once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +150,7 @@ def rl_config(tmp_path_factory, markov_model, questions) -> Path:
             observation_tokens=48,
         ),
         rl=dict(steps=3, learning_rate=1e-2, warmup_steps=0, kl=0.001),
-        learner=dict(row_tokens=384, rows=2, microbatches=4),
+        learner=dict(row_tokens=384, rows=2),
         eval=dict(every=1, questions=4, test_questions=4),
     )
     path = tmp_path_factory.mktemp("config") / "tiny.py"

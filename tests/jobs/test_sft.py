@@ -38,7 +38,7 @@ def config(monkeypatch, markov_model):
             init=str(markov_model),
             data=dict(validation_examples=8),
             optimizer=dict(warmup_steps=2),
-            learner=dict(row_tokens=128, rows=2, microbatches=4),
+            learner=dict(row_tokens=128, rows=2),
             sft=dict(steps=6, examples_per_step=8, eval_every=3, checkpoint_every=3),
         )
     )

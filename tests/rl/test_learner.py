@@ -1,5 +1,7 @@
 """The learner's step: what it computes, and all that it must not depend on."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,14 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
-from zerosearch_jax.rl.learner import GRPOLoss, Learner, adamw, warmup_cosine
+from zerosearch_jax.rl.experience import with_scores, with_weights
+from zerosearch_jax.rl.learner import Learner, Trained
+from zerosearch_jax.rl.objective import Objective
+from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
 from zerosearch_jax.rollout.packing import TokenSequence, pack
 
-LOSS = GRPOLoss(clip_low=0.2, clip_high=0.3, kl=0.05, entropy=0.02, temperature=0.9)
+LOSS = Objective(clip_low=0.2, clip_high=0.3, entropy=0.02, temperature=0.9)
+KL = 0.05
 LENGTHS = (14, 9, 7, 11, 5, 12)
 
 
@@ -29,13 +35,9 @@ def make_learner(tiny_config):
     """Plain gradient descent at rate 1: the change of the parameters is the gradient."""
 
     def make(mesh=None, optimizer=None, schedule=None, **options):
+        policy = Trained(optimizer or optax.sgd(1.0), schedule or constant(1.0))
         return Learner(
-            tiny_config,
-            mesh=mesh or make_mesh(),
-            schedule=schedule or constant(1.0),
-            optimizer=optimizer or optax.sgd(1.0),
-            logprob_chunk=8,
-            **options,
+            tiny_config, mesh=mesh or make_mesh(), policy=policy, logprob_chunk=8, **options
         )
 
     return make
@@ -89,7 +91,7 @@ def true_logprobs(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def sequences(params0, true_logprobs):
+def sequences(params0, reference, true_logprobs):
     """Ragged, prompts and inserted stretches masked, sampled by a somewhat different policy."""
     rng = np.random.default_rng(0)
     made = []
@@ -99,26 +101,41 @@ def sequences(params0, true_logprobs):
         table = true_logprobs(params0, tokens, LOSS.temperature)
         logprobs = [0.0] + [table[i, tokens[i + 1]] for i in range(length - 1)]
         logprobs = (np.array(logprobs) + rng.normal(0, 0.3, length)).tolist()
-        made.append(
-            TokenSequence(tokens, mask, logprobs, float(rng.normal()), correct=number % 2 == 0)
-        )
-    return made
+        ref = true_logprobs(reference, tokens, LOSS.temperature)
+        columns = {
+            "old_logprobs": logprobs,
+            "ref_logprobs": [0.0] + [ref[i, tokens[i + 1]] for i in range(length - 1)],
+            "advantages": [float(rng.normal())] * length,
+            "correct": [float(number % 2 == 0)] * length,
+        }
+        made.append(TokenSequence(tokens, mask, columns))
+    return with_weights(made, "token_mean", 0)
 
 
-def step(learner, params, ref_params, batch, loss=LOSS):
-    ref_params = jax.device_put(ref_params, learner.state_shardings.params)
-    # As `Learner.init`, without its compilation.
-    state = learner._init_state(jax.tree.map(jnp.copy, params))
-    state = jax.device_put(state, learner.state_shardings)
-    state, metrics = learner.grpo_step(state, ref_params, learner.put(batch), loss=loss)
-    return jax.device_get((state.params, metrics))
+def fresh_state(learner, params):
+    """As `Learner.init`, without its compilation."""
+    state = learner._init_state(jax.tree.map(jnp.copy, params), jax.random.key(0))
+    return jax.device_put(state, learner.state_shardings)
+
+
+def step(learner, params, batch, objective=LOSS, kl_coef=KL):
+    state, metrics = learner.rl_step(
+        fresh_state(learner, params), learner.put(batch), objective=objective, kl_coef=kl_coef
+    )
+    return jax.device_get((state.params["policy"], metrics))
+
+
+def spoil(batch, **arrays):
+    """The batch with other arrays in the place of some of its own."""
+    columns = {name: arrays.pop(name) for name in batch.columns if name in arrays}
+    return replace(batch, columns=batch.columns | columns, **arrays)
 
 
 @pytest.fixture(scope="module")
-def whole(sgd, params0, reference, sequences):
+def whole(sgd, params0, sequences):
     """The batch in one piece: one microbatch, a row for each sequence or two."""
     batch = pack(sequences, row_tokens=16, rows=8, microbatches=1)
-    return batch, *step(sgd, params0, reference, batch)
+    return batch, *step(sgd, params0, batch)
 
 
 def assert_close(result, expected, atol=1e-5):
@@ -137,23 +154,24 @@ def test_loss_and_metrics_by_hand(whole, sequences, params0, reference, true_log
     total = dict.fromkeys(("policy", "entropy", "kl", "clip", "diff"), 0.0)
     worst, right, right_tokens, tokens = 0.0, 0.0, 0, 0
     for s in sequences:
+        advantage, correct = s.columns["advantages"][0], s.columns["correct"][0]
         table = true_logprobs(params0, s.tokens, LOSS.temperature)
         ref = true_logprobs(reference, s.tokens, LOSS.temperature)
         for i in range(len(s.tokens) - 1):
             if not s.mask[i + 1]:
                 continue
             new, target = table[i, s.tokens[i + 1]], s.tokens[i + 1]
-            ratio = np.exp(new - s.logprobs[i + 1])
-            plain, cut = ratio * s.advantage, np.clip(ratio, 0.8, 1.3) * s.advantage
+            ratio = np.exp(new - s.columns["old_logprobs"][i + 1])
+            plain, cut = ratio * advantage, np.clip(ratio, 0.8, 1.3) * advantage
             total["policy"] -= min(plain, cut)
             total["clip"] += cut < plain
             total["entropy"] -= np.sum(np.exp(table[i]) * table[i])
             total["kl"] += np.exp(ref[i, target] - new) - (ref[i, target] - new) - 1
-            difference = abs(new - s.logprobs[i + 1])
+            difference = abs(new - s.columns["old_logprobs"][i + 1])
             total["diff"] += difference
             worst = max(worst, difference)
-            right += new * s.correct
-            right_tokens += s.correct
+            right += new * correct
+            right_tokens += correct
             tokens += 1
     mean = {name: value / tokens for name, value in total.items()}
     metrics = whole[2]
@@ -172,74 +190,88 @@ def test_loss_and_metrics_by_hand(whole, sequences, params0, reference, true_log
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_gradient_is_that_of_the_reported_loss(sgd, whole, params0, reference):
+def test_gradient_is_that_of_the_reported_loss(sgd, whole, params0):
     """Half a step each way along the gradient changes the loss by its squared norm."""
     batch, params, metrics = whole
     small = 3e-4
     moved = [
         jax.tree.map(lambda p, q, s=s: p + s * small * (q - p), params0, params) for s in (1, -1)
     ]
-    ahead, behind = (step(sgd, p, reference, batch)[1]["loss/total"] for p in moved)
+    ahead, behind = (step(sgd, p, batch)[1]["loss/total"] for p in moved)
     np.testing.assert_allclose((behind - ahead) / (2 * small), metrics["grad_norm"] ** 2, rtol=0.02)
 
 
-def test_kl_is_zero_at_the_reference(sgd, whole, params0):
-    batch = whole[0]
-    with_kl = step(sgd, params0, params0, batch)
-    without = step(sgd, params0, params0, batch, GRPOLoss(0.2, 0.3, 0.0, 0.02, 0.9))
-    assert abs(with_kl[1].pop("kl")) < 1e-9
-    assert "kl" not in without[1]
+def test_kl_is_zero_at_the_reference(sgd, whole, params0, sequences):
+    own = np.asarray(sgd.logprobs(params0, sgd.put(whole[0]), LOSS.temperature))
+    scored = with_scores(sequences, whole[0], {"ref_logprobs": own})
+    batch = pack(scored, row_tokens=16, rows=8, microbatches=1)
+    with_kl, without = (step(sgd, params0, batch, kl_coef=coef) for coef in (KL, 0.0))
+    assert abs(with_kl[1].pop("kl")) < 1e-9 and abs(without[1].pop("kl")) < 1e-9
     assert_close(with_kl, without, atol=1e-7)
+    columns = {name: c for name, c in batch.columns.items() if name != "ref_logprobs"}
+    assert "kl" not in step(sgd, params0, replace(batch, columns=columns))[1]
+
+
+def test_scores_are_the_log_probs_of_each_sequence_alone(sgd, whole, sequences, reference,
+                                                         true_logprobs):  # fmt: skip
+    batch = whole[0]
+    scores = np.asarray(sgd.logprobs(reference, sgd.put(batch), LOSS.temperature))
+    for s, got in zip(sequences, batch.unpack(scores), strict=True):
+        wanted = np.where(np.asarray(s.mask) > 0, s.columns["ref_logprobs"], 0.0)
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert got[0] == 0.0
 
 
 # ---- the mask ------------------------------------------------------------------------------
 
 
-def test_masked_positions_are_never_read(sgd, whole, params0, reference):
+def test_masked_positions_are_never_read(sgd, whole, params0):
     """Whatever stands at prompt, document and padding positions: the same bits."""
     batch, params, metrics = whole
     unread = batch.mask == 0
     assert 0 < unread.sum() < unread.size
-    spoilt = dict(batch.__dict__)
-    spoilt["old_logprobs"] = np.where(unread, np.nan, batch.old_logprobs).astype(np.float32)
-    spoilt["advantages"] = np.where(unread, np.inf, batch.advantages).astype(np.float32)
-    spoilt["correct"] = np.where(unread, 1.0, batch.correct).astype(np.float32)
-    spoilt["targets"] = np.where(unread, 123, batch.targets).astype(np.int32)
-    result = step(sgd, params0, reference, type(batch)(**spoilt))
+    bad = {
+        name: np.where(unread, np.nan, column).astype(np.float32)
+        for name, column in batch.columns.items()
+    }
+    bad["correct"] = np.where(unread, 1.0, batch.columns["correct"]).astype(np.float32)
+    bad["targets"] = np.where(unread, 123, batch.targets).astype(np.int32)
+    result = step(sgd, params0, spoil(batch, **bad))
     jax.tree.map(np.testing.assert_array_equal, result, (params, metrics))
     # And the policy's own positions are read.
-    spoilt["advantages"] = np.where(unread, 0.0, 2 * batch.advantages).astype(np.float32)
-    assert (
-        step(sgd, params0, reference, type(batch)(**spoilt))[1]["loss/policy"]
-        != (metrics["loss/policy"])
-    )
+    doubled = spoil(batch, advantages=2 * batch.columns["advantages"])
+    assert step(sgd, params0, doubled)[1]["loss/policy"] != metrics["loss/policy"]
 
 
-def test_document_tokens_have_exactly_zero_gradient(
-    monkeypatch, make_learner, params0, reference, sequences
-):
+def test_document_tokens_have_exactly_zero_gradient(monkeypatch, make_learner, params0, sequences):
     """d loss / d hidden at each position: 0.0 where another than the policy wrote the target."""
     batch = pack(sequences[:2], row_tokens=24, rows=1, microbatches=1)
     original = learner_module.chunked_logprobs
-    shift = []
+    seen = []
 
-    def shifted(hidden, *args, **options):
-        return original(hidden + shift[0], *args, **options)
+    @jax.custom_vjp
+    def tapped(hidden):
+        return hidden
 
-    monkeypatch.setattr(learner_module, "chunked_logprobs", shifted)
-    learner = make_learner()
-    state, arrays = learner.init(params0), learner.put(batch)
-    direction = jax.random.normal(jax.random.key(0), (16,))
+    def backward(_, gradient):
+        jax.debug.callback(seen.append, gradient)
+        return (gradient,)
 
-    def loss(delta):  # [T], along one direction of the hidden states
-        shift[:] = [delta[None, :, None] * direction]
-        return learner._grpo_step(state, reference, arrays, loss=LOSS)[1]["loss/total"]
-
-    gradient = np.asarray(jax.jit(jax.jacfwd(loss))(jnp.zeros(24)))
+    tapped.defvjp(lambda hidden: (hidden, None), backward)
+    monkeypatch.setattr(
+        learner_module,
+        "chunked_logprobs",
+        lambda hidden, *args, **options: original(tapped(hidden), *args, **options),
+    )
+    step(make_learner(), params0, batch)
+    jax.effects_barrier()
+    (gradient,) = seen  # of the one microbatch: [1, 24, 16]
+    gradient = np.asarray(gradient)[0]
     policy = batch.mask[0, 0] > 0
     assert policy.sum() == sum(sum(s.mask[1:]) for s in sequences[:2])
     assert np.all(gradient[~policy] == 0.0)
-    assert np.all(np.abs(gradient[policy]) > 1e-7)
+    direction = np.random.default_rng(0).normal(size=16)
+    assert np.all(np.abs(gradient[policy] @ direction) > 1e-7)
 
 
 # ---- what it does not depend on ------------------------------------------------------------
@@ -253,23 +285,23 @@ def test_document_tokens_have_exactly_zero_gradient(
     ],
     ids=["microbatches", "long rows"],
 )
-def test_the_cut_of_the_batch(sgd, whole, params0, reference, sequences, cut):
-    assert_close(step(sgd, params0, reference, pack(sequences, **cut)), whole[1:])
+def test_the_cut_of_the_batch(sgd, whole, params0, sequences, cut):
+    assert_close(step(sgd, params0, pack(sequences, **cut)), whole[1:])
 
 
-def test_the_order_of_the_rows(sgd, whole, params0, reference, sequences):
+def test_the_order_of_the_rows(sgd, whole, params0, sequences):
     batch = pack(sequences[::-1], row_tokens=16, rows=8, microbatches=1)
-    rows = {k: v[:, ::-1] if v.ndim else v for k, v in batch.arrays().items()}
+    rows = {k: v[:, ::-1] for k, v in batch.arrays().items() if v.ndim}
     assert not np.array_equal(rows["tokens"], whole[0].tokens)
-    assert_close(step(sgd, params0, reference, type(batch)(**rows)), whole[1:])
+    assert_close(step(sgd, params0, spoil(batch, **rows)), whole[1:])
 
 
-def test_the_mesh(make_learner, whole, params0, reference, sequences):
+def test_the_mesh(make_learner, whole, params0, sequences):
     learner = make_learner(mesh=make_mesh(data=2, fsdp=2, tensor=2))
-    assert_close(step(learner, params0, reference, whole[0]), whole[1:])
+    assert_close(step(learner, params0, whole[0]), whole[1:])
     other = pack(sequences[:2], row_tokens=16, rows=8, microbatches=1)
-    step(learner, params0, reference, other)
-    assert learner.grpo_step._cache_size() == 1
+    step(learner, params0, other)
+    assert learner._jitted_rl_step._cache_size() == 1
 
 
 # ---- the step ------------------------------------------------------------------------------
@@ -277,17 +309,16 @@ def test_the_mesh(make_learner, whole, params0, reference, sequences):
 
 def test_the_state_is_donated_and_later_steps_compile_nothing(sgd, whole, params0, sequences):
     state = sgd.init(params0)
-    ref_params = jax.device_put(jax.tree.map(jnp.copy, params0), sgd.state_shardings.params)
     compiled = None
     for number, part in enumerate((sequences, sequences[:2], sequences[3:]), start=1):
         batch = sgd.put(pack(part, row_tokens=16, rows=8, microbatches=1))
         old = jax.tree.leaves(state.params)
-        state, _ = sgd.grpo_step(state, ref_params, batch, loss=LOSS)
+        state, _ = sgd.rl_step(state, batch, objective=LOSS, kl_coef=KL)
         assert all(leaf.is_deleted() for leaf in old)
         assert int(state.step) == number
-        compiled = compiled or sgd.grpo_step._cache_size()
-    assert sgd.grpo_step._cache_size() == compiled
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params0, ref_params)))
+        compiled = compiled or sgd._jitted_rl_step._cache_size()
+    assert sgd._jitted_rl_step._cache_size() == compiled
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params0))
 
 
 def test_warm_up_and_cosine():
@@ -325,7 +356,7 @@ def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
     batch = learner.put(pack(sequences, row_tokens=16, rows=4, microbatches=2))
     state, rates, losses = learner.init(params0), [], []
     for _ in range(6):
-        held = float(learner.sft_loss(state.params, batch))
+        held = float(learner.sft_loss(state, batch))
         state, metrics = learner.sft_step(state, batch)
         rates.append(float(metrics["learning_rate"]))
         losses.append(float(metrics["loss/total"]))
@@ -333,7 +364,7 @@ def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
     np.testing.assert_allclose(rates, [0.01, 0.02, 0.02, 0.02, 0.02, 0.02], rtol=1e-5)
     assert losses[2] < losses[1] < losses[0]  # the first update counts
     assert losses[-1] < losses[0] - 0.5
-    assert learner.sft_step._cache_size() == 1
+    assert learner._jitted_sft_step._cache_size() == 1
 
 
 def test_sft_loss_is_the_weighted_mean(sgd, params0, true_logprobs):
@@ -347,7 +378,9 @@ def test_sft_loss_is_the_weighted_mean(sgd, params0, true_logprobs):
     expected = numerator / denominator
     for rows, microbatches in ((1, 2), (2, 1)):
         batch = sgd.put(pack(texts, row_tokens=5, rows=rows, microbatches=microbatches))
-        np.testing.assert_allclose(sgd.sft_loss(params0, batch), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            sgd.sft_loss(fresh_state(sgd, params0), batch), expected, rtol=1e-5
+        )
 
 
 def test_the_optimizer_clips_and_spares_norms_and_biases(params0):
@@ -362,7 +395,7 @@ def test_the_optimizer_clips_and_spares_norms_and_biases(params0):
     jax.tree_util.tree_map_with_path(check, updates, params0)
 
 
-def test_sampler_and_learner_agree(sgd, tiny_config, params0, reference):
+def test_sampler_and_learner_agree(sgd, tiny_config, params0):
     """Tokens from the real generator: first update's ratios are 1 to numerical tolerance."""
     generator = Generator(
         tiny_config,
@@ -393,10 +426,13 @@ def test_sampler_and_learner_agree(sgd, tiny_config, params0, reference):
         mask = [weight for tokens, weight in parts for _ in tokens]
         logprobs = [0.0] * len(prompt) + one.logprobs + [0.0] * 3 + two.logprobs
         tokens = [token for tokens, _ in parts for token in tokens]
-        made.append(TokenSequence(tokens, mask, logprobs, 1.0))
-    batch = pack(made, row_tokens=40, rows=1, microbatches=5)
+        columns = {"old_logprobs": logprobs} | dict.fromkeys(
+            ("advantages", "correct"), [1.0] * len(tokens)
+        )
+        made.append(TokenSequence(tokens, mask, columns))
+    batch = pack(with_weights(made, "token_mean", 0), row_tokens=40, rows=1, microbatches=5)
     assert batch.mask.sum() == 4 * 14
-    metrics = step(sgd, params0, reference, batch)[1]
+    metrics = step(sgd, params0, batch)[1]
     assert metrics["sampler_logprob_diff_max"] <= 1e-4
     assert metrics["clip_fraction"] == 0
     np.testing.assert_allclose(metrics["loss/policy"], -1.0, atol=1e-4)

@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 
@@ -5,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
+from zerosearch_jax.parallel.mesh import ROWS, make_mesh
 from zerosearch_jax.rl.logprobs import chunked_logprobs
 
 
@@ -21,6 +26,48 @@ def naive(hidden, unembed, targets, temperature=1.0):
     log_p = jax.nn.log_softmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return logprobs, -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def gradients(function, hidden, unembed, targets, by_logprob, by_entropy):
+    """Of sum(by_logprob * logprobs + by_entropy * entropy), as to hidden and unembed."""
+
+    def loss(h, u):
+        logprobs, entropy = function(h, u, targets)
+        return (by_logprob * logprobs + by_entropy * entropy).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, unembed)
+
+
+def naive_float64(hidden, unembed, targets, temperature):
+    p = np.exp(hidden @ unembed / temperature)
+    p = p / p.sum(-1, keepdims=True)
+    at_target = np.take_along_axis(p, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    return np.log(at_target), -(p * np.log(p)).sum(-1)
+
+
+def complex_step(function, x):
+    """Gradient of a real analytic `function` at `x`, exact to float64: Im f(x + ih) / h."""
+    gradient = np.zeros(x.shape)
+    for index in np.ndindex(x.shape):
+        moved = x.astype(np.complex128)
+        moved[index] += 1e-30j
+        gradient[index] = function(moved).imag / 1e-30
+    return gradient
+
+
+def compiled_gradients(function, *arguments):
+    """The compiled values and gradients, with the entropy among them, from hidden and unembed."""
+
+    def loss(h, u, t):
+        logprobs, entropy = function(h, u, t)
+        return (logprobs + entropy).sum()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+
+
+def largest_array(program):
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", program.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
 def test_by_hand():
@@ -45,21 +92,54 @@ def test_equals_naive(chunk, temperature):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_equal_naive():
-    hidden, unembed, targets = inputs()
-    weights = jnp.linspace(-1.0, 1.0, targets.size).reshape(targets.shape)
+def test_gradients_by_hand():
+    # Logits 0 and 2 at temperature 1/2: p = sigmoid(4) of the second token. By its logit x = 2,
+    # log p changes by (1 - p) / temperature, the entropy by -(x / temperature) p (1 - p) / temp.
+    p = 1 / (1 + np.exp(-4))
+    hidden, unembed, targets = jnp.ones((1, 1, 1)), jnp.array([[0.0, 2.0]]), jnp.array([[1]])
 
-    def total(function):
-        def loss(h, u):
-            logprobs, entropy = function(h, u, targets)
-            return (weights * logprobs + 0.1 * entropy).sum()
+    def function(h, u, t):
+        return chunked_logprobs(h, u, t, chunk=1, temperature=0.5)
 
-        return jax.grad(loss, argnums=(0, 1))
+    by_logprob = gradients(function, hidden, unembed, targets, 1.0, 0.0)
+    np.testing.assert_allclose(by_logprob[1], [[-2 * (1 - p), 2 * (1 - p)]], rtol=1e-5)
+    np.testing.assert_allclose(by_logprob[0], [[[4 * (1 - p)]]], rtol=1e-5)
+    by_entropy = gradients(function, hidden, unembed, targets, 0.0, 1.0)
+    np.testing.assert_allclose(by_entropy[1], [[8 * p * (1 - p), -8 * p * (1 - p)]], rtol=1e-5)
+    np.testing.assert_allclose(by_entropy[0], [[[-16 * p * (1 - p)]]], rtol=1e-5)
 
-    got = total(lambda h, u, t: chunked_logprobs(h, u, t, chunk=4))(hidden, unembed)
-    for a, b in zip(got, total(naive)(hidden, unembed), strict=True):
-        assert np.abs(np.asarray(b)).max() > 0.1
-        np.testing.assert_allclose(a, b, atol=1e-5)
+
+@settings(deadline=None, max_examples=8)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 9),
+    vocab=st.integers(2, 20),
+    chunk=st.integers(1, 10),
+    temperature=st.floats(0.5, 2.0),
+    entropy_scale=st.sampled_from([0.0, 0.01, -1.0, 2.0]),
+)
+def test_gradients_equal_naive(batch, length, vocab, chunk, temperature, entropy_scale):
+    # Numbers of numpy: jax would compile its own for each shape.
+    random = np.random.default_rng(0)
+    hidden, unembed = random.normal(size=(batch, length, 4)), random.normal(size=(4, vocab))
+    targets = random.integers(0, vocab, (batch, length), np.int32)
+    by_logprob = np.linspace(-1.0, 1.0, targets.size).reshape(targets.shape)
+    by_entropy = entropy_scale * by_logprob[:, ::-1]
+
+    def function(h, u, t):
+        return chunked_logprobs(h, u, t, chunk=chunk, temperature=temperature)
+
+    def total(h, u):
+        logprobs, entropy = naive_float64(h, u, targets, temperature)
+        return (by_logprob * logprobs + by_entropy * entropy).sum()
+
+    got = gradients(function, hidden, unembed, targets, by_logprob, by_entropy)
+    want = (
+        complex_step(lambda h: total(h, unembed), hidden),
+        complex_step(lambda u: total(hidden, u), unembed),
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_without_entropy_the_logprobs_are_the_same():
@@ -69,6 +149,18 @@ def test_without_entropy_the_logprobs_are_the_same():
     np.testing.assert_array_equal(entropy, np.zeros((2, 13)))
 
 
+def test_without_entropy_its_cotangent_is_not_used():
+    hidden, unembed, targets = inputs()
+
+    def function(h, u, t):
+        return chunked_logprobs(h, u, t, chunk=4, with_entropy=False)
+
+    got = gradients(function, hidden, unembed, targets, 1.0, 1e6)
+    want = gradients(naive, hidden, unembed, targets, 1.0, 0.0)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_hidden_is_accumulated_in_float32_and_weights_keep_float32_gradients():
     hidden, unembed, targets = inputs(length=32, dtype=jnp.bfloat16)
 
@@ -76,40 +168,123 @@ def test_bfloat16_hidden_is_accumulated_in_float32_and_weights_keep_float32_grad
         logprobs, _ = chunked_logprobs(h, u, targets, chunk=8)
         return logprobs.sum(), logprobs
 
-    (gradients, logprobs) = jax.grad(total, argnums=(0, 1), has_aux=True)(hidden, unembed)
+    step = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    grads, logprobs = step(hidden, unembed)
     assert logprobs.dtype == jnp.float32
-    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
     rounded = unembed.astype(jnp.bfloat16).astype(jnp.float32)
     want, _ = naive(hidden.astype(jnp.float32), rounded, targets)
     np.testing.assert_allclose(logprobs, want, atol=1e-4)
 
 
+def test_bfloat16_gradients_are_within_the_rounding_of_their_factors():
+    width, vocab, temperature = 16, 40, 0.8
+    hidden, unembed, targets = inputs(3, 7, width, vocab, jnp.bfloat16)
+    by_logprob = np.linspace(-1.0, 1.0, targets.size).reshape(targets.shape)
+    by_entropy = 0.5 * by_logprob[:, ::-1]
+    got = gradients(
+        lambda h, u, t: chunked_logprobs(h, u, t, chunk=4, temperature=temperature),
+        *(hidden, unembed, targets, by_logprob, by_entropy),
+    )
+
+    # The gradient of the logits in float64, from the rounded hidden states and weights.
+    rows = np.asarray(hidden, np.float64)
+    weights = np.asarray(unembed.astype(jnp.bfloat16), np.float64)
+
+    def total(logits):
+        logprobs, entropy = naive_float64(logits, np.eye(vocab), targets, temperature)
+        return (by_logprob * logprobs + by_entropy * entropy).sum()
+
+    by_logits = complex_step(total, rows @ weights).reshape(-1, vocab)
+    # The rounding to bfloat16 is off by 2^-8 of the number at most. Rounded are the gradient of
+    # the logits and, once more, the result for `hidden`; that for `unembed` is float32.
+    factors = [(by_logits, weights.T, 2), (rows.reshape(-1, width).T, by_logits, 1)]
+    for gradient, (left, right, roundings) in zip(got, factors, strict=True):
+        want = (left @ right).reshape(gradient.shape)
+        bound = (np.abs(left) @ np.abs(right)).reshape(gradient.shape) * 2.0**-8
+        assert (np.abs(np.asarray(gradient, np.float64) - want) <= 1.01 * roundings * bound).all()
+        assert bound.max() < 0.01 * np.abs(want).max()
+
+
 def test_the_logits_never_exist():
-    batch, length, vocab, chunk = 2, 512, 2003, 8
-    hidden, unembed, targets = inputs(batch, length, 8, vocab)
-
-    def loss(h, u, function):
-        logprobs, entropy = function(h, u, targets)
-        return (logprobs + entropy).sum()
-
-    def compiled(function):
-        step = jax.jit(jax.grad(lambda h, u: loss(h, u, function), argnums=(0, 1)))
-        return step.lower(hidden, unembed).compile()
-
-    def largest_array(program):
-        shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", program.as_text())
-        return max(math.prod(map(int, shape.split(","))) for shape in shapes)
-
-    chunked = compiled(lambda h, u, t: chunked_logprobs(h, u, t, chunk=chunk))
+    batch, length, width, vocab, chunk = 2, 512, 32, 8192, 32
+    arguments = inputs(batch, length, width, vocab)
     elements = batch * length * vocab
-    assert largest_array(chunked) <= elements // 32
-    # A few chunks of logits are alive at once (forward, softmax, cotangent), whatever T is.
-    temp_bytes = chunked.memory_analysis().temp_size_in_bytes
-    assert temp_bytes < 6 * batch * chunk * vocab * 4 < elements * 4 // 8
+    for with_entropy in (True, False):
+        function = functools.partial(chunked_logprobs, chunk=chunk, with_entropy=with_entropy)
+        program = compiled_gradients(function, *arguments)
+        assert largest_array(program) == batch * chunk * vocab == elements // 16
+        # Three chunks of logits at most (they, shifted, exponentiated), whatever T is, and what
+        # the sum of the weights' gradient takes.
+        temp_bytes = program.memory_analysis().temp_size_in_bytes
+        assert temp_bytes < (3 * batch * chunk + 2 * width) * vocab * 4 < elements * 4 / 3
     # The same measures do see the logits where they exist.
-    whole = compiled(naive)
+    whole = compiled_gradients(naive, *arguments)
     assert largest_array(whole) >= elements
     assert whole.memory_analysis().temp_size_in_bytes >= elements * 4
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**16), st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([4, 16]))
+def test_the_mask_leaves_out_results_and_gradients(seed, share, chunk):
+    """As the naive ones where the mask is 1, and 0 elsewhere; whole rows may be empty."""
+    hidden, unembed, targets = inputs(batch=3, length=16)
+    rng = np.random.default_rng(seed)
+    mask = rng.random((3, 16)) < share
+    mask[1] = False
+    by_logprob, by_entropy = rng.normal(size=(2, 3, 16)).astype(np.float32)
+    bad_targets = jnp.where(mask, targets, 0)
+
+    def masked(h, u, t):
+        return chunked_logprobs(h, u, t, mask=jnp.asarray(mask), chunk=chunk)
+
+    for got, want in zip(
+        masked(hidden, unembed, bad_targets), naive(hidden, unembed, targets), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(got)[~mask], 0.0)
+        np.testing.assert_allclose(np.asarray(got)[mask], np.asarray(want)[mask], atol=1e-5)
+    got = gradients(masked, hidden, unembed, bad_targets, by_logprob, by_entropy)
+    want = gradients(naive, hidden, unembed, targets, by_logprob * mask, by_entropy * mask)
+    np.testing.assert_array_equal(np.asarray(got[0])[~mask], 0.0)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_chunks_without_a_wanted_position_are_not_computed():
+    """A chunk beyond the mask may hold anything, even what would make the gradient nan."""
+    hidden, unembed, targets = inputs(length=12)
+    mask = jnp.zeros((2, 12)).at[:, 8:].set(1)  # comes first when sorted: one chunk of 4
+    spoilt = jnp.where(mask[..., None] > 0, hidden, jnp.nan)
+
+    def loss(h, u):
+        logprobs, entropy = chunked_logprobs(h, u, targets, mask=mask, chunk=4)
+        return (logprobs + entropy).sum()
+
+    got = jax.grad(loss, argnums=(0, 1))(spoilt, unembed)
+    want = jax.grad(loss, argnums=(0, 1))(hidden, unembed)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_sharded_rows_and_vocabulary_give_the_same_and_stay_sharded():
+    batch, length, width, vocab, chunk = 4, 32, 8, 512, 16
+    hidden, unembed, targets = inputs(batch, length, width, vocab)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def function(h, embedding, t):
+        return chunked_logprobs(h, embedding.T, t, chunk=chunk)
+
+    # The embedding of tied weights, its vocabulary over `tensor` and its width over `fsdp`.
+    whole = hidden, unembed.T, targets
+    sharded = put(hidden, ROWS), put(unembed.T, "tensor", "fsdp"), put(targets, ROWS)
+    program = compiled_gradients(function, *sharded)
+    got, want = program(*sharded), compiled_gradients(function, *whole)(*whole)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    # A device holds the logits of a quarter of the rows and half of the vocabulary.
+    assert largest_array(program) == (batch // 4) * chunk * (vocab // 2)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class ScriptedPolicy:
         assert not self.sampling.keys() & set(slots)
         self.sampling |= {slot: number for slot, (number, _) in zip(slots, streams, strict=True)}
 
-    def advance(self, *, key, sampling):
+    def advance(self, *, key, sampling, share):
         """The first `stopping` of the sampling slots stop."""
         stopped = dict(list(self.sampling.items())[: self.stopping])
         if stopped:

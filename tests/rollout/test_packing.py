@@ -15,9 +15,10 @@ def make_sequence(number, length):
     return TokenSequence(
         tokens=tokens,
         mask=[float((number + i) % 3 == 0) for i in range(length)],
-        logprobs=[-0.5 * token for token in tokens],
-        advantage=number - 1.5,
-        correct=number % 2 == 0,
+        columns={
+            "old_logprobs": [-0.5 * token for token in tokens],
+            "advantages": [number - 1.5] * length,
+        },
     )
 
 
@@ -45,14 +46,15 @@ def test_every_sequence_is_found_back(lengths, row_tokens, rows):
             assert here["positions"][columns].tolist() == list(range(n))
             assert here["targets"][columns].tolist() == [*sequence.tokens[1:], 0]
             assert here["mask"][columns].tolist() == [*sequence.mask[1:], 0]
-            assert here["old_logprobs"][columns].tolist() == [*sequence.logprobs[1:], 0]
-            assert here["advantages"][columns].tolist() == [sequence.advantage] * n
-            assert here["correct"][columns].tolist() == [float(sequence.correct)] * n
+            for name, column in sequence.columns.items():
+                assert here[name][columns].tolist() == [*column[1:], 0]
         padding = here["segment_ids"] == 0
         assert all(not array[padding].any() for array in here.values())
     assert sorted(found) == list(range(len(sequences)))
     used = arrays["segment_ids"].any(axis=1).sum()
     assert batch.num_microbatches == -(-used // rows) == len(batch.tokens)
+    for sequence, targets in zip(sequences, batch.unpack(batch.targets), strict=True):
+        assert targets.tolist() == [0, *sequence.tokens[1:]]
 
 
 @given(st.lists(st.integers(1, 10), max_size=20))
@@ -79,17 +81,23 @@ def test_the_shape_is_fixed_and_says_what_is_used():
 
 
 def test_the_prompts_first_token_is_nobodys_target():
-    batch = pack([TokenSequence([7, 8], [1.0, 0.0], [-9.0, -1.0])], row_tokens=4, rows=1,
-                 microbatches=1)  # fmt: skip
+    sequence = TokenSequence([7, 8], [1.0, 0.0], {"old_logprobs": [-9.0, -1.0]})
+    batch = pack([sequence], row_tokens=4, rows=1, microbatches=1)
     assert batch.mask.sum() == 0
     assert batch.targets[0, 0].tolist() == [8, 0, 0, 0]
-    assert batch.old_logprobs[0, 0].tolist() == [-1.0, 0, 0, 0]
+    assert batch.columns["old_logprobs"][0, 0].tolist() == [-1.0, 0, 0, 0]
 
 
-def test_sft_sequences_need_no_logprobs():
+def test_sft_sequences_need_no_columns():
     batch = pack([TokenSequence([7, 8, 9], [0.0, 0.5, 1.0])], row_tokens=4, rows=1, microbatches=1)
     assert batch.mask[0, 0].tolist() == [0.5, 1.0, 0, 0]
-    assert not batch.old_logprobs.any()
+    assert batch.columns == {}
+
+
+def test_sequences_of_one_batch_have_the_same_columns():
+    mixed = [TokenSequence([7, 8], [0, 1], {"advantages": [0, 1]}), TokenSequence([7], [0])]
+    with pytest.raises(ValueError, match="advantages"):
+        pack(mixed, row_tokens=4, rows=1, microbatches=1)
 
 
 def test_what_does_not_fit_is_refused():

@@ -43,6 +43,7 @@ from zerosearch_jax.parallel.device_clock import DeviceClock
 
 STOPPED, ENDED, LIMIT = 1, 2, 3  # why a row left the decode loop; 0: still running
 FINISH_NAMES = {STOPPED: "stop", ENDED: "end", LIMIT: "length"}
+EARLY = 0.25  # share of the sampling slots whose stop ends a burst, so that others can take them
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Generator:
                 self._stopped[slot] = Generation([], [], "length")
 
     def advance(
-        self, *, key: jax.Array, sampling: Sampling, share: float = 0.25
+        self, *, key: jax.Array, sampling: Sampling, share: float = EARLY
     ) -> dict[int, Generation]:
         """Decodes the sampling slots on the device, for at most `burst_tokens` tokens each.
 

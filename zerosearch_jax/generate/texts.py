@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.generator import EARLY, Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.text.tokenizer import decode, encode_prompt
 
@@ -51,7 +51,9 @@ class TextGenerator:
                     max_new_tokens=self.max_new_tokens,
                 )
                 writing |= new
-            stopped = self.generator.advance(key=self.key, sampling=self.sampling)
+            # With nobody to take a free slot, stopping early would only make bursts shorter.
+            share = EARLY if queue else 1.0
+            stopped = self.generator.advance(key=self.key, sampling=self.sampling, share=share)
             for slot, generation in stopped.items():
                 texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)
                 free.append(slot)

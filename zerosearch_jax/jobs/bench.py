@@ -5,10 +5,15 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import bench_decode, bench_rollout
+from zerosearch_jax.jobs import bench_decode, bench_learner, bench_rollout
 from zerosearch_jax.jobs.bench_rows import report
 
-SUITES = {"rollout": bench_rollout.run, "decode": bench_decode.run}
+SUITES = {
+    "rollout": bench_rollout.run,
+    "decode": bench_decode.run,
+    "learner": bench_learner.run,
+    "mfu": bench_learner.mfu,
+}
 
 
 def run(config: ConfigDict, workdir: str) -> None:

@@ -1,17 +1,21 @@
-"""Other libraries that decode the same model: transformers here, the others as subprocesses.
+"""Other libraries that run the same model: transformers here, the others as subprocesses.
 
-Every peer answers with the same dict: `decode_secs`, seconds of each repeat for `new_tokens`
-greedy steps of all rows, prefill not included; `prefill_secs`, those of the prompts; `tokens`,
-row 0's greedy ids; `version`. What is compiled or loaded on first use is not in them. This module
-knows nothing of our own generator.
+A peer that decodes answers with `decode_secs`, seconds of each repeat for `new_tokens` greedy
+steps of all rows, prefill not included; `prefill_secs`, those of the prompts; `tokens`, row 0's
+greedy ids; `version`. One that trains answers with `step_secs`, seconds of each whole GRPO step,
+and `version`. What is compiled or loaded on first use is not in them. This module knows nothing
+of our own generator and learner.
 """
 
 import json
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from zerosearch_jax.errors import UserError
 
@@ -34,16 +38,7 @@ def torch_decode(
       prompts: one list of token ids a row, all of one length.
       dtype: "float32" or "bfloat16", of weights and cache.
     """
-    try:
-        import torch
-        import transformers
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed, which the peer transformers needs; "
-            "run pip install -r requirements-test.txt"
-        ) from error
-    torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()
+    torch, transformers = _torch(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), local_files_only=True
     )
@@ -78,6 +73,104 @@ def torch_decode(
     }
 
 
+class TorchUpdater:
+    """Transformers on torch: GRPO updates, layers checkpointed, by fused AdamW.
+
+    As a user of torch would write it: log-softmax and entropy over the whole logits, the frozen
+    reference as a second model, gradients summed over micro-batches, norms and biases not decayed.
+
+    Args:
+      dtype: "float32", or "bfloat16": autocast over float32 parameters.
+      clip: the ratio stays in [1 - clip, 1 + clip].
+      kl, entropy: weights of the k3 KL and of the entropy bonus.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        dtype: str,
+        threads: int,
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        clip_norm: float,
+        clip: float,
+        kl: float,
+        entropy: float,
+    ):
+        self._torch, transformers = _torch(threads)
+        self._model, self._reference = (
+            transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=self._torch.float32, local_files_only=True
+            )
+            for _ in range(2)
+        )
+        self._reference.requires_grad_(False)
+        with warnings.catch_warnings():  # the older name, which all releases from 5.0 on have
+            warnings.simplefilter("ignore", FutureWarning)
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._model.train()  # in eval mode nothing is checkpointed; there is no dropout
+        parameters = list(self._model.parameters())
+        self._optimizer = self._torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=(beta1, beta2),
+            weight_decay=weight_decay,
+            fused=True,
+        )
+        self._autocast = dtype == "bfloat16"
+        self._clip_norm, self._clip, self._kl, self._entropy = clip_norm, clip, kl, entropy
+
+    def update(self, arrays: Mapping[str, np.ndarray], micro_rows: int) -> tuple[float, float]:
+        """Seconds and loss of one update.
+
+        Args:
+          arrays: tokens, targets, mask, old_logprobs, advantages, weights; each `[R, T]`, one
+            sequence a row; target t follows token t, and the others speak of it.
+          micro_rows: rows of one forward and backward pass.
+        """
+        began = time.perf_counter()
+        total = 0.0
+        for start in range(0, len(arrays["tokens"]), micro_rows):
+            part = {
+                name: self._torch.from_numpy(array[start : start + micro_rows])
+                for name, array in arrays.items()
+            }
+            loss = self._loss(part)
+            loss.backward()
+            total += loss.item()
+        self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return time.perf_counter() - began, total
+
+    def _logits(self, model, part):
+        with self._torch.autocast("cpu", self._torch.bfloat16, enabled=self._autocast):
+            return model(input_ids=part["tokens"].long(), use_cache=False).logits.float()
+
+    def _loss(self, part):
+        torch, targets = self._torch, part["targets"].long()[..., None]
+        with torch.no_grad():
+            logits = self._logits(self._reference, part)
+            reference = logits.gather(-1, targets)[..., 0] - logits.logsumexp(-1)
+            del logits
+        log_p = torch.log_softmax(self._logits(self._model, part), dim=-1)
+        logprobs = log_p.gather(-1, targets)[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        ratio = torch.exp(logprobs - part["old_logprobs"])
+        clipped = ratio.clamp(1 - self._clip, 1 + self._clip)
+        surrogate = -torch.minimum(ratio * part["advantages"], clipped * part["advantages"])
+        d = reference - logprobs
+        kl = torch.exp(d) - d - 1
+        terms = surrogate - self._entropy * entropy + self._kl * kl
+        return (terms * part["weights"] * part["mask"]).sum()
+
+
 def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> dict:
     """The response of a peer script of `peers/` that runs under another interpreter.
 
@@ -109,3 +202,18 @@ def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> di
     if last.startswith("ModuleNotFoundError"):
         raise UserError(f"{last} ({script}); run {python} -m pip install {recipe}")
     raise RuntimeError(f"{script} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def _torch(threads: int):
+    """torch, limited to `threads`, and transformers."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed, which the peer transformers needs; "
+            "run pip install -r requirements-test.txt"
+        ) from error
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    return torch, transformers

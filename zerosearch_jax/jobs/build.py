@@ -15,10 +15,12 @@ from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.models.config import ModelConfig, read_config
+from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.learner import Learner, adamw, warmup_cosine
+from zerosearch_jax.rl.learner import Learner, Trained
+from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
@@ -116,26 +118,51 @@ def make_learner(
     mesh: jax.sharding.Mesh,
     optimizer: ConfigDict,
     learner: ConfigDict,
+    *,
+    critic: ConfigDict | None = None,
+    lora: ConfigDict | None = None,
+    updates_per_step: int = 1,
 ) -> Learner:
-    """AdamW with warm-up behind a learner."""
-    schedule = warmup_cosine(
-        optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        total_steps=optimizer.schedule_steps,
-        final_fraction=optimizer.final_fraction,
-    )
+    """AdamW with warm-up behind a learner; adapters when `lora.rank` is above 0.
+
+    Args:
+      optimizer: AdamW's settings; a critic has them, too, but for its own rate and warm-up.
+      updates_per_step: of a training step, which the schedules' lengths are given in.
+    """
+    trained = {"policy": trained_by(optimizer, updates_per_step)}
+    if critic is not None:
+        changed = ConfigDict(optimizer)
+        changed.update(learning_rate=critic.learning_rate, warmup_steps=critic.warmup_steps)
+        trained["critic"] = trained_by(changed, updates_per_step)
+    adapters = None
+    if lora is not None and lora.rank:
+        adapters = LoRA(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
     return Learner(
         model_config,
         mesh=mesh,
-        schedule=schedule,
-        optimizer=adamw(
-            schedule,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            weight_decay=optimizer.weight_decay,
-            clip_norm=optimizer.clip_norm,
-        ),
+        **trained,
+        critic_trunk=critic.trunk if critic is not None else "own",
+        lora=adapters,
         compute_dtype=dtype_of(learner.compute_dtype),
         remat=learner.remat,
         logprob_chunk=learner.logprob_chunk,
     )
+
+
+def trained_by(config: ConfigDict, updates_per_step: int) -> Trained:
+    """AdamW and its schedule from an optimizer's settings."""
+    schedule = warmup_cosine(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps * updates_per_step,
+        total_steps=config.schedule_steps * updates_per_step,
+        final_fraction=config.final_fraction,
+    )
+    optimizer = adamw(
+        schedule,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        moment_dtype=dtype_of(config.moment_dtype),
+    )
+    return Trained(optimizer, schedule)

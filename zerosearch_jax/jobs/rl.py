@@ -1,13 +1,15 @@
 """Reinforcement learning against a search engine: the paper's algorithm, top to bottom.
 
 Every step: the curriculum sets the noise → episodes are played → rewarded → advantages within
-each group → one jitted update on the policy's own tokens. At the end the base and the trained
-policy are judged on held-out questions with a real engine.
+each group → jitted updates on the policy's own tokens (`jobs/improve.py`). At the end the base
+and the trained policy are judged on held-out questions with a real engine.
 """
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +26,19 @@ from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import build
 from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.jobs.evaluate import GREEDY, evaluate_policy, print_table, summary
-from zerosearch_jax.jobs.scores import answer_scores, episode_figures, reward_of
+from zerosearch_jax.jobs.guard import NonFiniteGuard
+from zerosearch_jax.jobs.improve import Improver
+from zerosearch_jax.jobs.rl_check import check
+from zerosearch_jax.jobs.scores import episode_figures, reward_of
+from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.advantages import group_advantages
-from zerosearch_jax.rl.learner import GRPOLoss
+from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
-from zerosearch_jax.rollout.packing import TokenSequence, pack
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.curriculum import draw_noisy, noise_probability
+from zerosearch_jax.telemetry.collapse import CollapseWatch, earlier_rows
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.telemetry.seconds import Phases
@@ -49,7 +54,6 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     mesh = make_mesh(**config.mesh)
     policy = build.load_model(config.policy.model, mesh, "float32")
-    reference = policy.params
     sampling = Sampling(config.rollout.temperature)
     limits = Limits(
         config.rollout.max_turns, config.rollout.response_tokens, config.rollout.observation_tokens
@@ -65,86 +69,119 @@ def run(config: ConfigDict, workdir: str) -> None:
     engine = build.make_engine(config.search, config.seed, config.mesh, clock)
     judge = build.make_engine(config.eval.search, config.seed, config.mesh)
     generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS, clock)
-    learner = build.make_learner(policy.config, mesh, config.rl, config.learner)
-    loss = GRPOLoss(
-        clip_low=config.rl.clip_low,
-        clip_high=config.rl.clip_high,
-        kl=config.rl.kl,
-        entropy=config.rl.entropy,
-        temperature=config.rollout.temperature,
+    learner = build.make_learner(
+        policy.config,
+        mesh,
+        config.rl,
+        config.learner,
+        critic=config.critic if config.rl.estimator == "ppo" else None,
+        lora=config.lora,
+        updates_per_step=config.rl.epochs * config.rl.minibatches,
     )
-    state = learner.init(reference)
+    state = learner.init(policy.params, config.seed)
+    if learner.base is not None:  # the reference is the model with its adapters off
+        policy = replace(policy, params=learner.base)
     checkpoints = Checkpoints(workdir / "checkpoints")
     first = checkpoints.latest_step() or 0
+    kept = {"kl_coef": config.rl.kl, "skipped_in_a_row": 0}
     if first:
-        state, _ = checkpoints.restore(first, learner.abstract_state())
+        state, kept = checkpoints.restore(first, learner.abstract_state())
         print(f"resuming after step {first}")
+    kl_coef = kept["kl_coef"] if config.rl.kl_target else config.rl.kl
+    guard = NonFiniteGuard(workdir, config.rl.nonfinite_limit, kept["skipped_in_a_row"])
+    watch = CollapseWatch(window=config.watch.window)
+    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
+        watch.update(row)
+    improve = Improver(learner, policy.params, config, guard, clock)
     generator.warm_up([sampling, GREEDY])
 
-    recorder = Recorder(workdir, first_step=first + 1)
-    progress = Progress(config.rl.steps, first)
     phases = Phases()
     judged = partial(evaluate_policy, generator, judge, policy.tokenizer, limits=limits)
     watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
     clock.take()
-    for step in range(first, config.rl.steps):
-        p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
-        generator.load(state.params)
-        rollouts = Rollouts(
-            generator,
-            engine,
-            policy.tokenizer,
-            limits=limits,
-            sampling=sampling,
-            noisy=lambda episode, turn, p=p_noisy, i=step: draw_noisy(
-                config.seed, i, episode, turn, p
-            ),
-            stop_on_failure=config.rollout.stop_on_failure,
-            concurrent_searches=config.rollout.concurrent_searches,
-            searching=partial(phases.phase, "search"),
-        )
-        with phases.phase("rollout"):
-            episodes = episodes_of(epochs.draw(step), config.rollout.group_size, step)
-            trajectories = rollouts.play(episodes, jax.random.key(config.seed))
-        rewards = np.array(
-            [reward_of(t, config.reward.name, config.reward.format_weight) for t in trajectories],
-            np.float32,
-        ).reshape(-1, config.rollout.group_size)
-        advantages = np.asarray(group_advantages(rewards, normalize_std=config.rl.normalize_std))
-        with phases.phase("learner"):
-            batch = learner.put(batch_of(trajectories, advantages.ravel(), config))
-            clock.started()
-            state, metrics = learner.grpo_step(state, reference, batch, loss=loss)
-            figures = {name: float(value) for name, value in metrics.items()}
-            clock.drained()
+    with (
+        closing(Recorder(workdir, first_step=first + 1)) as recorder,
+        closing(Progress(config.rl.steps, first)) as progress,
+    ):
+        for step in range(first, config.rl.steps):
+            p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
+            generator.load(learner.policy(state))
+            rollouts = Rollouts(
+                generator,
+                engine,
+                policy.tokenizer,
+                limits=limits,
+                sampling=sampling,
+                noisy=lambda episode, turn, p=p_noisy, i=step: draw_noisy(
+                    config.seed, i, episode, turn, p
+                ),
+                stop_on_failure=config.rollout.stop_on_failure,
+                concurrent_searches=config.rollout.concurrent_searches,
+                searching=partial(phases.phase, "search"),
+            )
+            with phases.phase("rollout"):
+                played = Played(config)
+                while not played.enough:
+                    episodes = played.next_round(epochs, step)
+                    played.add(rollouts.play(episodes, jax.random.key(config.seed)))
+            trajectories, rewards = played.chosen()
+            with phases.phase("learner"):
+                state, figures = improve(state, trajectories, rewards, kl_coef, step)
 
-        done = step + 1
-        figures |= episode_figures(trajectories) | group_figures(rewards, trajectories)
-        figures["p_noisy"] = p_noisy
-        if done % config.eval.every == 0:
-            with phases.phase("eval"):
-                generator.load(state.params)
-                shown = judged(watched)
-            figures |= {f"eval/{k}": v for k, v in episode_figures(shown).items()}
-            recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
-        if done % config.checkpoint_every == 0 or done == config.rl.steps:
-            with phases.phase("checkpoint"):
-                checkpoints.save(done, state, {"seed": config.seed, "p_noisy": p_noisy})
-        figures |= phases.take()
-        figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
-        figures["tokens_per_sec"] = (
-            sum(t.policy_tokens for t in trajectories) / figures["seconds/step"]
-        )
-        recorder.scalars(done, figures)
-        progress.update(done, figures)
-    progress.close()
-    recorder.close()
+            done = step + 1
+            figures |= episode_figures(played.trajectories) | played.figures()
+            figures |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
+            if config.rl.kl_target and np.isfinite(figures["kl"]):
+                kl_coef = adapted_kl_coef(
+                    kl_coef,
+                    figures["kl"],
+                    target=config.rl.kl_target,
+                    horizon=config.rl.kl_horizon,
+                    episodes=len(trajectories),
+                )
+            if done % config.eval.every == 0:
+                with phases.phase("eval"):
+                    generator.load(learner.policy(state))
+                    shown = judged(watched)
+                figures |= {f"eval/{k}": v for k, v in episode_figures(shown).items()}
+                recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
+            collapse = watch.update(figures)
+            stopping = guard.exhausted or (config.watch.stop and watch.alarm())
+            if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                with phases.phase("checkpoint"):
+                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": guard.in_a_row}
+                    checkpoints.save(done, state, kept)
+            figures |= phases.take() | collapse
+            figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
+            figures["tokens_per_sec"] = (
+                sum(t.policy_tokens for t in played.trajectories) / figures["seconds/step"]
+            )
+            recorder.scalars(done, figures)
+            progress.update(done, figures)
+            if watch.alarm():
+                print(f"\nstep {done}: {watch.alarm()}", flush=True)
+            if guard.exhausted:
+                guard.stop(step)
+            if stopping:
+                raise UserError(
+                    f"stopped after step {done} by config.watch.stop; its checkpoint is in "
+                    f"{workdir}, earlier figures in metrics.jsonl. Go on all the same: "
+                    "--config.watch.stop=False"
+                )
 
+    if learner.lora is not None:
+        save_adapters(
+            workdir / "adapters",
+            state.params["policy"],
+            learner.lora,
+            policy.config,
+            config.policy.model,
+        )
     conclude(
         config,
         workdir,
         policy=policy,
-        trained=state.params,
+        trained=learner.policy(state),
         generator=generator,
         judged=judged,
         engine_name=judge.name,
@@ -152,55 +189,77 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses settings that contradict each other."""
-    episodes = config.rollout.questions_per_step * config.rollout.group_size
-    if config.rollout.temperature <= 0:
-        raise UserError("config.rollout.temperature must be above 0: groups need different samples")
-    if config.learner.row_tokens < config.policy.generator.max_tokens:
-        raise UserError(
-            f"config.learner.row_tokens={config.learner.row_tokens} cannot hold an episode of "
-            f"config.policy.generator.max_tokens={config.policy.generator.max_tokens}; raise it"
-        )
-    if config.learner.rows * config.learner.microbatches < episodes:
-        raise UserError(
-            f"config.learner.rows × microbatches must be at least the {episodes} episodes of a step"
-        )
+class Played:
+    """One step's episodes, in one round of questions or in several (dynamic sampling).
+
+    With `config.rollout.max_rounds` above 1 further questions are played until
+    `questions_per_step` groups have rewards that differ (DAPO, arXiv 2503.14476 §3.2). Where they
+    stay too few the last places go to groups without a difference, which teach nothing but what
+    KL and entropy ask for, so that a step's batch is always of one size.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self._rounds = 0
+        self.trajectories: list[Trajectory] = []
+        self._rewards = np.zeros((0, config.rollout.group_size), np.float32)
+
+    @property
+    def enough(self) -> bool:
+        """Whether enough groups differ, or all rounds are played."""
+        rollout = self._config.rollout
+        if self._rounds < rollout.max_rounds:
+            return rollout.max_rounds > 1 and sum(self._differ()) >= rollout.questions_per_step
+        return True
+
+    def next_round(self, epochs: Epochs, step: int) -> list[Episode]:
+        """The episodes to play next. Each round of each step has its own place in the data."""
+        rollout = self._config.rollout
+        draw = step * rollout.max_rounds + self._rounds
+        self._rounds += 1
+        return episodes_of(epochs.draw(draw), rollout.group_size, draw)
+
+    def add(self, trajectories: Sequence[Trajectory]) -> None:
+        """Takes a round's episodes, group by group."""
+        reward = self._config.reward
+        rewards = [reward_of(t, reward.name, reward.format_weight) for t in trajectories]
+        self.trajectories += trajectories
+        rewards = np.array(rewards, np.float32).reshape(-1, self._rewards.shape[1])
+        self._rewards = np.concatenate([self._rewards, rewards])
+
+    def chosen(self) -> tuple[list[Trajectory], np.ndarray]:
+        """`questions_per_step` groups, those that differ first: Q·G episodes, `[Q, G]` rewards."""
+        size = self._config.rollout.group_size
+        groups = range(len(self._rewards))
+        if self._config.rollout.max_rounds > 1:
+            differ = self._differ()
+            groups = sorted(groups, key=lambda group: not differ[group])
+        groups = sorted(groups[: self._config.rollout.questions_per_step])
+        members = [self.trajectories[group * size + i] for group in groups for i in range(size)]
+        return members, self._rewards[list(groups)]
+
+    def figures(self) -> dict[str, float]:
+        """Figures of all episodes that were played."""
+        searches = [request.noisy for t in self.trajectories for request, _ in t.searches]
+        return {
+            "reward": float(self._rewards.mean()),
+            "zero_variance_groups": 1.0 - float(np.mean(self._differ())),
+            "noisy_ratio": float(np.mean(searches)) if searches else 0.0,
+            "sampling_rounds": float(self._rounds),
+        }
+
+    def _differ(self) -> list[bool]:
+        return (np.ptp(self._rewards, axis=1) != 0).tolist()
 
 
-def episodes_of(rows: Sequence[QARow], group_size: int, step: int) -> list[Episode]:
-    """The step's episodes, group by group, one group a row; numbered through the run."""
-    number = step * len(rows) * group_size
+def episodes_of(rows: Sequence[QARow], group_size: int, draw: int) -> list[Episode]:
+    """The episodes of one draw, group by group, one group a row; numbered through the run."""
+    number = draw * len(rows) * group_size
     return [
         Episode(number + i * group_size + member, row.question, row.golden_answers)
         for i, row in enumerate(rows)
         for member in range(group_size)
     ]
-
-
-def batch_of(trajectories: Sequence[Trajectory], advantages: np.ndarray, config: ConfigDict):
-    """The learner's packed batch: ids and log-probs as sampled, provenance as the mask."""
-    correct = answer_scores(trajectories, "em")
-    sequences = [
-        TokenSequence(t.tokens, t.by_policy, t.logprobs, float(advantage), right == 1.0)
-        for t, advantage, right in zip(trajectories, advantages, correct, strict=True)
-    ]
-    return pack(
-        sequences,
-        row_tokens=config.learner.row_tokens,
-        rows=config.learner.rows,
-        microbatches=config.learner.microbatches,
-    )
-
-
-def group_figures(rewards: np.ndarray, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Reward figures of `[Q, G]` rewards, and the share of searches that were noisy."""
-    searches = [request.noisy for t in trajectories for request, _ in t.searches]
-    return {
-        "reward": float(rewards.mean()),
-        "zero_variance_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
-        "noisy_ratio": float(np.mean(searches)) if searches else 0.0,
-    }
 
 
 def conclude(

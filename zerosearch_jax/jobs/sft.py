@@ -4,6 +4,7 @@ The loop: draw examples keyed by (seed, step) → pack → one jitted step; vali
 checkpoint now and then; at the end a Hugging Face directory that every other job can load.
 """
 
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -15,6 +16,8 @@ from zerosearch_jax.data.transcripts import Habits, Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import build
 from zerosearch_jax.jobs.epochs import Epochs
+from zerosearch_jax.jobs.guard import NonFiniteGuard
+from zerosearch_jax.jobs.improve import combine
 from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
@@ -49,30 +52,42 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     mesh = make_mesh(**config.mesh)
     model_config, params = initial_model(config, tokenizer, mesh)
-    learner = build.make_learner(model_config, mesh, config.optimizer, config.learner)
-    state = learner.init(params)
+    learner = build.make_learner(
+        model_config, mesh, config.optimizer, config.learner, lora=config.lora
+    )
+    state = learner.init(params, config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints")
     first = checkpoints.latest_step() or 0
+    kept = {"skipped_in_a_row": 0}
     if first:
-        state, _ = checkpoints.restore(first, learner.abstract_state())
+        state, kept = checkpoints.restore(first, learner.abstract_state())
+    guard = NonFiniteGuard(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
 
-    recorder = Recorder(workdir, first_step=first + 1)
-    progress = Progress(config.sft.steps, first)
     held_out = learner.put(batch_of(validation, config, None))
-    for step in range(first, config.sft.steps):
-        batch = learner.put(batch_of(epochs.draw(step), config, config.learner.microbatches))
-        state, metrics = learner.sft_step(state, batch)
-        done = step + 1
-        figures = {name: float(value) for name, value in metrics.items()}
-        if done % config.sft.eval_every == 0 or done == config.sft.steps:
-            figures["sft/heldout_loss"] = float(learner.sft_loss(state.params, held_out))
-        recorder.scalars(done, figures)
-        progress.update(done, figures)
-        if done % config.sft.checkpoint_every == 0 or done == config.sft.steps:
-            checkpoints.save(done, state, {"steps": config.sft.steps})
-    progress.close()
-    recorder.close()
-    save_params(workdir / "model", state.params, model_config, eos_token_id=tokenizer.eos_token_id)
+    with (
+        closing(Recorder(workdir, first_step=first + 1)) as recorder,
+        closing(Progress(config.sft.steps, first)) as progress,
+    ):
+        for step in range(first, config.sft.steps):
+            # A row for each example would fit: one shape for all steps.
+            batch = batch_of(
+                epochs.draw(step), config, -(-config.sft.examples_per_step // config.learner.rows)
+            )
+            state, metrics = learner.sft_step(state, learner.put(batch))
+            done = step + 1
+            figures = combine([{name: float(value) for name, value in metrics.items()}])
+            guard.saw(step, 0, figures["skipped_updates"] > 0, batch)
+            if done % config.sft.eval_every == 0 or done == config.sft.steps:
+                figures["sft/heldout_loss"] = float(learner.sft_loss(state, held_out))
+            recorder.scalars(done, figures)
+            progress.update(done, figures)
+            last = done == config.sft.steps or guard.exhausted
+            if done % config.sft.checkpoint_every == 0 or last:
+                checkpoints.save(done, state, {"skipped_in_a_row": guard.in_a_row})
+            if guard.exhausted:
+                guard.stop(step)
+    trained = learner.policy(state)
+    save_params(workdir / "model", trained, model_config, eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(workdir / "model")
     print(f"model written to {workdir / 'model'}")
 

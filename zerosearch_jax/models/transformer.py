@@ -11,7 +11,7 @@ H head size, F MLP, L layers, V vocabulary.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -182,17 +182,24 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     return jnp.concatenate(outputs, axis=1)
 
 
-def dense(x: jax.Array, weight: jax.Array | OutputMajor, summed: int = 1) -> jax.Array:
+class LinearOperator(Protocol):
+    """A weight that is not one plain array: `decode_weights.OutputMajor`, `lora.LowRank`."""
+
+    def product(self, rows: jax.Array) -> jax.Array:
+        """`[R, in]` times the weight: `[R, *out]`."""
+
+
+def dense(x: jax.Array, weight: jax.Array | LinearOperator, summed: int = 1) -> jax.Array:
     """`x` `[B, T, *in]` times `weight` `[*in, *out]` with `summed` axes in, as one plain product.
 
     XLA's CPU backend runs the backward pass of a product over `[B, T, D]` at a third of the
     speed of the same product over `[B·T, D]`.
     """
     rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    if isinstance(weight, OutputMajor):
-        out = weight.product(rows)
-    else:
+    if isinstance(weight, jax.Array):
         out = (rows @ weight.reshape(rows.shape[1], -1)).reshape(-1, *weight.shape[summed:])
+    else:
+        out = weight.product(rows)
     return out.reshape(*x.shape[:2], *out.shape[1:])
 
 

@@ -1,6 +1,8 @@
 """How long the devices had work, seen from the host: the rest of a step they waited for Python."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DeviceClock:
@@ -24,6 +26,13 @@ class DeviceClock:
         if self._since is not None:
             self._secs += time.monotonic() - self._since
             self._since = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around a block that dispatches work and reads all of its results."""
+        self.started()
+        yield
+        self.drained()
 
     def take(self) -> float:
         """Seconds since the last call of `take`; work still under way counts at the next."""

@@ -15,7 +15,7 @@ from itertools import groupby
 import jax
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import Generation, Generator
+from zerosearch_jax.generate.generator import EARLY, Generation, Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
@@ -150,14 +150,17 @@ class Rollouts:
         with ThreadPoolExecutor(max(1, self.concurrent_searches)) as pool:
             while table.queued or table.seated:
                 self._seat(table)
-                for slot, generation in self._advance(key).items():
+                for slot, generation in self._advance(table, key).items():
                     self._take_turn(table, slot, generation)
                 self._search(table, pool)
                 self._observe(table)
         return table.trajectories
 
-    def _advance(self, key: jax.Array) -> dict[int, Generation]:
-        return self.generator.advance(key=key, sampling=self.sampling)
+    def _advance(self, table: "_Table", key: jax.Array) -> dict[int, Generation]:
+        # With nobody to seat and no engine to keep busy, stopping early would only make bursts
+        # shorter and batches smaller.
+        share = EARLY if table.queued or self.concurrent_searches else 1.0
+        return self.generator.advance(key=key, sampling=self.sampling, share=share)
 
     def _seat(self, table: "_Table") -> None:
         """Gives free slots to the next episodes."""

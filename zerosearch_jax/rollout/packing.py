@@ -4,7 +4,7 @@ Column t of every array speaks of predicting `targets[t]`, the token after `toke
 sequence; so masks and log-probs need no shifting in the learner.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,16 +19,13 @@ class TokenSequence:
     Attributes:
       tokens: `[n]` ids.
       mask: `[n]` weight of each token in the loss: 1 where the policy wrote it, 0 elsewhere.
-      logprobs: `[n]` log-prob at sampling of the policy's tokens, anything elsewhere; empty in SFT.
-      advantage: of the whole sequence.
-      correct: whether its answer was right; feeds a metric only.
+      columns: what else the loss wants to know of each token, `[n]` floats under each name; unread
+        where the mask is 0.
     """
 
     tokens: Sequence[int]
     mask: Sequence[float]
-    logprobs: Sequence[float] = field(default=())
-    advantage: float = 0.0
-    correct: bool = False
+    columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,9 @@ class PackedBatch:
       positions: int32, from 0 in each sequence.
       segment_ids: int32, from 1 within a row; 0 is padding.
       mask: float32, the loss weight of `targets`; 0 wherever there is no target.
-      old_logprobs: float32, of `targets` at sampling.
-      advantages: float32, of the sequence.
-      correct: float32, 1 in sequences whose answer was right.
+      columns: float32 each, the sequences' columns, of `targets`.
       num_microbatches: int32 scalar, microbatches that hold any sequence.
+      places: (row, offset, length) of each sequence, rows counted through the microbatches.
     """
 
     tokens: np.ndarray
@@ -51,13 +47,27 @@ class PackedBatch:
     positions: np.ndarray
     segment_ids: np.ndarray
     mask: np.ndarray
-    old_logprobs: np.ndarray
-    advantages: np.ndarray
-    correct: np.ndarray
+    columns: dict[str, np.ndarray]
     num_microbatches: np.ndarray
+    places: tuple[tuple[int, int, int], ...]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return dict(self.__dict__)
+        """All arrays by name, the columns among them."""
+        names = ("tokens", "targets", "positions", "segment_ids", "mask", "num_microbatches")
+        return {name: getattr(self, name) for name in names} | self.columns
+
+    def unpack(self, values: np.ndarray) -> list[np.ndarray]:
+        """`values` `[M, R, T]` of the targets, as `[n]` of the tokens of each sequence.
+
+        A sequence's first token, which nothing predicts, gets 0.
+        """
+        rows = np.asarray(values).reshape(-1, values.shape[-1])
+        unpacked = []
+        for row, offset, length in self.places:
+            tokens = np.zeros(length, rows.dtype)
+            tokens[1:] = rows[row, offset : offset + length - 1]
+            unpacked.append(tokens)
+        return unpacked
 
 
 def place(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
@@ -102,9 +112,8 @@ def pack(
         )
     shape = (microbatches * rows, row_tokens)
     ints = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "positions", "segment_ids")}
-    floats = {
-        k: np.zeros(shape, np.float32) for k in ("mask", "old_logprobs", "advantages", "correct")
-    }
+    names = sequences[0].columns.keys() if sequences else ()
+    floats = {k: np.zeros(shape, np.float32) for k in ("mask", *names)}
     segments = np.zeros(shape[0], np.int32)
     for sequence, (row, offset) in zip(sequences, places, strict=True):
         n = len(sequence.tokens)
@@ -115,9 +124,14 @@ def pack(
         ints["positions"][row, whole] = np.arange(n)
         ints["segment_ids"][row, whole] = segments[row]
         floats["mask"][row, predicting] = sequence.mask[1:]
-        if len(sequence.logprobs):
-            floats["old_logprobs"][row, predicting] = sequence.logprobs[1:]
-        floats["advantages"][row, whole] = sequence.advantage
-        floats["correct"][row, whole] = sequence.correct
+        if sequence.columns.keys() != names:
+            raise ValueError(f"columns {list(sequence.columns)} beside {list(names)} in one batch")
+        for name, column in sequence.columns.items():
+            floats[name][row, predicting] = column[1:]
     cut = {k: v.reshape(microbatches, rows, row_tokens) for k, v in (ints | floats).items()}
-    return PackedBatch(**cut, num_microbatches=np.int32(-(-used // rows)))
+    return PackedBatch(
+        **{name: cut.pop(name) for name in (*ints, "mask")},
+        columns=cut,
+        num_microbatches=np.int32(-(-used // rows)),
+        places=tuple((*at, len(s.tokens)) for at, s in zip(places, sequences, strict=True)),
+    )

@@ -22,22 +22,51 @@ RL_METRICS: dict[str, str] = {
     "p_noisy": "probability that the curriculum makes a search of this step noisy, 0–1",
     "noisy_ratio": "share of this step's searches that were noisy, 0–1",
     "zero_variance_groups": "share of groups whose episodes all got one reward: no signal, 0–1",
+    "sampling_rounds": "rounds of questions that the step played (dynamic sampling)",
     "kl": (
-        "mean over policy tokens of the k3 estimate of KL(policy ‖ reference), nats; not written "
-        "where its coefficient is 0"
+        "mean over policy tokens of the estimate of KL(policy ‖ reference), k3 unless the config "
+        "says otherwise, nats; not written where its coefficient is 0"
     ),
+    "kl_coef": "weight of the KL term in the loss or in the reward",
     "entropy": "mean entropy of the policy at its tokens, at the sampling temperature, nats",
     "clip_fraction": "share of policy tokens whose probability ratio was clipped, 0–1",
+    "importance_capped": (
+        "share of policy tokens whose sampler–learner importance weight was cut to its cap, 0–1; "
+        "only with importance_cap"
+    ),
     "grad_norm": "global norm of the gradient before clipping",
     "learning_rate": "the policy's learning rate at this step",
+    "skipped_updates": "updates of this step skipped because loss or gradient was not finite",
     "loss/total": "what the optimizer minimises: the RL terms, or SFT's cross-entropy",
-    "loss/policy": "clipped-surrogate term of the loss",
-    "sampler_logprob_diff_mean": "mean over policy tokens of |log p sampler − log p learner|, nats",
+    "loss/policy": "the surrogate's term of the loss",
+    "loss/llds": "likelihood-preserving term before its weight; only with llds",
+    "sampler_logprob_diff_mean": (
+        "mean over policy tokens of |log p sampler − log p learner| before the first update, nats"
+    ),
     "sampler_logprob_diff_max": "largest such difference, nats",
     "correct_loglik": (
         "mean log-probability of a policy token in correct episodes (em = 1), nats; its fall "
-        "while reward rises is the first sign of a collapse"
+        "while reward rises is the first sign of a collapse; not written without such an episode"
     ),
+}
+
+CRITIC_METRICS: dict[str, str] = {
+    "loss/value": "the critic's term of the loss before its weight",
+    "critic/value": "mean over policy tokens of the critic's value, in units of reward",
+    "critic/clip_fraction": "share of policy tokens whose new value was clipped, 0–1",
+    "critic/grad_norm": "global norm of the critic's gradient before clipping",
+    "critic/learning_rate": "the critic's learning rate at this step",
+}
+
+COLLAPSE_METRICS: dict[str, str] = {
+    "collapse/correct_loglik_falls": (
+        "1 when correct episodes became less likely although the reward held; windows and "
+        "thresholds of this and the next: telemetry/collapse.py"
+    ),
+    "collapse/entropy_accelerates": "1 when the entropy rises faster and faster",
+    "collapse/grad_norm_surges": "1 when the gradient's norm has grown to a multiple",
+    "collapse/reward_drops": "1 when the reward fell far below its best",
+    "collapse/signals": "how many of the four hold; an alarm is logged at two",
 }
 
 SFT_METRICS: dict[str, str] = {
@@ -59,6 +88,8 @@ METRICS: dict[str, str] = {
     **EPISODE_METRICS,
     **{f"eval/{name}": f"at evaluation: {text}" for name, text in EPISODE_METRICS.items()},
     **RL_METRICS,
+    **CRITIC_METRICS,
+    **COLLAPSE_METRICS,
     **SFT_METRICS,
     **SPEED_METRICS,
 }

@@ -1,0 +1,25 @@
+"""PPO with a critic (Schulman et al., arXiv 1707.06347) against a simulated search engine.
+
+  python -m zerosearch_jax.main --config=configs/ppo.py[:PRESET]
+
+The presets are those of grpo.py; what differs: no groups, so as many questions a step as GRPO has
+episodes (the released PPO script: 64, group 1); GAE with a critic; KL in the reward.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from zerosearch_jax import config_check
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    rollout = config.rollout
+    if preset in ("", "smollm2-135m"):
+        rollout.questions_per_step *= rollout.group_size
+    else:  # the released script's warm-up, 0.285 of the steps
+        config.rl.warmup_steps = round(0.285 * config.rl.steps)
+    rollout.group_size = 1
+    config.rl.update(dict(estimator="ppo", kl_in="reward", kl_estimator="k1"))
+    return config

@@ -1,0 +1,22 @@
+"""REINFORCE++ (arXiv 2501.03262) against a simulated search engine.
+
+  python -m zerosearch_jax.main --config=configs/reinforce_pp.py[:PRESET]
+
+The presets are those of grpo.py; what differs: one episode a question, KL (k1) in each token's
+reward, returns whitened over all tokens of the step.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from zerosearch_jax import config_check
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    rollout = config.rollout
+    rollout.questions_per_step *= rollout.group_size
+    rollout.group_size = 1
+    config.rl.update(dict(estimator="reinforce_pp", kl_in="reward", kl_estimator="k1"))
+    return config

@@ -1,0 +1,116 @@
+"""Refuses RL settings that contradict each other, with the reason, before anything is built."""
+
+from ml_collections import ConfigDict
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.rl.experience import BY_TOKEN, Estimator
+from zerosearch_jax.rl.losses import AGGREGATES
+from zerosearch_jax.rl.objective import Objective
+
+CHOICES = {
+    "aggregate": AGGREGATES,
+    "old_logprobs": ("sampler", "learner"),
+    "overlong": ("keep", "mask"),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first contradiction in an rl job's config."""
+    rl, rollout = config.rl, config.rollout
+    for key, known in CHOICES.items():
+        if rl[key] not in known:
+            raise UserError(f"rl.{key} is {rl[key]!r}; choose one of {', '.join(known)}")
+    Estimator(rl.estimator, rl.baseline)
+    Objective(rl.surrogate, kl_estimator=rl.kl_estimator, kl_in=rl.kl_in)
+    if config.critic.trunk not in ("own", "shared"):
+        raise UserError(f"critic.trunk is {config.critic.trunk!r}; choose own or shared")
+    alone = rollout.group_size == 1
+    updates = rl.epochs * rl.minibatches
+    episodes = rollout.questions_per_step * rollout.group_size
+    refused = (
+        (
+            rollout.temperature <= 0,
+            "config.rollout.temperature must be above 0: episodes must differ to compare them",
+        ),
+        (
+            config.learner.row_tokens < config.policy.generator.max_tokens,
+            f"config.learner.row_tokens={config.learner.row_tokens} cannot hold an episode of "
+            f"config.policy.generator.max_tokens={config.policy.generator.max_tokens}; raise it",
+        ),
+        (
+            alone and rl.estimator == "rloo",
+            "rl.estimator=rloo compares an episode with the others of its group; raise "
+            "rollout.group_size above 1",
+        ),
+        (
+            alone and rl.estimator == "reinforce" and rl.baseline == "group_mean",
+            "rl.baseline=group_mean of a group of one leaves every advantage 0; raise "
+            "rollout.group_size or take rl.baseline=batch_mean",
+        ),
+        (
+            alone and rollout.max_rounds > 1,
+            "rollout.max_rounds > 1 looks for groups whose rewards differ; raise "
+            "rollout.group_size above 1",
+        ),
+        (
+            rl.surrogate == "sequence" and rl.aggregate != "sequence_mean",
+            "rl.surrogate=sequence (GSPO) gives a sequence one ratio and one loss; take "
+            "rl.aggregate=sequence_mean",
+        ),
+        (
+            rl.surrogate == "sequence" and rl.estimator in BY_TOKEN,
+            f"rl.surrogate=sequence needs one advantage for a sequence, rl.estimator="
+            f"{rl.estimator} gives one for each token; take grpo, rloo or reinforce",
+        ),
+        (
+            rl.dual_clip != 0 and rl.surrogate != "clip",
+            f"rl.dual_clip belongs to rl.surrogate=clip, not to {rl.surrogate}; set it to 0",
+        ),
+        (
+            rl.dual_clip != 0 and rl.dual_clip <= 1,
+            "rl.dual_clip must be above 1, or 0 to leave it out: at 1 it would cut every loss",
+        ),
+        (
+            rl.kl_in == "loss" and rl.kl_estimator == "k1" and rl.kl != 0,
+            "rl.kl_estimator=k1 in the loss pulls nowhere: its gradient is 0 in expectation; "
+            "take k2 or k3, or rl.kl_in=reward",
+        ),
+        (
+            rl.kl_target < 0 or (rl.kl_target > 0 and not (rl.kl_in == "reward" and rl.kl > 0)),
+            "rl.kl_target steers the weight of a KL in the reward; set rl.kl_in=reward and "
+            "rl.kl and rl.kl_target above 0, or rl.kl_target=0",
+        ),
+        (
+            rl.kl_target != 0 and 5 * rl.kl_horizon <= episodes,
+            f"rl.kl_horizon={rl.kl_horizon} could turn the KL's weight negative in one step; "
+            f"take more than a fifth of a step's {episodes} episodes",
+        ),
+        (
+            rl.aggregate == "fixed_length" and rl.fixed_tokens < 1,
+            "rl.aggregate=fixed_length divides by rl.fixed_tokens; set it, say to the most "
+            "tokens that a policy may write in an episode",
+        ),
+        (
+            rl.importance_cap != 0 and rl.old_logprobs != "learner",
+            "rl.importance_cap weighs the learner's log-probs against the sampler's; set "
+            "rl.old_logprobs=learner",
+        ),
+        (
+            rl.llds != 0 and updates == 1,
+            "rl.llds compares with the log-probs before a step's first update, so with one "
+            "update a step it is always 0; raise rl.minibatches or rl.epochs",
+        ),
+        (
+            rl.epochs < 1 or not 1 <= rl.minibatches <= episodes,
+            f"rl.epochs={rl.epochs} and rl.minibatches={rl.minibatches} must be at least 1, the "
+            f"latter at most the {episodes} episodes of a step",
+        ),
+        (
+            config.lora.rank > 0 and rl.estimator == "ppo" and config.critic.trunk == "own",
+            "critic.trunk=own trains a whole second model, which lora is there to avoid; take "
+            "critic.trunk=shared",
+        ),
+    )
+    for contradiction, reason in refused:
+        if contradiction:
+            raise UserError(reason)

@@ -1,0 +1,237 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the matrices of the stacked model.
+
+The base's weights stay frozen and exist once: with its adapters the base is the policy, without
+them it is the reference. The module knows neither losses nor optimizers.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.decode_weights import SUMMED_AXES
+from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
+from zerosearch_jax.models.weights import NAMES
+from zerosearch_jax.parallel import mesh as mesh_lib
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Target -> {"a": [L, *in, r], "b": [L, r, *out]}, where the weight is [L, *in, *out].
+Adapters = dict[str, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Which matrices get adapters, and how large ones.
+
+    Attributes:
+      rank: r, the inner size of an adapter.
+      alpha: adapters count `alpha / rank` times (paper §4.1).
+      targets: matrices of every layer, of `TARGETS`.
+
+    Raises:
+      UserError: the rank is below 1, alpha is not above 0, or the targets are none or unknown.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"LoRA: rank is {self.rank}; it must be at least 1")
+        if not self.alpha > 0:
+            raise UserError(f"LoRA: alpha is {self.alpha}; it must be above 0")
+        if not self.targets:
+            raise UserError(f"LoRA: no targets; choose some of {', '.join(TARGETS)}")
+        for name in self.targets:
+            if name not in TARGETS:
+                raise UserError(f"LoRA: target {name!r} is not one of {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The weight `base + scale · a b`, whose sum is never formed (paper eq. 3).
+
+    It stands in a tree of parameters where the array `base` stood, under `lax.scan` with a
+    leading layer axis on all three.
+
+    Attributes:
+      base: `[*in, *out]`, frozen.
+      a: `[*in, r]`.
+      b: `[r, *out]`.
+    """
+
+    base: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+    def __getitem__(self, index: EllipsisType) -> "LowRank":
+        """`weight[...]`: how `nnx.Variable` reads any value whole."""
+        if index is not ...:
+            raise IndexError("adapted weights are read whole, as weight[...]")
+        return self
+
+    def product(self, rows: jax.Array) -> jax.Array:
+        """`[R, in]` times the weight: `[R, *out]`; the adapter is cast to the dtype of `rows`."""
+        base = self.base.reshape(rows.shape[1], -1)
+        a = self.a.reshape(rows.shape[1], -1).astype(rows.dtype)
+        b = self.b.reshape(a.shape[1], -1).astype(rows.dtype)
+        out = rows @ base + (self.scale * (rows @ a)) @ b
+        return out.reshape(-1, *self.b.shape[1:])
+
+
+jax.tree_util.register_dataclass(LowRank, data_fields=("base", "a", "b"), meta_fields=("scale",))
+
+
+def init_adapters(config: ModelConfig, options: LoRA, key: jax.Array) -> Adapters:
+    """Float32 adapters that change nothing yet: `a` normal with variance 1 / in, `b` zero.
+
+    A target's `a` depends on `key` alone, not on the other targets.
+    """
+    layers = abstract_model(config)[1]["layers"]
+    adapters = {}
+    for name in options.targets:
+        num_layers, *shape = layers[name].shape
+        summed = len(SUMMED_AXES[name])
+        inner, outer = shape[:summed], shape[summed:]
+        noise = jax.random.normal(
+            jax.random.fold_in(key, TARGETS.index(name)), (num_layers, *inner, options.rank)
+        )
+        adapters[name] = {
+            "a": noise / math.sqrt(math.prod(inner)),
+            "b": jnp.zeros((num_layers, options.rank, *outer)),
+        }
+    return adapters
+
+
+def adapted(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
+    """Stacked parameters with `LowRank` in the targets' places, for the forward pass."""
+    flat = {}
+    for path, leaf in nnx.to_flat_state(params):
+        if path[-1] in options.targets:
+            adapter = adapters[path[-1]]
+            leaf = leaf.replace(LowRank(leaf[...], adapter["a"], adapter["b"], options.scale))
+        flat[path] = leaf
+    return nnx.from_flat_state(flat)
+
+
+def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
+    """Plain stacked parameters `W + scale · a b`, summed in float32, in W's dtype; jit-able."""
+
+    def one(layer):
+        weight, a, b = layer
+        # Accelerators would otherwise round the factors to bfloat16 or TF32.
+        change = jnp.tensordot(a, b, axes=1, precision=lax.Precision.HIGHEST)
+        return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
+
+    flat = {}
+    for path, leaf in nnx.to_flat_state(params):
+        if path[-1] in options.targets:
+            adapter = adapters[path[-1]]
+            # Layer by layer, so that one layer's change exists at a time.
+            leaf = leaf.replace(lax.map(one, (leaf[...], adapter["a"], adapter["b"])))
+        flat[path] = leaf
+    return nnx.from_flat_state(flat)
+
+
+def adapter_shardings(
+    adapters: Adapters, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
+) -> dict[str, dict[str, jax.sharding.NamedSharding]]:
+    """A tree like `adapters` (arrays or shapes) of shardings: the weights' own, the rank whole."""
+    rules = {**rules, "rank": None}
+
+    def one(name, adapter):
+        summed = len(SUMMED_AXES[name])
+        axes = {
+            "a": ("layers", *PARAM_AXES[name][:summed], "rank"),
+            "b": ("layers", "rank", *PARAM_AXES[name][summed:]),
+        }
+        return {
+            factor: mesh_lib.sharding(mesh, axes[factor], array.shape, rules)
+            for factor, array in adapter.items()
+        }
+
+    return {name: one(name, adapter) for name, adapter in adapters.items()}
+
+
+def save_adapters(
+    directory: str | Path,
+    adapters: Adapters,
+    options: LoRA,
+    config: ModelConfig,
+    base_name: str,
+) -> None:
+    """Writes adapters in the format of Hugging Face's PEFT, which servers load beside the base.
+
+    `adapter_config.json` is written last, so a directory that has it is whole. Every process
+    must call this; the first one writes.
+
+    Args:
+      base_name: where the base's own weights are, a directory or a name on the Hugging Face hub.
+    """
+    tensors, modules = {}, []
+    for name in options.targets:
+        module = NAMES[f"layers.{name}"][0].removesuffix(".weight")
+        modules.append(module.rpartition(".")[2])
+        a, b = _on_host(adapters[name]["a"]), _on_host(adapters[name]["b"])
+        for layer in range(config.num_layers):
+            prefix = f"base_model.model.{module.format(layer)}"
+            # PEFT's matrices are [out, in]. The axes that NAMES flattens stand in its order.
+            tensors[f"{prefix}.lora_A.weight"] = _transposed(a[layer].reshape(-1, options.rank))
+            tensors[f"{prefix}.lora_B.weight"] = _transposed(b[layer].reshape(options.rank, -1))
+    if jax.process_index():
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{ADAPTER_WEIGHTS}.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    # safetensors leaves files that only their owner reads; a server may be another user.
+    part.chmod(0o644)
+    (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
+    os.replace(part, directory / ADAPTER_WEIGHTS)
+    peft = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    part = directory / f"{ADAPTER_CONFIG}.part"
+    part.write_text(json.dumps(peft, indent=2) + "\n")
+    os.replace(part, directory / ADAPTER_CONFIG)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    """safetensors wants what it writes to be contiguous."""
+    return np.ascontiguousarray(matrix.T)

@@ -1,0 +1,63 @@
+"""Schedules and the optimizer, by optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+UNDECAYED = ("norm", "bias")
+
+
+def warmup_cosine(
+    peak: float, *, warmup_steps: int, total_steps: int, final_fraction: float
+) -> optax.Schedule:
+    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it (1: constant).
+
+    Steps count from 0: warm-up step i has the rate peak·(i + 1) / warmup_steps, so that the first
+    update changes something and the last one of the warm-up has the peak; so has the step after
+    it, with which the cosine begins. From step `total_steps` on the rate stays at the end's.
+    """
+    cosine = optax.cosine_decay_schedule(
+        peak, max(total_steps - warmup_steps, 1), alpha=final_fraction
+    )
+    if not warmup_steps:
+        return cosine
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps - 1)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def adamw(
+    schedule: optax.Schedule,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_norm: float,
+    moment_dtype: Any = jnp.float32,
+) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW; norms and biases are not decayed.
+
+    Args:
+      moment_dtype: of the first moment; bfloat16 saves two bytes a parameter and rounds `beta1`,
+        too (0.9 to 0.898). The second moment stays in float32: its square root's small
+        differences would be lost.
+    """
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not any(word in jax.tree_util.keystr(path) for word in UNDECAYED),
+            params,
+        )
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(
+            schedule,
+            b1=beta1,
+            b2=beta2,
+            weight_decay=weight_decay,
+            mask=decayed,
+            mu_dtype=moment_dtype,
+        ),
+    )
