@@ -153,12 +153,12 @@ def test_flops_are_those_that_xla_counts(config):
             rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=128,
         )
     )  # fmt: skip
-    config.batch.update(rows=4, tokens=128)
-    updater = bench_learner.Updater(
-        build.Model(sizes, init_params(sizes, 0), None), config, "float32"
-    )
-    sequences = updater.on_policy(bench_learner.random_sequences(config.batch, 512), 128)
-    batch = updater.put(sequences, 128, 4, 4)
+    config.learner.remat = "full"
+    model = build.Model(sizes, jax.jit(lambda: init_params(sizes, 0))(), None)
+    updater = bench_learner.Updater(model, config, "float32")
+    columns = dict.fromkeys(("old_logprobs", "advantages", "weights"), np.zeros(128))
+    sequence = bench_learner.sequence_of(range(128), np.ones(128), **columns)
+    batch = updater.put([sequence] * 4, 128, 4, 4)
 
     def update(state, reference, batch):
         scores = updater.learner.logprobs(reference, batch)

@@ -498,8 +498,9 @@ def test_the_mesh(made, batch):
 def trained(tiny_config, params0, batch):
     """A learner with a critic and AdamW after one update, and its next state.
 
-    Its loss has a term more, which is 0: sqrt(1 - s) - (1 - s), where s, the column "sour", is 0
-    or 1. If it is 1, the derivative is infinite, times that of what stands beside: 0.
+    Its loss has two terms more. One is 0: sqrt(1 - s) - (1 - s), where s, the column "sour", is 0
+    or 1; if it is 1, the derivative is infinite, times that of what stands beside: 0. The other is
+    a constant, the column "added".
     """
     original = learner_module.policy_terms
 
@@ -507,21 +508,22 @@ def trained(tiny_config, params0, batch):
         total, sums = original(objective, kl_coef, logprobs, entropy, batch)
         under = 1.0 - jnp.max(batch["sour"])
         root = jnp.sqrt(under + jnp.sum(jnp.square(logprobs - logprobs)))
-        return total + root - under, sums
+        return total + root - under + jnp.max(batch["added"]), sums
 
     learner = make_learner(tiny_config, "own", adam(), adam())
     state = lively(learner, learner.init(params0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner_module, "policy_terms", with_root)
-        state, _ = update(learner, state, soured(batch, 0.0), PPO)
-    after, metrics = update(learner, state, soured(batch, 0.0), PPO)
+        state, _ = update(learner, state, soured(batch), PPO)
+    after, metrics = update(learner, state, soured(batch), PPO)
     assert metrics["skipped_updates"] == 0
     assert (int(state.step), int(after.step)) == (1, 2)
     return learner, state, jax.device_get(after)
 
 
-def soured(batch, sour):
-    return changed(batch, sour=np.full_like(batch.mask, sour))
+def soured(batch, sour=0.0, added=0.0):
+    full = functools.partial(np.full_like, batch.mask)
+    return changed(batch, sour=full(sour), added=full(added))
 
 
 def assert_skipped(trained, new, metrics, batch):
@@ -529,7 +531,7 @@ def assert_skipped(trained, new, metrics, batch):
     learner, state, after = trained
     assert metrics["skipped_updates"] == 1
     assert_same_bits(jax.device_get(new), jax.device_get(state))
-    assert_same_bits(jax.device_get(update(learner, new, soured(batch, 0.0), PPO)[0]), after)
+    assert_same_bits(jax.device_get(update(learner, new, soured(batch), PPO)[0]), after)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +549,7 @@ def test_one_bad_token_skips_the_update(trained, batch, column, value):
     learner, state, _ = trained
     bad = batch.columns[column].copy()
     bad[tuple(np.argwhere(batch.mask > 0)[5])] = value
-    bad_batch = changed(soured(batch, 0.0), **{column: bad})
+    bad_batch = changed(soured(batch), **{column: bad})
     new, metrics = update(learner, state, bad_batch, PPO)
     assert not np.isfinite(metrics["loss/total"])
     assert_skipped(trained, new, metrics, batch)
@@ -556,9 +558,18 @@ def test_one_bad_token_skips_the_update(trained, batch, column, value):
 def test_a_bad_gradient_of_a_finite_loss_skips_the_update(trained, batch):
     """The square root of 0: its value is fine, its derivative is not."""
     learner, state, _ = trained
-    new, metrics = update(learner, state, soured(batch, 1.0), PPO)
+    new, metrics = update(learner, state, soured(batch, sour=1.0), PPO)
     assert np.isfinite(metrics["loss/total"]) and not np.isfinite(metrics["grad_norm"])
     assert np.isfinite(metrics["critic/grad_norm"])  # and yet the critic waits, too
+    assert_skipped(trained, new, metrics, batch)
+
+
+@pytest.mark.parametrize("added", [np.nan, np.inf, -np.inf])
+def test_a_bad_loss_with_a_finite_gradient_skips_the_update(trained, batch, added):
+    learner, state, _ = trained
+    new, metrics = update(learner, state, soured(batch, added=added), PPO)
+    assert np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["critic/grad_norm"])
+    assert not np.isfinite(metrics["loss/total"])
     assert_skipped(trained, new, metrics, batch)
 
 
