@@ -1,7 +1,7 @@
 # make run          train the embedded example: a policy learns to search, on a CPU, in minutes
 # make test         lint, format check and the fast tests (what CI runs)
 # make test-slow    the tests marked slow
-# make algorithms   every algorithm on the embedded world, one budget: a table (two hours)
+# make algorithms   every algorithm on the embedded world, one budget: a table (an hour or two)
 # make tensorboard  curves of everything under runs/
 # make smollm2      SmolLM2-135M-Instruct as a Hugging Face directory in models/
 # make clean        remove .venv and caches (runs/ and models/ stay)
