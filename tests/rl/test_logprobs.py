@@ -214,10 +214,12 @@ def test_the_logits_never_exist():
         function = functools.partial(chunked_logprobs, chunk=chunk, with_entropy=with_entropy)
         program = compiled_gradients(function, *arguments)
         assert largest_array(program) == batch * chunk * vocab == elements // 16
-        # Three chunks of logits at most (they, shifted, exponentiated), whatever T is, and what
-        # the sum of the weights' gradient takes.
+        # Three chunks of logits at most (they, shifted, exponentiated), whatever T is; what the
+        # sum of the weights' gradient takes; hidden states and their gradient, in two orders.
         temp_bytes = program.memory_analysis().temp_size_in_bytes
-        assert temp_bytes < (3 * batch * chunk + 2 * width) * vocab * 4 < elements * 4 / 3
+        logits, weights = 3 * batch * chunk * vocab, 2 * width * vocab
+        hidden = 4 * batch * length * width
+        assert temp_bytes < (logits + weights + hidden) * 4 < elements * 4 / 3
     # The same measures do see the logits where they exist.
     whole = compiled_gradients(naive, *arguments)
     assert largest_array(whole) >= elements
