@@ -46,10 +46,7 @@ class Improver:
         self._config = config
         self._guard = guard
         self._clock = clock
-        self._estimator = Estimator(
-            name=config.rl.estimator,
-            **{f.name: config.rl[f.name] for f in fields(Estimator) if f.name != "name"},
-        )
+        self._estimator = estimator_of(config)
         self._objective = objective_of(config)
 
     def __call__(
@@ -164,6 +161,12 @@ def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
         if values:
             figures[name] = max(values) if name.endswith("_max") else float(np.mean(values))
     return figures
+
+
+def estimator_of(config: ConfigDict) -> Estimator:
+    """How `config.rl` turns rewards into advantages."""
+    named = {f.name: config.rl[f.name] for f in fields(Estimator) if f.name != "name"}
+    return Estimator(name=config.rl.estimator, **named)
 
 
 def objective_of(config: ConfigDict) -> Objective:

@@ -3,9 +3,10 @@
 from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.rl.experience import BY_TOKEN, Estimator
+from zerosearch_jax.jobs.improve import estimator_of, objective_of
+from zerosearch_jax.rl.experience import BY_TOKEN
+from zerosearch_jax.rl.learner import TRUNKS
 from zerosearch_jax.rl.losses import AGGREGATES
-from zerosearch_jax.rl.objective import Objective
 
 CHOICES = {
     "aggregate": AGGREGATES,
@@ -20,10 +21,10 @@ def check(config: ConfigDict) -> None:
     for key, known in CHOICES.items():
         if rl[key] not in known:
             raise UserError(f"rl.{key} is {rl[key]!r}; choose one of {', '.join(known)}")
-    Estimator(rl.estimator, rl.baseline)
-    Objective(rl.surrogate, kl_estimator=rl.kl_estimator, kl_in=rl.kl_in)
-    if config.critic.trunk not in ("own", "shared"):
-        raise UserError(f"critic.trunk is {config.critic.trunk!r}; choose own or shared")
+    estimator_of(config), objective_of(config)  # each refuses names that it does not know
+    if config.critic.trunk not in TRUNKS:
+        known = " or ".join(TRUNKS)
+        raise UserError(f"critic.trunk is {config.critic.trunk!r}; choose {known}")
     alone = rollout.group_size == 1
     updates = rl.epochs * rl.minibatches
     episodes = rollout.questions_per_step * rollout.group_size

@@ -108,7 +108,7 @@ def pack(
     if used > rows * microbatches:
         raise UserError(
             f"{used} packed rows do not fit {microbatches} microbatches of {rows}; "
-            "raise config's rows or microbatches"
+            "give more of either"
         )
     shape = (microbatches * rows, row_tokens)
     ints = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "positions", "segment_ids")}
