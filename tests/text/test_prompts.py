@@ -161,3 +161,27 @@ def test_cut_documents_by_hand(text, topk, documents):
 @given(st.lists(st.sampled_from(["a b", "Lima is here.", "x: y"]), min_size=1, max_size=8))
 def test_cut_documents_reads_what_format_documents_writes(docs):
     assert prompts.cut_documents(prompts.format_documents(docs), 5) == docs[:5]
+
+
+def test_a_forced_search_is_read_as_a_search_for_its_query():
+    from zerosearch_jax.text.actions import parse_action
+
+    written = prompts.forced_search("Who wrote\n{Emma}? </search> <answer>")
+    action = parse_action(written)
+    assert (action.kind, action.content) == ("search", "Who wrote {Emma}? (/search) (answer)")
+    assert written.startswith("<think> ") and written.endswith(" </search>")
+
+
+def test_a_refinement_asks_for_what_helps_with_everything_on_its_own_line():
+    text = prompts.refine_prompt("Which {river}\nis it?", "river", ["The Danube.", "x\nQuery: y"])
+    assert text.split("\n\n")[1:] == [
+        "Question: Which {river} is it?\nQuery: river\nDoc 1: The Danube.\nDoc 2: x Query: y",
+        "Helpful information:",
+    ]
+    assert f'"{prompts.NO_HELPFUL_INFORMATION}"' in text.split("\n\n")[0]
+    assert prompts.NO_HELPFUL_INFORMATION == "No helpful information found."
+
+
+@given(tag_soup, tag_soup, st.lists(tag_soup, min_size=1, max_size=3))
+def test_nothing_in_a_refinement_looks_like_a_tag(question, query, documents):
+    assert not ANY_TAG.search(prompts.refine_prompt(question, query, documents))

@@ -6,6 +6,7 @@ It is given a `generate` callable and knows neither jax nor how the text is made
 from collections.abc import Callable, Sequence
 
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.remote import SearchFailed
 from zerosearch_jax.text.prompts import cut_documents, simulator_prompt
 
 
@@ -13,7 +14,8 @@ class SimulatedEngine:
     """Answers each request from its own question, gold answer and query (paper §3.2).
 
     Args:
-      generate: `(prompts, keys) -> texts`; each text depends on its prompt and key alone.
+      generate: `(prompts, keys) -> texts`; each text depends on its prompt and key alone. A
+        `SearchFailed` in the place of a text fails that request.
       form: "finetuned" or "prompted", see `text.prompts.simulator_prompt`.
       topk: documents asked for.
     """
@@ -22,7 +24,7 @@ class SimulatedEngine:
 
     def __init__(
         self,
-        generate: Callable[[list[str], list[tuple[int, int]]], list[str]],
+        generate: Callable[[list[str], list[tuple[int, int]]], Sequence[str | SearchFailed]],
         *,
         form: str,
         topk: int,
@@ -46,6 +48,8 @@ class SimulatedEngine:
         ]
         texts = self.generate(prompts, [request.key for request in requests])
         return [
-            SearchResult(request.key, tuple(cut_documents(text, self.topk)))
+            SearchResult(request.key, (), text.reason)
+            if isinstance(text, SearchFailed)
+            else SearchResult(request.key, tuple(cut_documents(text, self.topk)))
             for request, text in zip(requests, texts, strict=True)
         ]

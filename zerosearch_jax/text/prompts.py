@@ -27,10 +27,25 @@ INVALID_ACTION = (
 """Inserted after a turn without a valid action. Inserted, hence masked out of every loss."""
 
 FORCED_ANSWER = "<think> I know this. </think>\n<answer>"
-"""Inserted after the prompt where searching is forbidden: what follows is the answer."""
+"""Inserted after the prompt where the policy has to answer at once: what follows is the answer."""
+
+NO_HELPFUL_INFORMATION = "No helpful information found."
+"""What a refined search says when its documents do not help."""
 
 NO_RESULTS = "The search returned no documents."
 """Stands in the information block, in the place of documents, when an engine found nothing."""
+
+_REFINE = (
+    "Below are documents that a search engine found. Write down what they say that helps to "
+    "answer the question, in one short paragraph, with nothing that they do not say. Do not answer "
+    'the question itself. If they do not help, write only "{nothing}"\n'
+    "\n"
+    "Question: {question}\n"
+    "Query: {query}\n"
+    "{documents}\n"
+    "\n"
+    "Helpful information:"
+)
 
 # Not f-strings: the blank line and the line breaks are part of the interface.
 _SIMULATOR_HEAD = (
@@ -93,6 +108,25 @@ _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
 def policy_prompt(question: str) -> str:
     """The policy's user turn. The chat template, if any, is applied by the tokenizer's owner."""
     return _POLICY.replace("{question}", question)
+
+
+def forced_search(query: str) -> str:
+    """A search as the policy would write it, inserted before the policy's first turn."""
+    return f"<think> I search for the question. </think>\n<search> {_one_line(query)} </search>"
+
+
+def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
+    """The user turn that asks what `documents`, found for `query`, say that helps.
+
+    Search-o1's "reason in documents" (arXiv 2501.05366, section 3), without the reasoning so far,
+    which the paper also gives.
+    """
+    return _REFINE.format(
+        nothing=NO_HELPFUL_INFORMATION,
+        question=_one_line(question),
+        query=_one_line(query),
+        documents=format_documents(documents),
+    )
 
 
 def neutralise_tags(text: str) -> str:

@@ -1,0 +1,68 @@
+"""Refinement: whose documents go into which request, and what comes of odd answers."""
+
+import pytest
+
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.refine import RefiningEngine
+from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
+
+REQUESTS = [
+    SearchRequest(7, 0, "capital of Chad", "Which capital?", ("N'Djamena",), False),
+    SearchRequest(3, 2, "iron symbol", "Which symbol?", ("Fe",), True),
+    SearchRequest(3, 1, "peak", "Which peak?", ("Fuji",), False),
+    SearchRequest(5, 0, "sea", "Which sea?", ("Aral",), False),
+]
+FOUND = {
+    (7, 0): SearchResult((7, 0), ("N'Djamena is its capital.", "Chad is large.")),
+    (3, 2): SearchResult((3, 2), ("Iron is Fe.",)),
+    (3, 1): SearchResult((3, 1), ()),
+    (5, 0): SearchResult((5, 0), (), failure="timeout"),
+}
+
+
+class Engine:
+    """Answers in another order than it was asked."""
+
+    name = "shelf"
+
+    def search(self, requests):
+        self.asked = list(requests)
+        return [FOUND[request.key] for request in reversed(requests)]
+
+
+class Reader:
+    def __init__(self, texts):
+        self.texts, self.calls = texts, []
+
+    def __call__(self, prompts, keys):
+        self.calls.append(dict(zip(keys, prompts, strict=True)))
+        return [self.texts[key] for key in keys]
+
+
+def test_each_results_documents_are_read_for_their_own_request_and_replaced_by_one():
+    engine, reader = Engine(), Reader({(7, 0): " It is N'Djamena.\n", (3, 2): "Fe"})
+    refining = RefiningEngine(engine, reader)
+    results = {result.key: result for result in refining.search(REQUESTS)}
+    assert engine.asked == REQUESTS and refining.name == "refined shelf"
+    assert reader.calls == [
+        {r.key: refine_prompt(r.question, r.query, FOUND[r.key].documents) for r in REQUESTS[:2]}
+    ]
+    assert results[7, 0] == SearchResult((7, 0), ("It is N'Djamena.",))
+    assert results[3, 2] == SearchResult((3, 2), ("Fe",))
+
+
+def test_failures_and_empty_results_are_handed_on_unread():
+    reader = Reader({})
+    results = RefiningEngine(Engine(), reader).search(REQUESTS[2:])
+    assert sorted(results, key=lambda r: r.key) == [FOUND[3, 1], FOUND[5, 0]]
+    assert reader.calls == [{}]
+
+
+def test_a_reader_that_writes_nothing_has_found_nothing():
+    (result,) = RefiningEngine(Engine(), Reader({(7, 0): " \n"})).search(REQUESTS[:1])
+    assert result.documents == (NO_HELPFUL_INFORMATION,)
+
+
+def test_a_reader_that_loses_a_text_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        RefiningEngine(Engine(), lambda prompts, keys: []).search(REQUESTS[:1])

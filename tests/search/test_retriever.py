@@ -1,0 +1,134 @@
+"""Both retriever dialects over a real server."""
+
+import pytest
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.retriever import RetrieverEngine, plain
+
+REQUESTS = [
+    SearchRequest(4, 0, "capital of Chad", "?", ("N'Djamena",)),
+    SearchRequest(9, 2, "iron", "?", ("Fe",)),
+]
+
+
+def engine(url, dialect, topk=2):
+    client = JsonClient(url, timeout_secs=10, attempts=1, backoff_secs=0)
+    return RetrieverEngine(client, topk=topk, dialect=dialect, workers=4)
+
+
+def hit(text):
+    return {"document": {"id": "1", "contents": text}, "score": 0.5}
+
+
+def test_search_r1_sends_one_batch(serve):
+    url, calls = serve(
+        lambda call: (200, {"result": [[hit(f'"T"\n{q}')] for q in call.payload["queries"]]})
+    )
+    assert engine(url, "search_r1").search(REQUESTS) == [
+        SearchResult((4, 0), ("T: capital of Chad",)),
+        SearchResult((9, 2), ("T: iron",)),
+    ]
+    assert [(c.method, c.path, c.payload) for c in calls] == [
+        (
+            "POST",
+            "/retrieve",
+            {"queries": ["capital of Chad", "iron"], "topk": 2, "return_scores": True},
+        )
+    ]
+    assert engine(url, "search_r1").search([]) == [] and len(calls) == 1
+
+
+def test_search_r1_reads_bare_documents_and_keeps_topk(serve):
+    bare = [{"id": "1", "contents": c} for c in ("a", "b", "c")]
+    url, _ = serve(lambda call: (200, {"result": [bare, []]}))
+    results = engine(url, "search_r1").search(REQUESTS)
+    assert [r.documents for r in results] == [("a", "b"), ()]
+    assert not any(r.failure for r in results)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"results": []}, 'no list "result"'),
+        ([[], []], 'no list "result"'),
+        ({"result": [[hit("a")]]}, '"result" has 1 lists for 2 queries'),
+    ],
+)
+def test_search_r1_with_a_useless_reply_fails_the_batch(serve, body, reason):
+    url, _ = serve(lambda call: (200, body))
+    results = engine(url, "search_r1").search(REQUESTS)
+    assert [r.key for r in results] == [(4, 0), (9, 2)]
+    assert all(reason in r.failure and r.documents == () for r in results)
+
+
+@pytest.mark.parametrize(
+    ("hits", "reason"),
+    [
+        ("text", "not a list"),
+        ([{"document": {"text": "a"}}], '"contents"'),
+        ([{"document": "a"}], '"contents"'),
+        ([hit("a"), hit(7)], '"contents"'),
+    ],
+)
+def test_search_r1_with_one_bad_result_fails_that_request_alone(serve, hits, reason):
+    url, _ = serve(lambda call: (200, {"result": [[hit("good")], hits]}))
+    first, second = engine(url, "search_r1").search(REQUESTS)
+    assert first == SearchResult((4, 0), ("good",))
+    assert second.key == (9, 2) and second.documents == () and reason in second.failure
+
+
+def test_zerosearch_asks_for_each_query(serve):
+    url, calls = serve(
+        lambda call: (200, [{"text": f"{call.payload['query']} {i}"} for i in range(3)])
+    )
+    assert engine(url, "zerosearch").search(REQUESTS) == [
+        SearchResult((4, 0), ("capital of Chad 0", "capital of Chad 1")),
+        SearchResult((9, 2), ("iron 0", "iron 1")),
+    ]
+    assert {(c.method, c.path, c.payload["query"], c.payload["top_k"]) for c in calls} == {
+        ("POST", "/retrieve", "capital of Chad", 2),
+        ("POST", "/retrieve", "iron", 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (500, {}, "HTTP 500"),
+        (200, {"text": "a"}, "not a list"),
+        (200, [{"contents": "a"}], '"text"'),
+        (200, ["a"], '"text"'),
+    ],
+)
+def test_zerosearch_fails_a_request_alone(serve, status, body, reason):
+    def reply(call):
+        return (status, body) if call.payload["query"] == "iron" else (200, [{"text": "good"}])
+
+    first, second = engine(serve(reply)[0], "zerosearch").search(REQUESTS)
+    assert first == SearchResult((4, 0), ("good",))
+    assert second.key == (9, 2) and second.documents == () and reason in second.failure
+
+
+@pytest.mark.parametrize(
+    ("contents", "document"),
+    [
+        ('"Chad"\nA country.\nIn Africa.', "Chad: A country.\nIn Africa."),
+        ('"The "Iron" Age"\ntext', 'The "Iron" Age: text'),
+        ("No title\nat all", "No title\nat all"),
+        ('"A quotation" alone', '"A quotation" alone'),
+        ('"Only a title"', '"Only a title"'),
+        ('""\ntext', '""\ntext'),
+        ("", ""),
+    ],
+)
+def test_contents_become_plain(contents, document):
+    assert plain(contents) == document
+
+
+def test_bad_arguments():
+    with pytest.raises(UserError, match="dialect is 'e5'"):
+        engine("http://127.0.0.1", "e5")
+    with pytest.raises(UserError, match="topk is 0"):
+        engine("http://127.0.0.1", "search_r1", topk=0)

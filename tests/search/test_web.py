@@ -1,0 +1,352 @@
+"""Web search: the filter, both providers, recordings and the embedded world's own recording."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zerosearch_jax.data.phrasing import ATTRIBUTES, mentions
+from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.web import (
+    RecordedWeb,
+    WebEngine,
+    filter_results,
+    load_recording,
+    record_of,
+    world_recording,
+)
+
+BLOCKED = ("huggingface.co",)
+
+
+def result(title="T", snippet="S", link="https://a.example/1"):
+    return {"title": title, "snippet": snippet, "link": link}
+
+
+def request(query, episode=0):
+    return SearchRequest(episode, 1, query, "question", ("answer",))
+
+
+def kept(results, blocked=BLOCKED, topk=99):
+    return filter_results(results, blocked_domains=blocked, topk=topk)
+
+
+# ---- the filter ----------------------------------------------------------------------------
+
+
+def test_filter_drops_what_is_incomplete_or_repeated():
+    good = [result(f"t{i}", f"s{i}", f"https://a.example/{i}") for i in range(3)]
+    bad = [
+        {"title": "t", "link": "https://b.example/1"},
+        {"snippet": "s", "link": "https://b.example/2"},
+        result(" ", "s", "https://b.example/3"),
+        result("t", "\n", "https://b.example/4"),
+        result("t", None, "https://b.example/5"),
+        {"title": "t", "snippet": "no link"},
+        result("t", "no host", "/search?q=x"),
+        result("t", "bad host", "https://[::1"),
+        result("other", "other", "https://a.example/0"),
+        result("other", "other", "https://a.example/0#part"),
+        result("other", "s0 ", "https://mirror.example/0"),
+    ]
+    assert kept([good[0], *bad, *good[1:]]) == good
+    assert kept([good[0], *bad, *good[1:]], topk=2) == good[:2]
+
+
+@pytest.mark.parametrize(
+    ("link", "stays"),
+    [
+        ("https://huggingface.co/datasets/x", False),
+        ("http://HuggingFace.co:443/", False),
+        ("https://datasets.huggingface.co/x", False),
+        ("https://huggingface.co./x", False),
+        ("https://user@huggingface.co/x", False),
+        ("https://nothuggingface.co/", True),
+        ("https://huggingface.co.example/", True),
+        ("https://a.example/huggingface.co", True),
+        ("https://co/", True),
+    ],
+)
+@pytest.mark.parametrize("blocked", ["huggingface.co", "HuggingFace.co", ".huggingface.co"])
+def test_blocked_domains(link, stays, blocked):
+    one = result(link=link)
+    assert kept([one], (blocked,)) == [one] * stays
+
+
+_organic = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "title": st.sampled_from(["", "a", "b"]),
+            "snippet": st.sampled_from(["", "x", "y", "z", " x "]),
+            "link": st.builds(
+                "{}{}{}".format,
+                st.sampled_from(["https://", "http://www.", ""]),
+                st.sampled_from(["huggingface.co", "a.example", "b.example", ""]),
+                st.sampled_from(["", "/1", "/1#2"]),
+            ),
+        },
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(_organic, st.integers(1, 5))
+def test_filter_keeps_a_clean_first_part_in_order(organic, topk):
+    everything = kept(organic)
+    assert kept(organic, topk=topk) == everything[:topk]
+    assert kept(everything) == everything
+    places = iter(organic)
+    assert all(any(one is other for other in places) for one in everything)
+    assert all(r["title"] and r["snippet"].strip() and "huggingface" not in r["link"]
+               for r in everything)  # fmt: skip
+    assert len({r["snippet"].strip() for r in everything}) == len(everything)
+    assert len({r["link"].partition("#")[0] for r in everything}) == len(everything)
+
+
+# ---- live ----------------------------------------------------------------------------------
+
+
+def web(url, provider, topk=2, api_key="k3y"):
+    client = JsonClient(url, timeout_secs=10, attempts=1, backoff_secs=0)
+    return WebEngine(
+        client,
+        provider=provider,
+        api_key=api_key,
+        topk=topk,
+        blocked_domains=BLOCKED,
+        workers=4,
+    )
+
+
+def page(query):
+    return [
+        result("leak", "answer", "https://huggingface.co/x"),
+        *(result(f"t{i}", f"{query} {i}", f"https://a.example/{i}") for i in range(4)),
+    ]
+
+
+DOCUMENTS = [
+    SearchResult((5, 1), ("t0: iron 0", "t1: iron 1")),
+    SearchResult((3, 1), ("t0: chad & co 0", "t1: chad & co 1")),
+]
+REQUESTS = [request("iron", 5), request("chad & co", 3)]
+
+
+def test_serper(serve):
+    url, calls = serve(lambda call: (200, {"organic": page(call.payload["q"]), "credits": 1}))
+    assert web(url, "serper").search(REQUESTS) == DOCUMENTS
+    assert {(c.method, c.path, c.headers["x-api-key"]) for c in calls} == {
+        ("POST", "/search", "k3y")
+    }
+    payloads = sorted((c.payload for c in calls), key=lambda p: p["q"])
+    assert payloads == [{"q": "chad & co", "num": 10}, {"q": "iron", "num": 10}]
+
+
+def test_serpapi(serve):
+    url, calls = serve(lambda call: (200, {"organic_results": page(call.params["q"])}))
+    assert web(url, "serpapi", topk=2).search(REQUESTS) == DOCUMENTS
+    assert {(c.method, c.path) for c in calls} == {("GET", "/search")}
+    assert sorted((c.params for c in calls), key=lambda p: p["q"])[1] == {
+        "engine": "google", "q": "iron", "num": "10", "api_key": "k3y",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("provider", "body", "failure"),
+    [
+        ("serper", {"organic": []}, ""),
+        ("serper", {"message": "?"}, "organic"),
+        ("serper", {"organic": ["a"]}, "organic"),
+        ("serper", [], "organic"),
+        ("serpapi", {"search_metadata": {"status": "Success"}, "error": "no results"}, ""),
+        ("serpapi", {"search_metadata": {"status": "Error"}, "error": "?"}, "organic_results"),
+        ("serpapi", {"error": "Invalid API key k3y"}, "organic_results"),
+        ("serpapi", {"organic_results": None}, "organic_results"),
+    ],
+)
+def test_nothing_found_is_not_a_failure_but_a_wrong_shape_is(serve, provider, body, failure):
+    url, _ = serve(lambda call: (200, body))
+    (found,) = web(url, provider).search([request("q")])
+    assert found.documents == () and found.key == (0, 1)
+    assert bool(found.failure) == bool(failure) and failure in found.failure
+    assert "k3y" not in found.failure
+
+
+def test_a_refused_key_fails_each_search(serve):
+    url, _ = serve(lambda call: (403, {"message": "Unauthorized."}))
+    assert [r.failure for r in web(url, "serper").search(REQUESTS)] == [
+        "POST /search: HTTP 403"
+    ] * 2
+
+
+def test_bad_arguments():
+    for key in ("", " k", "k\n"):
+        with pytest.raises(UserError, match="API key for serper") as error:
+            web("http://127.0.0.1", "serper", api_key=key)
+        assert not key.strip() or f"{key!r}" not in str(error.value)
+    with pytest.raises(UserError, match="provider is 'bing'"):
+        web("http://127.0.0.1", "bing")
+    with pytest.raises(UserError, match="topk is 0"):
+        web("http://127.0.0.1", "serper", topk=0)
+
+
+# ---- recordings ----------------------------------------------------------------------------
+
+ROWS = [
+    record_of(
+        "fox",
+        [
+            result("leak", "red fox blue whale", "https://huggingface.co/x"),
+            result("Fox", "the red fox", "https://a.example/fox"),
+            {"title": "no snippet", "link": "https://a.example/none"},
+            result("Den", "where it sleeps", "https://a.example/den"),
+        ],
+    ),
+    record_of("whale", [result("Whale", "the blue whale", "https://a.example/whale")]),
+    record_of("nothing", []),
+]
+
+
+def recorded(rows=ROWS, topk=3):
+    return RecordedWeb(rows, topk=topk, blocked_domains=BLOCKED)
+
+
+def test_a_recorded_query_gets_its_own_results():
+    results = recorded().search([request("whale", 9), request("fox", 2), request("nothing", 4)])
+    assert results == [
+        SearchResult((9, 1), ("Whale: the blue whale",)),
+        SearchResult((2, 1), ("Fox: the red fox", "Den: where it sleeps")),
+        SearchResult((4, 1), ()),
+    ]
+    assert recorded(topk=1).search([request("fox")])[0].documents == ("Fox: the red fox",)
+
+
+def test_another_query_is_answered_by_bm25_over_all_filtered_results():
+    whale, den, none = recorded().search([request(q) for q in ("Blue whale", "sleeps", "zzz")])
+    assert whale.documents == ("Whale: the blue whale",)
+    assert den.documents == ("Den: where it sleeps",)
+    assert none.documents == () and none.failure == ""
+
+
+def test_the_later_recording_of_a_query_counts():
+    rows = [*ROWS, record_of("fox", [result("New", "fox now", "https://a.example/new")])]
+    assert recorded(rows).search([request("fox")])[0].documents == ("New: fox now",)
+
+
+def test_a_recording_of_nothing_is_refused():
+    with pytest.raises(UserError, match="recorded_web: no result"):
+        recorded([ROWS[2]])
+    with pytest.raises(UserError, match="topk is 0"):
+        recorded(topk=0)
+
+
+def test_a_live_search_can_be_recorded_and_played_back(serve, tmp_path):
+    url, _ = serve(lambda call: (200, {"organic": page(call.payload["q"])}))
+    live = web(url, "serper")
+    path = tmp_path / "web.jsonl"
+    rows = [record_of(r.query, live.organic(r.query)) for r in REQUESTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_recording(path) == rows
+    assert recorded(load_recording(path), topk=2).search(REQUESTS) == DOCUMENTS
+
+
+def test_other_keys_of_serpers_are_ignored(tmp_path):
+    path = tmp_path / "web.jsonl"
+    full = {
+        "searchParameters": {"q": "fox", "gl": "us"},
+        "organic": [{**result(), "position": 1, "sitelinks": []}],
+        "credits": 1,
+    }
+    path.write_text(json.dumps(full) + "\n\n")
+    assert load_recording(path) == [record_of("fox", [result()])]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[]", "searchParameters.q"),
+        ('{"searchParameters": "fox", "organic": []}', "searchParameters.q"),
+        ('{"searchParameters": {"q": 7}, "organic": []}', "searchParameters.q"),
+        ('{"searchParameters": {"q": "fox"}}', "organic is not there"),
+        ('{"searchParameters": {"q": "fox"}, "organic": ["a"]}', "organic is not there"),
+        (
+            '{"searchParameters": {"q": "fox"}, "organic": [{}, {"snippet": 3}]}',
+            r"organic\[1\].snippet is not text",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, complaint):
+    path = tmp_path / "web.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n" + row + "\n")
+    with pytest.raises(UserError, match=rf"web.jsonl: row 3: .*{complaint}"):
+        load_recording(path)
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="none.jsonl: cannot read"):
+        load_recording(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="empty.jsonl: the recording has no rows"):
+        load_recording(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
+    with pytest.raises(UserError, match="latin.jsonl: cannot read"):
+        load_recording(tmp_path / "latin.jsonl")
+
+
+# ---- the embedded world --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def entities():
+    return load_entities()[::4]
+
+
+@pytest.fixture(scope="module")
+def passages(entities):
+    return corpus(entities)
+
+
+@settings(deadline=None, max_examples=5)
+@given(seed=st.integers(0, 2**31))
+def test_filtering_a_world_recording_leaves_the_passages(entities, passages, seed):
+    rows = world_recording(passages, seed)
+    assert rows == world_recording(passages, seed)
+    assert [row["searchParameters"]["q"] for row in rows] == [e.name for e in entities]
+    texts = [r["snippet"] for row in rows for r in kept(row["organic"])]
+    assert sorted(texts) == sorted(p.text for p in passages)
+
+
+def test_a_world_recording_has_the_flaws_of_real_pages(entities, passages):
+    rows = world_recording(passages, 0)
+    assert rows != world_recording(passages, 1)
+    results = [r for row in rows for r in row["organic"]]
+    snippets = [r["snippet"] for r in results if "snippet" in r]
+    assert len(snippets) < len(results)  # some have none
+    assert len(set(snippets)) < len(snippets)  # some are repeated
+    leaks = {r["title"].partition(":")[0]: r for r in results if "huggingface.co" in r["link"]}
+    assert 0 < len(leaks) < len(entities)
+    for entity in entities:
+        if entity.name in leaks:
+            asked = [entity.facts[a] for a in ATTRIBUTES[entity.kind] if a in entity.facts]
+            assert all(mentions(leaks[entity.name]["snippet"], value) for value in asked)
+    # First come the overviews, which state nothing: a bare name is a poor query here, too.
+    overviews = {p.text for p in passages if not p.attributes}
+    assert all(kept(row["organic"])[0]["snippet"] in overviews for row in rows)
+
+
+def test_a_world_recording_can_be_searched(entities, passages):
+    engine = recorded(world_recording(passages, 0))
+    chad = next(e for e in entities if "capital" in e.facts)
+    named, asked = engine.search([request(chad.name), request(f"capital of {chad.name}")])
+    assert len(named.documents) == len(asked.documents) == 3
+    assert all(d.startswith(f"{chad.name}: ") for d in named.documents)
+    assert mentions(asked.documents[0], chad.facts["capital"])
+    told = {p.text for p in passages}
+    assert all(d.partition(": ")[2] in told for d in asked.documents)

@@ -1,0 +1,93 @@
+"""The simulator behind an OpenAI-compatible server (vLLM, SGLang, or ours), FACTS §6."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.remote import JsonClient, SearchFailed
+
+_PATH = "/v1/chat/completions"
+
+
+class ChatClient:
+    """Completes prompts on a chat server: the `generate` of a `SimulatedEngine`.
+
+    Args:
+      client: of the server; its address has no `/v1`. An API key goes into its headers.
+      model: the name that the server knows the simulator by.
+      temperature: of sampling; 0 is greedy.
+      top_p: nucleus of sampling, in (0, 1].
+      max_tokens: most tokens of a reply.
+      workers: requests under way at once.
+      seed: of the run; with a request's key it makes the seed that is sent, so a repeated request
+        asks for the same text. Whether the server then writes the same is the server's affair.
+    """
+
+    def __init__(
+        self,
+        client: JsonClient,
+        *,
+        model: str,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+        workers: int,
+        seed: int,
+    ):
+        """Raises UserError for max_tokens or workers below 1."""
+        if max_tokens < 1 or workers < 1:
+            raise UserError(
+                f"chat: max_tokens is {max_tokens}, workers {workers}; both must be at least 1"
+            )
+        self.client = client
+        self.model = model
+        self.temperature = temperature
+        self.top_p = top_p
+        self.max_tokens = max_tokens
+        self.workers = workers
+        self.seed = seed
+
+    def __call__(
+        self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]
+    ) -> list[str | SearchFailed]:
+        """The completion of each prompt (user turn; the system turn is empty), in order.
+
+        In the place of a text that could not be had stands the `SearchFailed` that says why.
+        """
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self._text_or_failure, zip(prompts, keys, strict=True)))
+
+    def _text_or_failure(self, request: tuple[str, tuple[int, int]]) -> str | SearchFailed:
+        try:
+            return self._complete(*request)
+        except SearchFailed as failure:
+            return failure
+
+    def _complete(self, prompt: str, key: tuple[int, int]) -> str:
+        payload = {
+            "model": self.model,
+            "messages": [
+                {"role": "system", "content": ""},
+                {"role": "user", "content": prompt},
+            ],
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+            "seed": request_seed(self.seed, key),
+        }
+        reply = self.client.post(_PATH, payload)
+        try:
+            text = reply["choices"][0]["message"]["content"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if not isinstance(text, str):
+            raise SearchFailed(f'POST {_PATH}: the reply has no text "choices[0].message.content"')
+        return text
+
+
+def request_seed(seed: int, key: tuple[int, int]) -> int:
+    """A seed in [0, 2^31) for the request `key`, (episode, turn), of a run with `seed`."""
+    text = f"chat/{int(seed)}/{int(key[0])}/{int(key[1])}"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
