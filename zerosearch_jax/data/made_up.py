@@ -4,7 +4,10 @@ them and a reader can only read. They teach a tiny model to copy what it has nev
 from collections.abc import Sequence
 from random import Random
 
-from zerosearch_jax.data.world import ATTRIBUTES, Entity
+from zerosearch_jax.data.world import ATTRIBUTES, Entity, load_entities
+from zerosearch_jax.errors import UserError
+
+PREFIX = "made_up:"
 
 _CLASSES = (
     "aeiou",
@@ -49,3 +52,23 @@ def make_up_entities(models: Sequence[Entity], count: int, seed: int) -> list[En
         name = scramble(model.name, rng, kept_words=0.0)
         made.append(Entity(f"made-up-{seed}-{number}", model.kind, name, (), facts, "train"))
     return made
+
+
+def made_up_world(name: str) -> tuple[list[Entity], int]:
+    """The entities of the world called "made_up:COUNT:SEED", and its seed.
+
+    They are modelled on the train split's; those whose name another has already are left out, so
+    that each question has one answer.
+
+    Raises:
+      UserError: the name is not of that form.
+    """
+    numbers = name.removeprefix(PREFIX).split(":")
+    if not (name.startswith(PREFIX) and len(numbers) == 2 and all(n.isdecimal() for n in numbers)):
+        raise UserError(f"{name!r} is not a made-up world; write {PREFIX}COUNT:SEED")
+    count, seed = map(int, numbers)
+    if count < 1:
+        raise UserError(f"{name!r} has no entities; raise COUNT")
+    real = [entity for entity in load_entities() if entity.split == "train"]
+    named = {entity.name: entity for entity in reversed(make_up_entities(real, count, seed))}
+    return list(reversed(named.values())), seed

@@ -1,7 +1,8 @@
 """Questions with gold answers, from wherever they come, as one kind of row.
 
-Sources: "world" (the embedded world), FlashRAG .jsonl, ZeroSearch_dataset .parquet, DPR .tsv and
-.csv (FACTS, section 6). Questions are passed on as they are written. No prompts here.
+Sources: "world" (the embedded world), "made_up:COUNT:SEED" (a world of what does not exist),
+FlashRAG .jsonl, ZeroSearch_dataset .parquet, DPR .tsv and .csv (FACTS, section 6). Questions are
+passed on as they are written. No prompts here.
 """
 
 import ast
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from zerosearch_jax.data.made_up import PREFIX, made_up_world
+from zerosearch_jax.data.world import write_questions
 from zerosearch_jax.errors import UserError
 
 
@@ -30,7 +33,7 @@ def load_qa(
     """The first `limit` rows of `source` (all when None).
 
     Args:
-      source: "world", or the path of a .jsonl, .parquet, .tsv or .csv file.
+      source: "world", "made_up:COUNT:SEED", or the path of a .jsonl, .parquet, .tsv or .csv file.
       split: which split of the world; a file is one split already, so it only names its rows.
       limit: at least 1, or None.
       data_dir: where the world's prepared files are kept; a folder of the user's by default.
@@ -46,11 +49,18 @@ def load_qa(
 
         questions = load_questions(split, data_dir)[:limit]
         return [QARow(q.id, q.question, q.golden_answers, "world") for q in questions]
+    if source.startswith(PREFIX):
+        entities, seed = made_up_world(source)
+        questions = write_questions(entities, split, seed)[:limit]
+        if not questions:
+            raise UserError(f"{source} has no split {split!r}; its entities are all in train")
+        return [QARow(q.id, q.question, q.golden_answers, source) for q in questions]
     path = Path(source)
     readers = {".jsonl": _jsonl, ".parquet": _parquet, ".tsv": _delimited, ".csv": _delimited}
     if path.suffix not in readers:
         raise UserError(
-            f"{source}: not a data source; give 'world' or a file ending in {', '.join(readers)}"
+            f"{source}: not a data source; give 'world', '{PREFIX}COUNT:SEED' or a file ending in "
+            f"{', '.join(readers)}"
         )
     if not path.is_file():
         raise UserError(f"{source}: no such file; check the path of the data set")

