@@ -1,16 +1,30 @@
-"""Judges a policy with a real engine: exact match with its 95% interval, F1, searches.
+"""Judges a model: methods × engines × question sets, with 95% intervals.
 
   python -m zerosearch_jax.main --config=configs/eval.py --config.policy.model=runs/grpo/policy
+  … --config.methods="('direct','cot','rag','search','search_o1')"    # jobs/methods.py tells them
+  … --config.data.sets="('world/test','data/nq.jsonl')"               # SOURCE/SPLIT, or a file
+  … --config=configs/eval.py:simulated                                # the simulator, too
 
-Episodes are greedy, so the figures do not depend on a seed. The table is printed and
-written to `evaluation.json` in the workdir.
+Episodes are greedy, so the figures do not depend on a seed (a simulator's draws do). The table is
+printed and written to `evaluation.json` in the workdir; what has a row there is not played again.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from zerosearch_jax import config_check
+from zerosearch_jax.errors import UserError
+
 
 def get_config(preset: str = "") -> ConfigDict:
+    if preset not in ("", "simulated"):
+        raise UserError(f"configs/eval.py has no preset {preset!r}; the preset is simulated")
+    engines = dict(bm25=dict(engine="bm25", topk=2, corpus="world"))
+    if preset == "simulated":
+        training = config_check.load(str(Path(__file__).with_name("grpo.py")))
+        engines["simulated"] = training.search.to_dict()
     return ConfigDict(
         dict(
             job="evaluate",
@@ -31,12 +45,12 @@ def get_config(preset: str = "") -> ConfigDict:
                 ),
             ),
             data=dict(
-                source="world",
-                splits=("test", "compositions", "validation"),
-                limit=placeholder(int),  # None: all questions
+                sets=("world/test", "world/compositions", "world/validation"),
+                limit=placeholder(int),  # of each set; None: all questions
             ),
-            search=dict(engine="bm25", topk=2),
+            methods=("search",),
+            engines=engines,  # name → what a training config's `search` holds
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
-            forbid_search=False,
+            refine=dict(max_new_tokens=96),  # of search_o1
         )
     ).lock()

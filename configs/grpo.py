@@ -68,8 +68,25 @@ def embedded() -> ConfigDict:
             search=dict(
                 engine="simulated",
                 topk=2,
+                corpus="world",  # of bm25: world, made_up:COUNT:SEED or a .jsonl file
+                web=dict(
+                    provider="serper",
+                    recording="world",
+                    blocked_domains=("huggingface.co",),
+                ),
+                # Any server: of documents (retriever), of a search service, of a simulator.
+                remote=dict(
+                    url="http://127.0.0.1:8000",  # of retriever
+                    dialect="search_r1",  # of retriever; or zerosearch
+                    timeout_secs=20.0,  # of one attempt
+                    attempts=4,
+                    backoff_secs=0.5,
+                    workers=16,  # requests under way at once
+                ),
                 simulator=dict(
                     model="zerosearch_jax/assets/simulator",
+                    url="",  # of a server that speaks OpenAI's chat completions, in its place
+                    gate=dict(report="", useful_min=0.0, noisy_max=1.0),
                     form="finetuned",
                     temperature=0.8,
                     top_k=0,
@@ -100,7 +117,9 @@ def embedded() -> ConfigDict:
                 max_rounds=1,  # above 1: dynamic sampling
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
-            reward=dict(name="f1", format_weight=0.0),
+            # Rules: answer (name + format_weight · format) or those of other papers: research,
+            # deepresearcher, r1_searcher (with its stage_one_steps).
+            reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
             rl=dict(
                 steps=18,
                 # The optimizer.
@@ -142,6 +161,7 @@ def embedded() -> ConfigDict:
                 old_logprobs="sampler",
                 importance_cap=0.0,
                 overlong="keep",  # or mask: episodes that ran out of room teach nothing
+                document_mask=True,  # False, an ablation: documents are trained on, too
                 nonfinite_limit=3,  # skipped updates in a row that stop the run
             ),
             # Read by estimator=ppo alone.
@@ -169,7 +189,7 @@ def embedded() -> ConfigDict:
                 every=9,
                 questions=120,
                 test_questions=240,
-                search=dict(engine="bm25", topk=2),
+                search=dict(engine="bm25", topk=2, corpus="world"),
             ),
         )
     ).lock()
@@ -296,7 +316,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 remat="full",
                 logprob_chunk=512,
             ),
-            eval=dict(questions=200, test_questions=500, search=dict(engine="bm25", topk=5)),
+            eval=dict(questions=200, test_questions=500, search=dict(topk=5)),
         )
     )
     return config

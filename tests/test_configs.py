@@ -160,7 +160,12 @@ def test_a_misspelt_fine_tuning_preset_is_answered_with_the_right_ones():
 
 @pytest.mark.parametrize(
     ("override", "read"),
-    [("data.limit=7", 7), ("data.splits=('test',)", ("test",)), ("forbid_search", True)],
+    [
+        ("data.limit=7", 7),
+        ("data.sets=('world/test',)", ("world/test",)),
+        ("methods=('direct','rag')", ("direct", "rag")),
+        ("engines.bm25.topk=3", 3),
+    ],
 )
 def test_evaluation_can_be_narrowed_from_the_command_line(override, read):
     from absl import flags
@@ -272,3 +277,66 @@ def test_the_released_scripts_other_algorithms_hold_their_figures(
 def test_dr_grpos_constant_is_the_most_that_a_policy_may_write():
     for preset, most in (("", 4 * 64), ("smollm2-135m", 2 * 64), ("qwen2.5-3b", 6 * 500)):
         assert _algorithm("dr_grpo", preset).rl.fixed_tokens == most
+
+
+PAPERS = {
+    # Other papers' configs: name → the sections that set it apart from grpo.py's, their values.
+    "r1": dict(rollout=dict(max_turns=0), search=dict(engine="none"), eval=dict()),
+    "search_r1": dict(
+        search=dict(engine="bm25"), reward=dict(rule="answer", name="em"), rollout=dict(), eval={}
+    ),
+    "r1_searcher": dict(
+        search=dict(engine="bm25"),
+        reward=dict(rule="r1_searcher"),
+        rl=dict(estimator="reinforce_pp"),
+        rollout=dict(group_size=1),
+    ),
+    "research": dict(search=dict(engine="bm25"), reward=dict(rule="research")),
+    "deepresearcher": dict(search=dict(), reward=dict(rule="deepresearcher"), rollout=dict()),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
+def test_another_papers_preset_contradicts_nothing(name, preset):
+    config, base = _algorithm(name, preset), _load(preset)
+    rl.check(config)
+    assert config.is_locked
+    for section, values in PAPERS[name].items():
+        assert {key: config[section][key] for key in values} == values
+    ours, theirs = _flat(config), _flat(base)
+    assert ours.keys() == theirs.keys()
+    changed = {key.partition(".")[0] for key in ours if ours[key] != theirs[key]}
+    assert changed and changed <= PAPERS[name].keys()
+    episodes = config.rollout.questions_per_step * config.rollout.group_size
+    assert episodes == base.rollout.questions_per_step * base.rollout.group_size
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_another_papers_config_is_short_and_names_the_paper(name):
+    text = Path(f"configs/{name}.py").read_text()
+    assert len(text.splitlines()) <= 40 and "arXiv 25" in text.partition('"""\n\n')[0]
+
+
+def test_other_papers_figures():
+    for preset in PAPER:
+        search_r1 = _algorithm("search_r1", preset)
+        assert search_r1.search.topk == search_r1.eval.search.topk == 3
+        assert search_r1.rollout.max_turns == 4
+        assert _algorithm("r1_searcher", preset).reward.stage_one_steps == 8  # of 203
+        web = _algorithm("deepresearcher", preset)
+        assert (web.search.engine, web.search.web.provider) == ("web", "serper")
+        assert "huggingface.co" in web.search.web.blocked_domains
+        assert not web.rollout.stop_on_failure
+    assert _algorithm("search_r1").search.topk == 2
+    assert _algorithm("r1_searcher").reward.stage_one_steps == 3  # of 18
+    recorded = _algorithm("deepresearcher").search
+    assert (recorded.engine, recorded.web.recording) == ("recorded_web", "world")
+    for preset in PRESETS:
+        assert _algorithm("r1", preset).eval.search.engine == "none"
+        assert _load(preset).reward.rule == "answer"
+
+
+def test_a_misspelt_preset_of_the_evaluation_is_answered_with_the_right_one():
+    with pytest.raises(UserError, match="no preset 'simulatd'; the preset is simulated"):
+        config_check.load("configs/eval.py:simulatd")

@@ -11,6 +11,7 @@ It reads the flags and hands over to the config's job. It knows nothing of what 
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from absl import logging as absl_logging
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 
-JOBS = ("rl", "sft", "evaluate", "bench", "algorithms")
+JOBS = ("rl", "sft", "evaluate", "collect", "simulator_report", "miniature", "bench", "algorithms")
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -57,7 +58,8 @@ def _run(argv: Sequence[str]) -> None:
         jax.distributed.initialize()
     directory = workdir.value or default_workdir(config_check.config_argument(argv))
     # What was compiled once need not be compiled again by a resumed or repeated run.
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads itself
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     job = importlib.import_module(f"zerosearch_jax.jobs.{config.job}")
     job.run(config, directory)
 

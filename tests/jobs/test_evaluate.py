@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from zerosearch_jax import main
-from zerosearch_jax.jobs.scores import episode_figures, wilson_interval
+from zerosearch_jax import config_check, main
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import evaluate
+from zerosearch_jax.jobs.scores import bootstrap_interval, episode_figures, wilson_interval
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.metrics import EPISODE_METRICS
@@ -27,8 +29,7 @@ def _command(model: Path, questions: Path, workdir: Path, *more: str) -> list[st
         "main",
         "--config=configs/eval.py",
         f"--config.policy.model={model}",
-        f"--config.data.source={questions}",
-        "--config.data.splits=('dev',)",
+        f"--config.data.sets=('{questions}',)",
         "--config.limits.max_turns=1",
         "--config.limits.response_tokens=12",
         f"--workdir={workdir}",
@@ -40,14 +41,111 @@ def _command(model: Path, questions: Path, workdir: Path, *more: str) -> list[st
 def test_the_table_is_printed_and_written(markov_model, questions, tmp_path, capsys):
     command = _command(markov_model, questions, tmp_path, "--config.data.limit=6")
     assert main.cli(command) == 0
-    ((name, row),) = json.loads((tmp_path / "evaluation.json").read_text()).items()
-    assert name == f"{questions}/dev"
+    (row,) = json.loads((tmp_path / "evaluation.json").read_text())
+    cell = [row[key] for key in ("model", "method", "engine", "set", "limit")]
+    assert cell == [str(markov_model), "search", "bm25", str(questions), 6]
     # Greedily, the hand-written policy answers "Chad" and stops; half of the answers are Chad.
     assert row["em"] == row["f1"] == 0.5
     assert row["em_interval"] == pytest.approx(wilson_interval(3, 6))
+    assert row["f1_interval"] == list(bootstrap_interval([1.0, 0.0] * 3))
     assert (row["questions"], row["searches_per_episode"]) == (6, 0)
     printed = capsys.readouterr().out
-    assert re.search(rf"{questions}/dev +0\.500 +\[0\.188, 0\.812\] +0\.500 +0\.00 +6\n", printed)
+    em, f1 = r"0\.500  \[0\.188, 0\.812\]", r"0\.500  \[0\.\d{3}, \d\.\d{3}\]"
+    assert re.search(rf"search  bm25  {questions}  {em}  {f1} +0\.00 +6\n", printed)
+
+
+ALL = "--config.methods=('direct','cot','rag','search','search_o1')"
+CELLS = [
+    ("direct", "none"),
+    ("cot", "none"),
+    ("rag", "bm25"),
+    ("search", "bm25"),
+    ("search_o1", "bm25"),
+]
+
+
+def test_every_method_gets_its_row_and_none_is_played_twice(
+    markov_model, questions, tmp_path, monkeypatch, capsys
+):
+    command = _command(markov_model, questions, tmp_path, "--config.data.limit=6", ALL)
+    path = tmp_path / "evaluation.json"
+    once, played = evaluate.evaluate_policy, []
+
+    def stopping(*arguments, method, **options):
+        played.append(method)
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        return once(*arguments, method=method, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_policy", stopping)
+    assert main.cli(command) == 130
+    begun = json.loads(path.read_text())
+    assert [(row["method"], row["engine"]) for row in begun] == CELLS[:2]
+
+    assert main.cli(command) == 0  # goes on where it was stopped
+    assert played == ["direct", "cot", "rag", "rag", "search", "search_o1"]
+    rows = json.loads(path.read_text())
+    assert rows[:2] == begun
+    assert [(row["method"], row["engine"]) for row in rows] == CELLS
+    assert [row["searches_per_episode"] for row in rows] == [0, 0, 1, 0, 0]
+    assert all((row["em"], row["questions"]) == (0.5, 6) for row in rows)
+    table = capsys.readouterr().out
+    assert [tuple(line.split()[:2]) for line in table.splitlines() if str(questions) in line] == (
+        CELLS
+    )
+
+    def fail(*_, **__):
+        raise AssertionError("a row was played again")
+
+    monkeypatch.setattr(evaluate, "evaluate_policy", fail)
+    monkeypatch.setattr(evaluate.build, "load_model", fail)
+    assert main.cli(command) == 0
+    assert json.loads(path.read_text()) == rows
+    # Another engine under the same name is another cell.
+    with pytest.raises(AssertionError, match="played again"):
+        main.cli([*command, "--config.engines.bm25.topk=1"])
+
+
+def test_a_cell_is_told_apart_by_what_changes_its_figures():
+    config = config_check.load("configs/eval.py:simulated")
+    config.methods = ("direct", "search")
+    wanted = evaluate.cells(config)
+    assert [(c["method"], c["engine"], c["set"]) for c in wanted] == [
+        (method, engine, f"world/{split}")
+        for method, engine in (("direct", "none"), ("search", "bm25"), ("search", "simulated"))
+        for split in ("test", "compositions", "validation")
+    ]
+    assert wanted == json.loads(json.dumps(wanted))
+    config.limits.max_turns = 2
+    changed = evaluate.cells(config)
+    assert not any(cell in wanted for cell in changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(methods=("search", "ragg")), "method is 'ragg'; choose one of direct, cot"),
+        (dict(methods=()), "nothing to evaluate"),
+        (dict(data=dict(sets=())), "nothing to evaluate"),
+    ],
+)
+def test_a_table_that_cannot_be_made_is_refused(change, told, tmp_path):
+    config = config_check.load("configs/eval.py")
+    config.update(change)
+    with pytest.raises(UserError, match=told):
+        evaluate.run(config, str(tmp_path))
+
+
+def test_odd_sets_and_files_are_refused(tmp_path, questions):
+    with pytest.raises(UserError, match="'world' is no set; give SOURCE/SPLIT"):
+        evaluate.load_set("world", None)
+    with pytest.raises(UserError, match="moon: not a data source"):
+        evaluate.load_set("moon/test", None)
+    assert len(evaluate.load_set(str(questions), 5)) == 5
+    old = tmp_path / "evaluation.json"
+    old.write_text('{"world/test": {}}')
+    with pytest.raises(UserError, match="holds no list of rows; remove it"):
+        evaluate.read_rows(old)
 
 
 def test_wilsons_interval():

@@ -100,8 +100,8 @@ def test_an_rl_run_survives_single_faults(rl_config, tmp_path, saved, monkeypatc
         faulty = trajectory.episode.number == EPISODES + 1
         return NAN if faulty else reward_of(trajectory, *arguments)
 
-    def faulty_sequences(trajectories, overlong):
-        sequences = sequences_of(trajectories, overlong)
+    def faulty_sequences(trajectories, *arguments, **options):
+        sequences = sequences_of(trajectories, *arguments, **options)
         if trajectories[0].episode.number == 3 * EPISODES:
             logprobs = np.array(sequences[2].columns["old_logprobs"])
             logprobs[np.flatnonzero(sequences[2].mask)[-1]] = NAN

@@ -278,3 +278,27 @@ def test_no_update_follows_once_too_many_in_a_row_were_skipped(config, tmp_path)
     assert not guard.exhausted and guard.in_a_row == 2
     names = sorted(path.name for path in (tmp_path / "three" / "skipped_batches").iterdir())
     assert names == [f"step000007_update{i}.npz" for i in (1, 3, 4)]
+
+
+def test_without_the_document_mask_all_behind_the_prompt_is_trained(config, tmp_path):
+    config.rl.update(dict(document_mask=False, old_logprobs="learner"))
+    trajectory = _episode(0, tokens=2, answer="")
+    trajectory.append_inserted([50, 51])  # documents
+    trajectory.append_sampled([60], [-0.5])
+    trajectory.turns.append(Turn("<answer>Chad</answer>", Action("answer", "Chad")))
+    masked, bare = (
+        sequences_of([trajectory], "keep", document_mask=mask)[0].mask for mask in (True, False)
+    )
+    assert list(map(bool, masked)) == [False, False, True, True, False, False, True]
+    assert list(map(bool, bare)) == [False, False, True, True, True, True, True]
+
+    learner = Scores()
+    improve, _ = _improver(learner, config, tmp_path)
+    improve(1.0, [trajectory], np.array([[1.0]]), 0.0, 0)
+    (batch,) = learner.batches
+    row, offset, n = batch.places[0]
+    columns = {k: v.reshape(-1, v.shape[-1])[row] for k, v in batch.columns.items()}
+    old, sampler = columns["old_logprobs"], columns["sampler_logprobs"]
+    for place in (4, 5):  # what no policy sampled counts as sampled by the learner
+        assert sampler[offset + place - 1] == old[offset + place - 1] != 0
+    assert sampler[offset + 5] == -0.5 != old[offset + 5]

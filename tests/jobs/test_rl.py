@@ -200,6 +200,17 @@ def test_a_steps_episodes_are_groups_and_no_two_of_a_run_have_one_number():
         (dict(rl=dict(minibatches=9)), "at most the 8 episodes"),
         (dict(rl=dict(epochs=0)), "rl.epochs=0"),
         (dict(rl=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
+        (dict(rollout=dict(max_turns=-1)), "rollout.max_turns=-1 must be at least 0"),
+        (dict(search=dict(engine="none")), "search.engine=none .* belong to rollout.max_turns=0"),
+        (dict(eval=dict(search=dict(engine="none"))), "name an engine or set it"),
+        (dict(reward=dict(rule="rouge")), "reward.rule is 'rouge'; choose one of answer, research"),
+        (dict(reward=dict(rule="research", name="em")), "reward.name and reward.format_weight"),
+        (dict(reward=dict(rule="research", format_weight=0.1)), "leave them f1 and 0"),
+        (dict(reward=dict(stage_one_steps=1)), "reward.stage_one_steps belongs to"),
+        (
+            dict(reward=dict(rule="r1_searcher", stage_one_steps=4)),
+            "reward.stage_one_steps=4 must lie between 0 and rl.steps=3",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(rl_config, change, told):
@@ -460,10 +471,10 @@ def sampling_config():
 
 def _play(config, *rounds) -> tuple[rl.Played, int]:
     """Gives the rounds until there is enough; how many that took."""
-    played, given = rl.Played(config), 0
+    played, given = rl.Played(config, 0), 0
     epochs = Epochs(_rows_of_questions(12), 2, 0, "size")
     while not played.enough:
-        played.next_round(epochs, 0)
+        played.next_round(epochs)
         played.add(_round(4 * given, *rounds[given]))
         given += 1
     return played, given
@@ -503,13 +514,51 @@ def test_without_dynamic_sampling_there_is_one_round_whatever_it_gives(sampling_
     np.testing.assert_array_equal(rewards, [[1, 1], [0, 0]])
 
 
+def test_a_steps_rewards_are_those_of_its_stage(sampling_config):
+    sampling_config.rollout.max_rounds = 1
+    sampling_config.reward.update(dict(rule="r1_searcher", stage_one_steps=2))
+    for step, expected in ((1, [[0.5, 0], [0, 0]]), (2, [[-1, -2], [-1, -1]])):
+        played = rl.Played(sampling_config, step)
+        played.next_round(Epochs(_rows_of_questions(12), 2, 0, "size"))
+        trajectories = _round(0, (1, 0), (1, 1))  # they do not think: not in the format
+        trajectories[0].searches.append((None, None))
+        played.add(trajectories)
+        np.testing.assert_array_equal(played.chosen()[1], expected)
+
+
+def test_a_run_without_search_builds_no_engine(rl_config, tmp_path, monkeypatch):
+    config = config_check.load(str(rl_config))
+    config.update(
+        dict(
+            rollout=dict(max_turns=0),
+            search=dict(engine="none"),
+            rl=dict(steps=1),
+            eval=dict(search=dict(engine="none")),
+        )
+    )
+
+    def fail(*_, **__):
+        raise AssertionError("an engine was built")
+
+    monkeypatch.setattr(build, "make_engine", fail)
+    rl.run(config, str(tmp_path))
+    (row,) = _rows(tmp_path)
+    assert row["searches_per_episode"] == row["eval/searches_per_episode"] == 0
+    assert 0 < row["finish_ratio"] < 1  # some searched, and that was their end
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["engine"] == "none"
+    assert all(
+        summary[name]["searches_per_episode"] == 0 for name in ("base", "trained", "no_search")
+    )
+
+
 def test_every_round_of_every_step_has_its_own_place_in_the_data(sampling_config):
     epochs = Epochs(_rows_of_questions(24), 2, 0, "size")
     questions, numbers = [], []
     for step in range(4):  # 4 steps of 3 rounds of 2 questions: an epoch
-        played = rl.Played(sampling_config)
+        played = rl.Played(sampling_config, step)
         for _ in range(3):
-            episodes = played.next_round(epochs, step)
+            episodes = played.next_round(epochs)
             questions += [episode.question for episode in episodes[::2]]
             numbers += [episode.number for episode in episodes]
             assert [e.question for e in episodes[::2]] == [e.question for e in episodes[1::2]]

@@ -135,3 +135,62 @@ def test_bad_input_is_refused():
         rewards.token_f1("Lima", "Lima")
     with pytest.raises(ValueError):
         rewards.has_valid_format(GOOD, ["answer"])
+
+
+@pytest.mark.parametrize(
+    ("f1", "valid", "research", "deepresearcher", "stage_two"),
+    [
+        (1.0, True, 1.0, 1.0, 1.0),
+        (0.4, True, 0.4, 0.4, 0.4),
+        (0.0, True, 0.1, 0.0, 0.0),
+        (0.4, False, 0.4, -1.0, -1.6),
+        (0.0, False, 0.0, -1.0, -2.0),
+    ],
+)
+def test_other_papers_rules_by_hand(f1, valid, research, deepresearcher, stage_two):
+    assert rewards.f1_or_format_credit(f1, valid) == research
+    assert rewards.f1_or_format_penalty(f1, valid) == deepresearcher
+    assert rewards.f1_minus_format_penalty(f1, valid) == pytest.approx(stage_two)
+
+
+@pytest.mark.parametrize(
+    ("searches", "valid", "reward"),
+    [(0, False, 0.0), (1, False, 0.5), (0, True, 0.5), (1, True, 1.0), (4, True, 1.0)],
+)
+def test_the_first_stage_pays_for_a_search_and_for_the_format(searches, valid, reward):
+    assert rewards.search_and_format_credit(searches, valid) == reward
+
+
+def _episode_reward(rule, texts, *, searches=1, step=5, name="f1", **changes):
+    parts = dict(format_weight=0.0, stage_one_steps=0) | changes
+    kinds = [parse_action(text).kind for text in texts]
+    return rewards.episode_reward(
+        rule, final_answer(texts), ["Lima Peru"], policy_texts=texts, action_kinds=kinds,
+        searches=searches, step=step, name=name, **parts,
+    )  # fmt: skip
+
+
+def test_an_episodes_reward_by_each_rule():
+    bad = ["<search>q</search>", GOOD[1]]  # both answer "Lima": one of two tokens, F1 2/3
+    wrong = [GOOD[0], "<think>b</think><answer>Quito</answer>"]
+    third = pytest.approx(2 / 3)
+    rules = ("answer", "research", "deepresearcher", "r1_searcher")
+    assert list(rewards.RULES) == list(rules)
+    assert [_episode_reward(rule, GOOD) for rule in rules] == [third] * 4
+    assert [_episode_reward(rule, bad) for rule in rules] == [
+        third, third, -1.0, pytest.approx(2 / 3 - 2)
+    ]  # fmt: skip
+    assert [_episode_reward(rule, wrong) for rule in rules] == [0.0, 0.1, 0.0, 0.0]
+    assert [_episode_reward(rule, []) for rule in rules] == [0.0, 0.0, -1.0, -2.0]
+    assert _episode_reward("answer", GOOD, name="em", format_weight=0.25) == 0.25
+    with pytest.raises(UserError, match="reward.rule is 'reserch': use one of answer, research"):
+        _episode_reward("reserch", GOOD)
+
+
+def test_the_first_stage_lasts_as_many_steps_as_it_is_told():
+    def reward(step, **parts):
+        return _episode_reward("r1_searcher", GOOD, step=step, stage_one_steps=3, **parts)
+
+    assert [reward(step) for step in range(5)] == [1, 1, 1, *[pytest.approx(2 / 3)] * 2]
+    assert reward(2, searches=0) == 0.5
+    assert reward(3, searches=0) == pytest.approx(2 / 3)

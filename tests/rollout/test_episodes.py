@@ -300,16 +300,110 @@ def test_an_episode_without_room_ends_and_leaves_the_others(tiny_tokenizer):
         assert trajectory.finish == finish
 
 
-def test_forbidden_to_search(tiny_tokenizer):
+def test_a_forced_answer_leaves_one_turn_that_answers(tiny_tokenizer):
     script = {10: [" Beijing </answer>"], 11: [search("b")], 12: ["Rome"]}
     engine = EchoEngine()
-    trajectories, policy = play(tiny_tokenizer, script, engine, forbid_search=True)
+    trajectories, policy = play(tiny_tokenizer, script, engine, opening="answer", max_turns=0)
     assert [t.answer for t in trajectories] == ["Beijing", None, None]
     assert [t.finish for t in trajectories] == ["answer", "turns", "turns"]
     assert engine.batches == [] and len(policy.decode_calls) == 1
     runs = trajectories[0].segments(tiny_tokenizer)
     assert runs[0][0].endswith(prompts.FORCED_ANSWER) and runs[0][1] is False
     assert runs[1] == (" Beijing </answer>", True)
+
+
+def test_without_turns_to_search_in_a_search_ends_the_episode_and_no_engine_is_needed(
+    tiny_tokenizer,
+):
+    script = {10: [ANSWER], 11: [search("b"), ANSWER], 12: ["hm", ANSWER]}
+    rollouts = Rollouts(
+        ScriptedPolicy(tiny_tokenizer, script),
+        None,
+        tiny_tokenizer,
+        limits=Limits(0, 400, 500),
+        sampling=Sampling(),
+    )
+    trajectories = rollouts.play(EPISODES, jax.random.key(0))
+    assert [t.answer for t in trajectories] == ["Beijing", None, None]
+    assert [t.finish for t in trajectories] == ["answer", "turns", "turns"]
+    assert [len(t.turns) for t in trajectories] == [1, 1, 1]
+    assert not any(t.searches for t in trajectories)
+
+
+def test_a_search_for_the_question_comes_before_the_one_turn(tiny_tokenizer):
+    script = {10: [ANSWER], 11: [search("b")], 12: [ANSWER]}
+    engine = EchoEngine()
+    trajectories, policy = play(tiny_tokenizer, script, engine, opening="search", max_turns=0)
+    (requests,) = engine.batches  # one call for all
+    assert [(r.key, r.query, r.golden_answers) for r in requests] == [
+        ((e.number, 0), e.question, e.golden_answers) for e in EPISODES
+    ]
+    assert [t.finish for t in trajectories] == ["answer", "turns", "answer"]
+    assert [t.answer for t in trajectories] == ["Beijing", None, "Beijing"]
+    for slot, (trajectory, episode) in enumerate(zip(trajectories, EPISODES, strict=True)):
+        (before, ours), (written, by_policy) = trajectory.segments(tiny_tokenizer)
+        assert (ours, by_policy) == (False, True) and written == script[episode.number][0]
+        assert before == (
+            prompts.policy_prompt(episode.question)
+            + prompts.forced_search(episode.question)
+            + prompts.information_block(f"Doc 1: {episode.question}|{episode.question}")
+        )
+        ((request, result),) = trajectory.searches
+        assert request.key == result.key == (episode.number, 0)
+        assert trajectory.tokens == policy.held[slot]
+
+
+def test_the_first_search_is_truncated_and_may_fail_like_any_other(tiny_tokenizer):
+    script, options = {10: [ANSWER]}, dict(opening="search", max_turns=0, observation_tokens=60)
+    engine = EchoEngine(document="Chad lies in Africa. " * 50)
+    (trajectory,), _ = play(tiny_tokenizer, script, engine, **options)
+    assert trajectory.segments(tiny_tokenizer)[0][0].endswith("</information>\n\n")
+    before = len(encode_prompt(tiny_tokenizer, prompts.policy_prompt("Who?")))
+    before += len(encode(tiny_tokenizer, prompts.forced_search("Who?")))
+    assert len(trajectory.tokens) - trajectory.policy_tokens == before + 60
+    policy = ScriptedPolicy(tiny_tokenizer, script, max_tokens=before + 60)
+    (full,), _ = play(tiny_tokenizer, script, engine, policy=policy, **options)
+    assert (full.finish, full.answer, full.turns) == ("length", None, [])
+    with pytest.raises(UserError, match="1 of 1 searches failed"):
+        play(tiny_tokenizer, script, EchoEngine(failure="no"), stop_on_failure=True, **options)
+
+
+def test_first_searches_of_later_episodes_are_batched_too(tiny_tokenizer):
+    episodes = [Episode(number, f"Question {number}?", ("x",)) for number in range(5)]
+    script = {n: [f"<answer> {n} </answer>"] for n in range(5)}
+    policy = ScriptedPolicy(tiny_tokenizer, script, slots=2)
+    engine = EchoEngine()
+    trajectories, _ = play(
+        tiny_tokenizer, script, engine, episodes, policy, opening="search", max_turns=0
+    )
+    assert [[r.episode for r in batch] for batch in engine.batches] == [[0, 1], [2, 3], [4]]
+    assert [t.answer for t in trajectories] == list("01234")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(opening="sing", max_turns=0), "opening is 'sing'"),
+        (dict(opening="answer", max_turns=1), "max_turns must be 0"),
+        (dict(opening="search", max_turns=2), "max_turns must be 0"),
+    ],
+)
+def test_openings_that_contradict_the_limits_are_refused(tiny_tokenizer, options, told):
+    with pytest.raises(ValueError, match=told):
+        play(tiny_tokenizer, {10: [ANSWER]}, **options)
+
+
+@pytest.mark.parametrize(("opening", "max_turns"), [("search", 0), ("", 1)])
+def test_searching_without_an_engine_is_refused(tiny_tokenizer, opening, max_turns):
+    with pytest.raises(ValueError, match="need an engine"):
+        Rollouts(
+            ScriptedPolicy(tiny_tokenizer, {}),
+            None,
+            tiny_tokenizer,
+            limits=Limits(max_turns, 400, 500),
+            sampling=Sampling(),
+            opening=opening,
+        )
 
 
 def test_more_episodes_than_slots(tiny_tokenizer):

@@ -1,5 +1,6 @@
 """Builds what jobs share from their configs: models, generators, search engines, optimizer."""
 
+import os
 from dataclasses import dataclass
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.data.passages import load_passages
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
@@ -22,10 +23,23 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, Trained
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
+from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.search.noisy import NoisyEngine
+from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
+from zerosearch_jax.search.web import (
+    SERVERS,
+    RecordedWeb,
+    WebEngine,
+    load_recording,
+    world_recording,
+)
 from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
 
+ENGINES = ("bm25", "noisy_bm25", "simulated", "retriever", "web", "recorded_web")
+WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}  # environment variables
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -90,27 +104,106 @@ def stop_table(model: Model, stop_strings: tuple[str, ...]) -> np.ndarray:
 def make_engine(
     config: ConfigDict, seed: int, mesh_config: ConfigDict, clock: DeviceClock | None = None
 ) -> SearchEngine:
-    """The engine that `config.engine` names: "bm25" over the embedded world, or "simulated"."""
+    """The engine that `config.engine` names.
+
+    "bm25" over the passages of `config.corpus`; "noisy_bm25", which answers the share
+    `config.noise` of the searches badly; "simulated", by a model here or, with
+    `config.simulator.url`, by a server; "retriever", a server of documents; "web", a search
+    service, and "recorded_web", what such a service once answered.
+
+    Raises:
+      UserError: unknown engine, or a web service without its key in the environment.
+    """
     if config.engine == "bm25":
-        return BM25Engine(corpus(load_entities()), topk=config.topk)
-    if config.engine != "simulated":
-        raise UserError(f"engine is {config.engine!r}; choose bm25 or simulated")
-    mesh = make_mesh(**mesh_config)
+        return BM25Engine(load_passages(config.corpus), topk=config.topk)
+    if config.engine == "simulated":
+        texts = make_texts(config, seed, mesh_config, clock)
+        return SimulatedEngine(texts, form=config.simulator.form, topk=config.topk)
+    if config.engine == "noisy_bm25":
+        engine = BM25Engine(load_passages(config.corpus), topk=config.topk)
+        return NoisyEngine(engine, config.noise, seed)
+    if config.engine == "retriever":
+        return RetrieverEngine(
+            json_client(config.remote, config.remote.url),
+            topk=config.topk,
+            dialect=config.remote.dialect,
+            workers=config.remote.workers,
+        )
+    if config.engine == "recorded_web":
+        return RecordedWeb(
+            recording(config.web.recording),
+            topk=config.topk,
+            blocked_domains=tuple(config.web.blocked_domains),
+        )
+    if config.engine == "web":
+        return web_engine(config)
+    raise UserError(f"engine is {config.engine!r}; choose one of {', '.join(ENGINES)}")
+
+
+def web_engine(config: ConfigDict) -> WebEngine:
+    """A search service; its key stands in the environment, never in a config or a log."""
+    provider = config.web.provider
+    if provider not in SERVERS:
+        raise UserError(f"web.provider is {provider!r}; choose {' or '.join(SERVERS)}")
+    key = os.environ.get(WEB_KEYS[provider])
+    if not key:
+        raise UserError(f"web.provider={provider} needs {WEB_KEYS[provider]} in the environment")
+    return WebEngine(
+        json_client(config.remote, SERVERS[provider]),
+        provider=provider,
+        api_key=key,
+        topk=config.topk,
+        blocked_domains=tuple(config.web.blocked_domains),
+        workers=config.remote.workers,
+    )
+
+
+def recording(source: str) -> list[dict]:
+    """A recording's responses: a .jsonl file, or "world": pages made of the embedded world."""
+    if source == "world":
+        return world_recording(load_passages("world"), 0)
+    return load_recording(source)
+
+
+def json_client(remote: ConfigDict, url: str) -> JsonClient:
+    """A client of the server at `url` that waits and tries again as `remote` says."""
+    return JsonClient(
+        url,
+        timeout_secs=remote.timeout_secs,
+        attempts=remote.attempts,
+        backoff_secs=remote.backoff_secs,
+    )
+
+
+def make_texts(
+    config: ConfigDict, seed: int, mesh_config: ConfigDict, clock: DeviceClock | None
+) -> TextGenerator | ChatClient:
+    """What writes the simulated engine's texts: a generator here, or a client of a server."""
     simulator = config.simulator
+    if simulator.url:
+        return ChatClient(
+            json_client(config.remote, simulator.url),
+            model=simulator.model,
+            temperature=simulator.temperature,
+            top_p=simulator.top_p,
+            max_tokens=simulator.max_new_tokens,
+            workers=config.remote.workers,
+            seed=seed,
+        )
+    mesh = make_mesh(**mesh_config)
     model = load_model(simulator.model, mesh, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
     # The text is cut before a document too many, so generation stops where that would begin.
     stops = (f"Doc {config.topk + 1}",)
     generator = make_generator(model, simulator.generator, mesh, stops, clock)
     generator.warm_up([sampling])
-    texts = TextGenerator(
+    return TextGenerator(
         generator,
         model.tokenizer,
         sampling=sampling,
         max_new_tokens=simulator.max_new_tokens,
         key=jax.random.fold_in(jax.random.key(seed), 1),
     )
-    return SimulatedEngine(texts, form=simulator.form, topk=config.topk)
 
 
 def make_learner(

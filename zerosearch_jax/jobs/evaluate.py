@@ -1,84 +1,185 @@
-"""Evaluation: a policy answers questions with an engine, greedily; a table with intervals.
+"""Evaluation: any methods × engines × question sets, greedily; a table with intervals.
 
-As a job it evaluates any Hugging Face directory on any question set; the `rl` job calls
-`evaluate_policy` for its own.
+As a job it evaluates any Hugging Face directory; the `rl` job calls `evaluate_policy` for its own.
 """
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow, load_qa
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import build
-from zerosearch_jax.jobs.scores import answer_scores, episode_figures, wilson_interval
+from zerosearch_jax.jobs.methods import GREEDY, WITHOUT_ENGINE, check_method, play, refiner
+from zerosearch_jax.jobs.scores import (
+    answer_scores,
+    bootstrap_interval,
+    episode_figures,
+    wilson_interval,
+)
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
-from zerosearch_jax.rollout.trajectory import Episode, Trajectory
+from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits
+from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.engine import SearchEngine
-
-GREEDY = Sampling(temperature=0.0)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Evaluates `config.policy.model` on each of `config.data.splits`; writes `evaluation.json`."""
+    """Evaluates `config.policy.model`, prints a table and writes `workdir/evaluation.json`.
+
+    The file is a list of rows, written anew after each one: a row's cell (see `cells`) with its
+    `summary`. A cell that has a row there is not played again, so the command can be stopped and
+    given again; for a model that has changed in its place, remove the file first.
+    """
+    path = Path(workdir) / "evaluation.json"
+    wanted, rows = cells(config), read_rows(path)
+    sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
+    missing = [cell for cell in wanted if not _rows_of(cell, rows)]
+    for cell, trajectories in played(config, missing, sets):
+        each = answer_scores(trajectories, "em")  # of the set's questions, in order
+        rows.append(cell | summary(trajectories) | {"em_of_each": each})
+        _write(path, rows)
+    columns = ("method", "engine", "set")
+    widths = [max(len(cell[column]) for cell in wanted) for column in columns]
+    table = {
+        "  ".join(f"{cell[c]:{width}}" for c, width in zip(columns, widths, strict=True)): row
+        for cell in wanted
+        for row in _rows_of(cell, rows)
+    }
+    print_table(table, config.policy.model)
+    print(f"written to {path}")
+
+
+def cells(config: ConfigDict) -> list[dict]:
+    """What identifies each row that is asked for, as JSON gives it back.
+
+    Its keys: model, method, engine ("none" for the methods that need none), set, limit (of its
+    questions, or None) and settings, everything else in the config that changes the figures.
+
+    Raises:
+      UserError: unknown method, or nothing is asked for.
+    """
+    wanted = []
+    for method in config.methods:
+        check_method(method)
+        for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
+            settings = dict(seed=config.seed, limits=config.limits.to_dict())
+            if engine != "none":
+                settings["engine"] = config.engines[engine].to_dict()
+            if method == "search_o1":
+                settings["refine"] = config.refine.to_dict()
+            wanted += [
+                dict(
+                    model=config.policy.model,
+                    method=method,
+                    engine=engine,
+                    set=name,
+                    limit=config.data.limit,
+                    settings=settings,
+                )
+                for name in config.data.sets
+            ]
+    if not wanted:
+        raise UserError(
+            "nothing to evaluate: name a method in config.methods, a set in config.data.sets and, "
+            "unless the method needs none, an engine in config.engines"
+        )
+    return json.loads(json.dumps(wanted))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of an evaluation's file, none if there is no file."""
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds no list of rows; remove it or give another --workdir")
+    return rows
+
+
+def load_set(name: str, limit: int | None) -> list[QARow]:
+    """A question set: "source/split" ("world/test"), or the path of a file."""
+    if Path(name).suffix:
+        return load_qa(name, Path(name).stem, limit)
+    source, _, split = name.rpartition("/")
+    if not source:
+        raise UserError(
+            f"config.data.sets: {name!r} is no set; give SOURCE/SPLIT, such as world/test, "
+            "or a file"
+        )
+    return load_qa(source, split, limit)
+
+
+def played(
+    config: ConfigDict, wanted: Sequence[dict], sets: dict[str, list[QARow]]
+) -> Iterator[tuple[dict, list[Trajectory]]]:
+    """Plays the cells one after the other; builds only what they need."""
+    if not wanted:
+        return
     mesh = make_mesh(**config.mesh)
     model = build.load_model(config.policy.model, mesh, "float32")
     generator = build.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
-    engine = build.make_engine(config.search, config.seed, config.mesh)
-    table = {}
-    for split in config.data.splits:
-        rows = load_qa(config.data.source, split, config.data.limit)
-        trajectories = evaluate_policy(
-            generator,
-            engine,
-            model.tokenizer,
-            rows,
-            limits=Limits(**config.limits),
-            forbid_search=config.forbid_search,
+    engines: dict[str, SearchEngine | None] = {"none": None}
+    for name in {cell["engine"] for cell in wanted} - {"none"}:
+        engines[name] = build.make_engine(config.engines[name], config.seed, config.mesh)
+    generate = None
+    if any(cell["method"] == "search_o1" for cell in wanted):
+        generate = refiner(
+            model,
+            config.policy.generator,
+            mesh,
+            max_new_tokens=config.refine.max_new_tokens,
         )
-        table[f"{config.data.source}/{split}"] = summary(trajectories)
-    print_table(table, f"{config.policy.model}, engine {engine.name}")
-    path = Path(workdir) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n")
-    print(f"written to {path}")
+    for cell in wanted:
+        yield (
+            cell,
+            evaluate_policy(
+                generator,
+                engines[cell["engine"]],
+                model.tokenizer,
+                sets[cell["set"]],
+                limits=Limits(**config.limits),
+                method=cell["method"],
+                generate=generate,
+            ),
+        )
 
 
 def evaluate_policy(
     generator: Generator,
-    engine: SearchEngine,
+    engine: SearchEngine | None,
     tokenizer,
     rows: Sequence[QARow],
     *,
     limits: Limits,
-    forbid_search: bool = False,
+    method: str = "search",
+    generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
 ) -> list[Trajectory]:
-    """One greedy episode a row, in order."""
-    rollouts = Rollouts(
+    """One greedy episode a row, in order; see `methods.play`."""
+    return play(
+        method,
         generator,
         engine,
         tokenizer,
+        rows,
         limits=limits,
         sampling=GREEDY,
-        forbid_search=forbid_search,
+        generate=generate,
     )
-    episodes = [Episode(i, row.question, row.golden_answers) for i, row in enumerate(rows)]
-    return rollouts.play(episodes, jax.random.key(0))
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]]:
-    """EM with its 95% interval, F1, number of questions, searches per episode."""
+    """EM and F1 with their 95% intervals, number of questions, searches per episode."""
     matches = answer_scores(trajectories, "em")
     figures = episode_figures(trajectories)
     return {
         "em": figures["em"],
         "em_interval": list(wilson_interval(sum(matches), len(matches))),
         "f1": figures["f1"],
+        "f1_interval": list(bootstrap_interval(answer_scores(trajectories, "f1"))),
         "questions": len(matches),
         "searches_per_episode": figures["searches_per_episode"],
     }
@@ -88,10 +189,23 @@ def print_table(table: dict[str, dict], title: str) -> None:
     """Prints `summary`'s figures, one line an entry."""
     width = max(len(name) for name in table)
     print(f"\n{title}")
-    print(f"{'':{width}}    EM  [95% interval]     F1  searches  questions")
+    print(f"{'':{width}}     EM  [95% interval]     F1  [95% interval]  searches  questions")
     for name, row in table.items():
-        low, high = row["em_interval"]
+        (em_low, em_high), (f1_low, f1_high) = row["em_interval"], row["f1_interval"]
         print(
-            f"{name:{width}}  {row['em']:.3f}  [{low:.3f}, {high:.3f}]  {row['f1']:.3f}"
+            f"{name:{width}}  {row['em']:.3f}  [{em_low:.3f}, {em_high:.3f}]"
+            f"  {row['f1']:.3f}  [{f1_low:.3f}, {f1_high:.3f}]"
             f"  {row['searches_per_episode']:8.2f}  {row['questions']:9d}"
         )
+
+
+def _rows_of(cell: dict, rows: Sequence[dict]) -> list[dict]:
+    return [row for row in rows if cell.items() <= row.items()]
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    """Replaces the file at once, so that a stop leaves it whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, path)

@@ -1,7 +1,7 @@
 """The learning half of an RL step: from rewarded episodes to the updated state."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -67,7 +67,12 @@ class Improver:
           The state, and figures: means over the step's updates that are finite.
         """
         rl = self._config.rl
-        sequences = self._scored(state, sequences_of(trajectories, rl.overlong))
+        sequences = sequences_of(trajectories, rl.overlong, document_mask=rl.document_mask)
+        sequences = self._scored(state, sequences)
+        if not rl.document_mask:
+            sequences = [
+                _as_if_sampled(s, t.by_policy) for s, t in zip(sequences, trajectories, strict=True)
+            ]
         sequences, figures = with_advantages(
             sequences,
             rewards,
@@ -122,10 +127,14 @@ class Improver:
         )
 
 
-def sequences_of(trajectories: Sequence[Trajectory], overlong: str) -> list[TokenSequence]:
+def sequences_of(
+    trajectories: Sequence[Trajectory], overlong: str, *, document_mask: bool = True
+) -> list[TokenSequence]:
     """Ids and log-probs as sampled, provenance as the mask.
 
     Args:
+      document_mask: False trains on what was inserted behind the prompt, too: only to show what
+        the mask is for (Search-R1's ablation, arXiv 2503.09516 §5).
       overlong: "mask" takes episodes that ran out of room out of the loss (DAPO's overlong
         filtering, arXiv 2503.14476 §3.4); their rewards still count in their groups. "keep".
     """
@@ -134,10 +143,14 @@ def sequences_of(trajectories: Sequence[Trajectory], overlong: str) -> list[Toke
     for trajectory, right in zip(trajectories, correct, strict=True):
         n = len(trajectory.tokens)
         filtered = overlong == "mask" and trajectory.finish == "length"
+        mask = trajectory.by_policy
+        if not document_mask:
+            first = mask.index(True) if True in mask else n
+            mask = [i >= first for i in range(n)]
         sequences.append(
             TokenSequence(
                 trajectory.tokens,
-                [0.0] * n if filtered else trajectory.by_policy,
+                [0.0] * n if filtered else mask,
                 {
                     "old_logprobs": trajectory.logprobs,
                     "sampler_logprobs": trajectory.logprobs,
@@ -146,6 +159,13 @@ def sequences_of(trajectories: Sequence[Trajectory], overlong: str) -> list[Toke
             )
         )
     return sequences
+
+
+def _as_if_sampled(sequence: TokenSequence, by_policy: Sequence[bool]) -> TokenSequence:
+    """Inserted tokens have no log-prob of a sampler; they get the learner's."""
+    columns = sequence.columns
+    sampler = np.where(by_policy, columns["sampler_logprobs"], columns["old_logprobs"])
+    return replace(sequence, columns={**columns, "sampler_logprobs": sampler})
 
 
 def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:

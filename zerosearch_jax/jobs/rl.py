@@ -23,13 +23,13 @@ from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.jobs import build
+from zerosearch_jax.jobs import build, simulator_gate
 from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.jobs.evaluate import GREEDY, evaluate_policy, print_table, summary
 from zerosearch_jax.jobs.guard import NonFiniteGuard
 from zerosearch_jax.jobs.improve import Improver
 from zerosearch_jax.jobs.rl_check import check
-from zerosearch_jax.jobs.scores import episode_figures, reward_of
+from zerosearch_jax.jobs.scores import answers, episode_figures, reward_of
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
@@ -66,8 +66,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     clock = DeviceClock()
     print("compiling the programs of the simulator and the policy", flush=True)
-    engine = build.make_engine(config.search, config.seed, config.mesh, clock)
-    judge = build.make_engine(config.eval.search, config.seed, config.mesh)
+    check_simulator(config)
+    engine = judge = None  # without turns to search in, a search ends an episode unanswered
+    if config.rollout.max_turns:
+        engine = build.make_engine(config.search, config.seed, config.mesh, clock)
+        judge = build.make_engine(config.eval.search, config.seed, config.mesh)
     generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS, clock)
     learner = build.make_learner(
         policy.config,
@@ -120,9 +123,9 @@ def run(config: ConfigDict, workdir: str) -> None:
                 searching=partial(phases.phase, "search"),
             )
             with phases.phase("rollout"):
-                played = Played(config)
+                played = Played(config, step)
                 while not played.enough:
-                    episodes = played.next_round(epochs, step)
+                    episodes = played.next_round(epochs)
                     played.add(rollouts.play(episodes, jax.random.key(config.seed)))
             trajectories, rewards = played.chosen()
             with phases.phase("learner"):
@@ -184,9 +187,22 @@ def run(config: ConfigDict, workdir: str) -> None:
         trained=learner.policy(state),
         generator=generator,
         judged=judged,
-        engine_name=judge.name,
+        engine_name=judge.name if judge else "none",
         began=began,
     )
+
+
+def check_simulator(config: ConfigDict) -> None:
+    """Refuses a simulator whose report, where the config names one, falls short of its gate."""
+    simulator = config.search.simulator
+    if config.search.engine == "simulated" and simulator.gate.report:
+        simulator_gate.check(
+            simulator.gate.report,
+            model=simulator.model,
+            form=simulator.form,
+            reader_em_useful_min=simulator.gate.useful_min,
+            reader_em_noisy_max=simulator.gate.noisy_max,
+        )
 
 
 class Played:
@@ -198,8 +214,9 @@ class Played:
     KL and entropy ask for, so that a step's batch is always of one size.
     """
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, step: int):
         self._config = config
+        self._step = step
         self._rounds = 0
         self.trajectories: list[Trajectory] = []
         self._rewards = np.zeros((0, config.rollout.group_size), np.float32)
@@ -212,17 +229,16 @@ class Played:
             return rollout.max_rounds > 1 and sum(self._differ()) >= rollout.questions_per_step
         return True
 
-    def next_round(self, epochs: Epochs, step: int) -> list[Episode]:
+    def next_round(self, epochs: Epochs) -> list[Episode]:
         """The episodes to play next. Each round of each step has its own place in the data."""
         rollout = self._config.rollout
-        draw = step * rollout.max_rounds + self._rounds
+        draw = self._step * rollout.max_rounds + self._rounds
         self._rounds += 1
         return episodes_of(epochs.draw(draw), rollout.group_size, draw)
 
     def add(self, trajectories: Sequence[Trajectory]) -> None:
         """Takes a round's episodes, group by group."""
-        reward = self._config.reward
-        rewards = [reward_of(t, reward.name, reward.format_weight) for t in trajectories]
+        rewards = [reward_of(t, self._step, self._config.reward) for t in trajectories]
         self.trajectories += trajectories
         rewards = np.array(rewards, np.float32).reshape(-1, self._rewards.shape[1])
         self._rewards = np.concatenate([self._rewards, rewards])
@@ -275,7 +291,8 @@ def conclude(
 ) -> None:
     """Exports the trained policy and judges it beside the base policy and without search.
 
-    Prints the table and an episode of each policy; writes `policy/` and `summary.json`.
+    Prints the table and an episode of each policy; writes `policy/`, `answers.jsonl` (what each
+    answered to each question, for paired comparisons) and, last, `summary.json`.
 
     Args:
       policy: the base policy.
@@ -292,11 +309,17 @@ def conclude(
     generator.load(policy.params)
     played = {"base": judged(test)}
     generator.load(trained)
-    played |= {"trained": judged(test), "no_search": judged(test, forbid_search=True)}
+    played |= {"trained": judged(test), "no_search": judged(test, method="direct")}
     table = {name: summary(trajectories) for name, trajectories in played.items()}
     print_table(
         table, f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"
     )
+    rows = [
+        {"policy": name, "id": row.id, **answer}
+        for name, trajectories in played.items()
+        for row, answer in zip(test, answers(trajectories), strict=True)
+    ]
+    (workdir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = question_to_show(test, config.data.eval_source)
     for name in ("base", "trained"):
         print(f"\n---- {name} policy: {test[shown].id}, gold {test[shown].golden_answers[0]!r}")

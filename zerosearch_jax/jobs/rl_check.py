@@ -7,6 +7,7 @@ from zerosearch_jax.jobs.improve import estimator_of, objective_of
 from zerosearch_jax.rl.experience import BY_TOKEN
 from zerosearch_jax.rl.learner import TRUNKS
 from zerosearch_jax.rl.losses import AGGREGATES
+from zerosearch_jax.rl.rewards import RULES
 
 CHOICES = {
     "aggregate": AGGREGATES,
@@ -25,6 +26,9 @@ def check(config: ConfigDict) -> None:
     if config.critic.trunk not in TRUNKS:
         known = " or ".join(TRUNKS)
         raise UserError(f"critic.trunk is {config.critic.trunk!r}; choose {known}")
+    reward = config.reward
+    if reward.rule not in RULES:
+        raise UserError(f"reward.rule is {reward.rule!r}; choose one of {', '.join(RULES)}")
     alone = rollout.group_size == 1
     updates = rl.epochs * rl.minibatches
     episodes = rollout.questions_per_step * rollout.group_size
@@ -32,6 +36,30 @@ def check(config: ConfigDict) -> None:
         (
             rollout.temperature <= 0,
             "config.rollout.temperature must be above 0: episodes must differ to compare them",
+        ),
+        (
+            rollout.max_turns < 0,
+            f"rollout.max_turns={rollout.max_turns} must be at least 0, which leaves one turn",
+        ),
+        (
+            rollout.max_turns > 0 and "none" in (config.search.engine, config.eval.search.engine),
+            "search.engine=none and eval.search.engine=none belong to rollout.max_turns=0, "
+            "training without search; name an engine or set it",
+        ),
+        (
+            reward.rule != "answer" and (reward.name != "f1" or reward.format_weight != 0),
+            f"reward.name and reward.format_weight belong to reward.rule=answer; {reward.rule} "
+            "has a score and a format of its own: leave them f1 and 0",
+        ),
+        (
+            reward.rule != "r1_searcher" and reward.stage_one_steps != 0,
+            f"reward.stage_one_steps belongs to reward.rule=r1_searcher, not to {reward.rule}; "
+            "set it to 0",
+        ),
+        (
+            not 0 <= reward.stage_one_steps <= rl.steps,
+            f"reward.stage_one_steps={reward.stage_one_steps} must lie between 0 and "
+            f"rl.steps={rl.steps}",
         ),
         (
             config.learner.row_tokens < config.policy.generator.max_tokens,
@@ -95,6 +123,11 @@ def check(config: ConfigDict) -> None:
             rl.importance_cap != 0 and rl.old_logprobs != "learner",
             "rl.importance_cap weighs the learner's log-probs against the sampler's; set "
             "rl.old_logprobs=learner",
+        ),
+        (
+            not rl.document_mask and rl.old_logprobs != "learner",
+            "rl.document_mask=False trains on tokens that no policy sampled; only the learner can "
+            "say how likely they were: set rl.old_logprobs=learner",
         ),
         (
             rl.llds != 0 and updates == 1,

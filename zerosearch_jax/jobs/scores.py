@@ -4,26 +4,47 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from zerosearch_jax.rl import rewards
 from zerosearch_jax.rollout.trajectory import Trajectory
 
 
-def reward_of(trajectory: Trajectory, name: str, format_weight: float) -> float:
-    """The episode's reward, from the policy's own last answer (FACTS §5, defect 2)."""
-    return rewards.score(
-        name,
+def reward_of(trajectory: Trajectory, step: int, reward: ConfigDict) -> float:
+    """The episode's reward in training step `step` (from 0), by a config's `reward` section.
+
+    It reads the policy's own turns and last answer alone (FACTS §5, defect 2).
+    """
+    return rewards.episode_reward(
+        reward.rule,
         trajectory.answer,
         trajectory.episode.golden_answers,
         policy_texts=[turn.text for turn in trajectory.turns],
         action_kinds=[turn.action.kind for turn in trajectory.turns],
-        format_weight=format_weight,
+        searches=len(trajectory.searches),
+        step=step,
+        name=reward.name,
+        format_weight=reward.format_weight,
+        stage_one_steps=reward.stage_one_steps,
     )
 
 
 def answer_scores(trajectories: Sequence[Trajectory], name: str) -> list[float]:
     """ "em", "f1" or "cover_em" of each episode's last answer."""
-    return [reward_of(trajectory, name, 0.0) for trajectory in trajectories]
+    return [rewards.score(name, t.answer, t.episode.golden_answers) for t in trajectories]
+
+
+def answers(trajectories: Sequence[Trajectory]) -> list[dict]:
+    """Each episode's last answer (or None) with its scores and number of searches."""
+    return [
+        {"answer": t.answer, "em": em, "f1": f1, "searches": len(t.searches)}
+        for t, em, f1 in zip(
+            trajectories,
+            answer_scores(trajectories, "em"),
+            answer_scores(trajectories, "f1"),
+            strict=True,
+        )
+    ]
 
 
 def episode_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -52,6 +73,18 @@ def wilson_interval(successes: float, total: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    values: Sequence[float], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% percentile interval of a mean over questions (Efron 1979), values in [0, 1]."""
+    if not len(values):
+        return 0.0, 1.0
+    generator, values = np.random.default_rng(seed), np.asarray(values)
+    means = [generator.choice(values, len(values)).mean() for _ in range(resamples)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def _mean(values: Sequence[float]) -> float:

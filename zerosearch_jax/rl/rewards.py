@@ -6,6 +6,9 @@ document: scores take the answer that `text.actions.final_answer` found in the p
 turns, the format takes those turns (defect 2). This module must not know tokens, engines or jax.
 
 All scores are in [0, 1], take the best alias, and give 0 to an episode without an answer.
+`episode_reward` makes a reward of them by a rule: ZeroSearch's or another paper's. The other
+papers' equations are given as understood from the papers, and "the format" is always ours,
+`has_valid_format`: theirs are checked on their own tags and prompts.
 """
 
 import re
@@ -120,7 +123,7 @@ def score(
     action_kinds: Sequence[str] = (),
     format_weight: float = 0.0,
 ) -> float:
-    """The episode's reward: REWARDS[reward] + format_weight * format_reward.
+    """The rule "answer": REWARDS[reward] + format_weight * format_reward.
 
     The paper uses "f1" and no format reward (`format_weight` 0, the texts are not looked at).
 
@@ -133,6 +136,83 @@ def score(
     if format_weight:
         value += format_weight * format_reward(policy_texts, action_kinds)
     return value
+
+
+def f1_or_format_credit(f1: float, valid: bool) -> float:
+    """ReSearch (arXiv 2503.19470, section 2.3, as understood): F1; 0.1 for the format alone.
+
+    r = F1 if F1 > 0; else 0.1 if the format is valid; else 0
+    """
+    if f1 > 0:
+        return f1
+    return 0.1 if valid else 0.0
+
+
+def f1_or_format_penalty(f1: float, valid: bool) -> float:
+    """DeepResearcher (arXiv 2504.03160, as understood): F1 if the format is valid, else -1."""
+    return f1 if valid else -1.0
+
+
+def search_and_format_credit(searches: int, valid: bool) -> float:
+    """Stage 1 of R1-Searcher (arXiv 2503.05592, as understood): to learn to search at all.
+
+    r = 0.5 [at least one search] + 0.5 [valid format]
+    """
+    return 0.5 * (searches > 0) + 0.5 * valid
+
+
+def f1_minus_format_penalty(f1: float, valid: bool) -> float:
+    """Stage 2 of R1-Searcher (as understood): F1, less 2 if the format is not valid."""
+    return f1 - 2.0 * (not valid)
+
+
+RULES = ("answer", "research", "deepresearcher", "r1_searcher")
+
+
+def episode_reward(
+    rule: str,
+    answer: str | None,
+    golds: Sequence[str],
+    *,
+    policy_texts: Sequence[str],
+    action_kinds: Sequence[str],
+    searches: int,
+    step: int,
+    name: str,
+    format_weight: float,
+    stage_one_steps: int,
+) -> float:
+    """What an episode is worth to training.
+
+    Args:
+      rule: "answer" (`score`, which reads `name` and `format_weight`), or one paper's rule:
+        "research", "deepresearcher", or "r1_searcher", whose first stage lasts
+        `stage_one_steps` training steps.
+      searches: how many searches the policy made.
+      step: the training step, from 0.
+
+    Raises:
+      UserError: unknown rule or reward name, or no gold answer.
+    """
+    if rule == "answer":
+        return score(
+            name,
+            answer,
+            golds,
+            policy_texts=policy_texts,
+            action_kinds=action_kinds,
+            format_weight=format_weight,
+        )
+    f1, valid = token_f1(answer, golds), has_valid_format(policy_texts, action_kinds)
+    if rule == "research":
+        return f1_or_format_credit(f1, valid)
+    if rule == "deepresearcher":
+        return f1_or_format_penalty(f1, valid)
+    if rule == "r1_searcher":
+        if step < stage_one_steps:
+            return search_and_format_credit(searches, valid)
+        return f1_minus_format_penalty(f1, valid)
+    raise UserError(f"reward.rule is {rule!r}: use one of {', '.join(RULES)}")
 
 
 def _check_golds(golds: Sequence[str]) -> None:

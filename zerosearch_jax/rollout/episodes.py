@@ -24,6 +24,7 @@ from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
 STOP_STRINGS = ("</search>", "</answer>")
+OPENINGS = ("", "answer", "search")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Limits:
     """How long an episode may become.
 
     Attributes:
-      max_turns: searches (and invalid turns) before the last turn.
+      max_turns: searches (and invalid turns) before the last turn. 0: one turn, in which the
+        policy answers or has not answered.
       response_tokens: sampled in one turn.
       observation_tokens: inserted after one search, tags included.
     """
@@ -97,11 +99,13 @@ class Rollouts:
     """Plays episodes with one policy generator and one engine.
 
     Args:
+      engine: None where nobody searches: `limits.max_turns` is 0 and the policy opens.
       noisy: `(episode number, turn) -> bool`, the curriculum's draw.
       stop_on_failure: a failed search ends the run with an error; otherwise the episode gets a
         "search failed" observation.
-      forbid_search: each episode is one turn that has to answer: the opening of the answer is
-        inserted after the prompt.
+      opening: what is inserted between the prompt and the one turn that `limits.max_turns`, 0,
+        then leaves to the policy. "answer": the opening of the answer; what follows is the
+        answer. "search": a search for the question itself and its documents. "": nothing.
       concurrent_searches: batches of searches that may be under way while the policy decodes, for
         an engine that works elsewhere (over the network, on its own devices). What is batched
         with what then depends on the clock, and so do the last bits of the figures. 0: the
@@ -112,17 +116,23 @@ class Rollouts:
     def __init__(
         self,
         generator: Generator,
-        engine: SearchEngine,
+        engine: SearchEngine | None,
         tokenizer,
         *,
         limits: Limits,
         sampling: Sampling,
         noisy: Callable[[int, int], bool] = lambda episode, turn: False,
         stop_on_failure: bool = False,
-        forbid_search: bool = False,
+        opening: str = "",
         concurrent_searches: int = 0,
         searching: Callable[[], AbstractContextManager] = nullcontext,
     ):
+        if opening not in OPENINGS:
+            raise ValueError(f"opening is {opening!r}: use one of {OPENINGS}")
+        if opening and limits.max_turns:
+            raise ValueError(f"opening={opening!r} leaves one turn: max_turns must be 0")
+        if engine is None and (limits.max_turns or opening == "search"):
+            raise ValueError("episodes that may search need an engine")
         self.generator = generator
         self.engine = engine
         self.tokenizer = tokenizer
@@ -130,7 +140,7 @@ class Rollouts:
         self.sampling = sampling
         self.noisy = noisy
         self.stop_on_failure = stop_on_failure
-        self.forbid_search = forbid_search
+        self.opening = opening
         self.concurrent_searches = concurrent_searches
         self.searching = searching
         self._invalid = encode(tokenizer, prompts.INVALID_ACTION)
@@ -165,10 +175,16 @@ class Rollouts:
     def _seat(self, table: "_Table") -> None:
         """Gives free slots to the next episodes."""
         new = table.seat_next()
-        if new:
-            for trajectory in new.values():
-                trajectory.append_inserted(self._prompt(trajectory))
-            self.generator.start(list(new), [t.tokens for t in new.values()])
+        if not new:
+            return
+        for trajectory in new.values():
+            trajectory.append_inserted(self._prompt(trajectory))
+        self.generator.start(list(new), [t.tokens for t in new.values()])
+        if self.opening == "search":
+            for slot, trajectory in new.items():
+                question = trajectory.episode.question
+                table.asking[slot] = self._request(trajectory, turn=0, query=question)
+        else:
             self._begin(table, list(new))
 
     def _begin(self, table: "_Table", slots: list[int]) -> None:
@@ -180,10 +196,13 @@ class Rollouts:
         )
 
     def _prompt(self, trajectory: Trajectory) -> list[int]:
-        prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(trajectory.episode.question))
-        if self.forbid_search:
+        question = trajectory.episode.question
+        prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
+        if self.opening == "answer":
             trajectory.answer_prefix = "answer"
-            prompt = prompt + encode(self.tokenizer, prompts.FORCED_ANSWER)
+            return prompt + encode(self.tokenizer, prompts.FORCED_ANSWER)
+        if self.opening == "search":
+            return prompt + encode(self.tokenizer, prompts.forced_search(question))
         return prompt
 
     def _take_turn(self, table: "_Table", slot: int, generation: Generation) -> None:
@@ -196,10 +215,11 @@ class Rollouts:
         trajectory.turns.append(Turn(text, action))
         if action.kind == "answer":
             table.leave(slot, "answer")
-        elif self.forbid_search or len(trajectory.turns) > self.limits.max_turns:
+        elif len(trajectory.turns) > self.limits.max_turns:
             table.leave(slot, "turns")
         elif action.kind == "search":
-            table.asking[slot] = self._request(trajectory)
+            turn = len(trajectory.turns) - 1
+            table.asking[slot] = self._request(trajectory, turn, action.content)
         else:
             table.observations[slot] = self._invalid
 
@@ -251,12 +271,12 @@ class Rollouts:
             self.generator.extend(list(told), list(told.values()))
             self._begin(table, list(told))
 
-    def _request(self, trajectory: Trajectory) -> SearchRequest:
-        episode, turn = trajectory.episode, len(trajectory.turns) - 1
+    def _request(self, trajectory: Trajectory, turn: int, query: str) -> SearchRequest:
+        episode = trajectory.episode
         return SearchRequest(
             episode=episode.number,
             turn=turn,
-            query=trajectory.turns[-1].action.content,
+            query=query,
             question=episode.question,
             golden_answers=episode.golden_answers,
             noisy=self.noisy(episode.number, turn),
