@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Several processes of one job on this machine, each with its own fake CPU devices.
+#
+#   bash launch/local.sh --processes 2 --devices-per-process 4 -- --config=configs/grpo.py
+#
+#   --processes N             how many processes
+#   --devices-per-process K   CPU devices that each of them sees (default 1)
+#   --program "WORDS"         what each runs (default ".venv/bin/python -m zerosearch_jax.main")
+#   --port PORT               of the coordinator, process 0 (default: a free one)
+#   --log-dir DIR             process_0.log, process_1.log, … (default runs/local)
+#   --dry-run                 print each process's command, run nothing
+#
+# What follows -- goes to every process, after --distributed. Process i gets
+# JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID=i; its output is prefixed with [i].
+# When one ends with an error the others are ended too, and its exit status is this script's.
+# Ctrl-C and SIGTERM are handed on. What has not ended 10 seconds later is killed.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+declare -A option=(
+  [processes]="" [devices-per-process]=1 [program]=".venv/bin/python -m zerosearch_jax.main"
+  [port]="" [log-dir]=runs/local [dry-run]=no
+)
+parse "$@"
+need processes program
+need_count processes devices-per-process
+read -ra program <<<"${option[program]}"
+
+free_port() {
+  local port
+  while true; do
+    port=$((20000 + RANDOM % 12000)) # below the range that systems hand out by themselves
+    (exec 5<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+  done
+  echo "$port"
+}
+
+port=${option[port]:-$(free_port)}
+devices="--xla_force_host_platform_device_count=${option[devices-per-process]}"
+status=0
+killer=""
+declare -A process_of=() # the processes that still run: pid → number
+writers=()
+
+# signal_all SIGNAL: to every process that still runs, and to what it started itself.
+signal_all() {
+  local pid
+  for pid in "${!process_of[@]}"; do
+    kill -"$1" -- "-$pid" 2>/dev/null || true
+  done
+}
+
+# end_all SIGNAL: jax.distributed may hold SIGTERM back (its preemption notice), hence the killer.
+end_all() {
+  signal_all "$1"
+  [[ -n $killer ]] || {
+    (sleep 10 && signal_all KILL) </dev/null &>/dev/null &
+    killer=$!
+  }
+}
+
+# write_lines NUMBER: stdin to the process's log, and prefixed to stdout. It outlives a Ctrl-C.
+# (Not by awk or sed: some hold lines back until they have many.)
+write_lines() {
+  trap '' INT TERM
+  local line
+  while IFS= read -r line || [[ -n $line ]]; do
+    printf '%s\n' "$line" >&5
+    printf '[%s] %s\n' "$1" "$line"
+  done 5>"${option[log-dir]}/process_$1.log"
+}
+
+[[ ${option[dry-run]} == yes ]] || mkdir -p "${option[log-dir]}"
+set -m # a process group each: signals reach whole groups, and Ctrl-C comes only to this script
+trap 'status=130; end_all INT' INT
+trap 'status=143; end_all TERM' TERM
+
+for ((i = 0; i < option[processes]; i++)); do
+  command=(
+    env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=${option[processes]}"
+    "JAX_PROCESS_ID=$i" JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }$devices"
+    "${program[@]}" --distributed "${rest[@]}"
+  )
+  if [[ ${option[dry-run]} == yes ]]; then
+    run "${command[@]}"
+    continue
+  fi
+  exec {output}> >(write_lines "$i")
+  writers+=($!)
+  run exec "${command[@]}" </dev/null >&"$output" 2>&1 & # exec: the pid is the program's own
+  process_of[$!]=$i
+  exec {output}>&-
+done
+
+while ((${#process_of[@]})); do
+  for pid in "${!process_of[@]}"; do
+    kill -0 "$pid" 2>/dev/null && continue
+    code=0
+    wait "$pid" || code=$?
+    number=${process_of[$pid]}
+    unset "process_of[$pid]"
+    if ((code != 0 && status == 0)); then
+      status=$code
+      echo "error: process $number of ${option[processes]} ended with exit status $code;" \
+        "ending the others (log: ${option[log-dir]}/process_$number.log)" >&2
+      end_all TERM
+    fi
+  done
+  sleep 0.2
+done
+for writer in "${writers[@]}"; do
+  wait "$writer" || true # all output is out before this script ends
+done
+[[ -z $killer ]] || kill -- "-$killer" 2>/dev/null || true
+exit "$status"
