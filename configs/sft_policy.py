@@ -64,6 +64,7 @@ def reader() -> ConfigDict:
                 topk=2,
                 inserted_weight=0.05,
                 end_of_text=False,
+                validation="",  # a file of pairs; "": the last validation_examples
                 validation_examples=60,
                 habits=dict(
                     guess=0.05,
@@ -99,6 +100,7 @@ def reader() -> ConfigDict:
                 examples_per_step=32,
                 eval_every=100,
                 checkpoint_every=100,
+                patience=0,  # evaluations without a lower loss that end it; 0: off
                 nonfinite_limit=3,
             ),
         )

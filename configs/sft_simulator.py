@@ -22,7 +22,8 @@ def get_config(preset: str = "") -> ConfigDict:
             init="runs/sft_reader/model",
             mesh=dict(data=1, fsdp=1, tensor=1),
             data=dict(
-                examples="simulator_pairs",
+                examples="simulator_pairs",  # or a file of pairs (configs/collect.py)
+                validation="",  # such a file; "": the last validation_examples
                 worlds=12,
                 entities_per_world=120,
                 questions_per_world=330,
@@ -55,6 +56,7 @@ def get_config(preset: str = "") -> ConfigDict:
                 examples_per_step=48,
                 eval_every=50,
                 checkpoint_every=120,
+                patience=3,  # evaluations without a lower loss that end it; 0: off
                 nonfinite_limit=3,
             ),
         )

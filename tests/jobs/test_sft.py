@@ -1,25 +1,42 @@
 """The sft job end to end, tiny, and what a config may leave out."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from zerosearch_jax import config_check
 from zerosearch_jax.data import sft_data
+from zerosearch_jax.data.pairs import Pair, save_pairs
 from zerosearch_jax.data.transcripts import Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import sft
+from zerosearch_jax.models import lora
 from zerosearch_jax.models.config import read_config
 from zerosearch_jax.telemetry.metrics import METRICS
-from zerosearch_jax.text.tokenizer import encode, load_tokenizer
+from zerosearch_jax.text.prompts import simulator_prompt
+from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("compiled_once")
 EXAMPLES = [
     [Segment(f"Query: capital of land {i}\nUseful Output:", False), Segment(f" Doc 1: {i}.", True)]
     for i in range(40)
 ]
+
+
+WEIGHTS = Path("model", "model.safetensors")
+
+
+def _rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -80,7 +97,12 @@ def test_the_loss_falls_on_what_the_model_is_to_write_and_on_the_end(markov_mode
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (dict(data=dict(examples="poems")), "choose policy_transcripts or simulator_pairs"),
+        (
+            dict(data=dict(examples="poems")),
+            "choose policy_transcripts, simulator_pairs or answers",
+        ),
+        (dict(data=dict(examples="no/such.jsonl")), "no/such.jsonl: no such file"),
+        (dict(learner=dict(row_tokens=8)), "no example fits config.learner.row_tokens=8"),
         (dict(data=dict(validation_examples=40)), "config.data.validation_examples=40"),
         (dict(init="no/such/place"), "no/such/place"),
         (
@@ -94,3 +116,141 @@ def test_a_wrong_setting_is_refused(config, tmp_path, change, told):
     with pytest.raises(UserError, match=told):
         sft.run(config, str(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _pairs(path: Path, answers: list[str]) -> str:
+    """A file of pairs whose documents say nothing of each other's."""
+    pairs = [
+        Pair(f"p{i}", f"find {i}", (f"It is {a}.", f"Not {a}."), f"Who is {i}?", a, "useful", True)
+        for i, a in enumerate(answers)
+    ]
+    save_pairs(path, pairs)
+    return str(path)
+
+
+@pytest.fixture
+def overfitting(config, tmp_path):
+    """Four pairs to learn by heart at a high rate; what is held out contradicts them."""
+    config.update(
+        dict(
+            data=dict(
+                examples=_pairs(tmp_path / "pairs.jsonl", ["Chad"] * 4),
+                validation=_pairs(tmp_path / "heldout.jsonl", ["Peru"] * 3),
+            ),
+            optimizer=dict(learning_rate=3e-2, warmup_steps=0, schedule_steps=40),
+            learner=dict(row_tokens=384),
+            sft=dict(steps=40, examples_per_step=4, eval_every=2, checkpoint_every=3, patience=2),
+        )
+    )
+    return config
+
+
+def test_an_overfitting_run_stops_and_exports_the_best_steps_weights(overfitting, tmp_path):
+    sft.run(overfitting, str(tmp_path / "run"))
+    rows = _rows(tmp_path / "run")
+    losses = {r["step"]: r["sft/heldout_loss"] for r in rows if "sft/heldout_loss" in r}
+    best = min(losses, key=losses.get)
+    assert len(rows) == best + 4 < 40  # two evaluations without a lower loss
+    assert list(losses) == list(range(2, best + 5, 2))
+    assert rows[-1]["loss/total"] < rows[best - 1]["loss/total"]  # the training loss went on down
+
+    exported = (tmp_path / "run" / WEIGHTS).read_bytes()
+    overfitting.sft.patience = 0
+    for steps, same in ((best, True), (best + 4, False)):
+        overfitting.sft.steps = steps
+        workdir = tmp_path / f"until{steps}"
+        sft.run(overfitting, str(workdir))
+        assert ((workdir / WEIGHTS).read_bytes() == exported) is same
+        assert not (workdir / "best").exists()
+
+    # The same command finds it stopped.
+    overfitting.update(dict(sft=dict(steps=40, patience=2)))
+    sft.run(overfitting, str(tmp_path / "run"))
+    assert _rows(tmp_path / "run") == rows
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == exported
+
+
+def test_a_best_step_ahead_of_the_checkpoint_survives_an_interruption(
+    overfitting, tmp_path, monkeypatch
+):
+    overfitting.update(dict(sft=dict(steps=6, patience=1), optimizer=dict(learning_rate=1e-3)))
+    sft.run(overfitting, str(tmp_path / "whole"))
+
+    class Interrupted(sft.Progress):
+        def update(self, done, figures):
+            if done == 5:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "Progress", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(overfitting, str(tmp_path / "cut"))
+    assert (tmp_path / "cut" / "best" / "4").is_dir()
+    assert not (tmp_path / "cut" / "checkpoints" / "4").exists()
+    sft.run(overfitting, str(tmp_path / "cut"))
+    assert _rows(tmp_path / "cut") == _rows(tmp_path / "whole")
+    whole, cut = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(overfitting, tmp_path):
+    sft.run(overfitting, str(tmp_path / "whole"))
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({overfitting.to_dict()!r})\n"
+    )
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "zerosearch_jax.main", f"--config={path}"]
+    command += [f"--workdir={workdir}"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints" / "3").is_dir() and run.poll() is None:
+            assert time.monotonic() < deadline, "no third step in five minutes"
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    again = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    assert again.returncode == 0, again.stderr
+    assert (workdir / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert _rows(workdir) == _rows(tmp_path / "whole")
+
+
+def test_pairs_are_asked_for_as_the_simulated_engine_asks(overfitting, markov_model):
+    config, tokenizer = overfitting, load_tokenizer(markov_model)
+    sequence = sft.fitting_sequences(sft.load_examples(config), tokenizer, config)[0]
+    prompt = simulator_prompt("Who is 0?", "Chad", "find 0", False, "finetuned", 2)
+    prompt = encode_prompt(tokenizer, prompt, system="")
+    assert sequence.tokens[: len(prompt)] == prompt
+    assert not any(sequence.mask[: len(prompt)]) and all(sequence.mask[len(prompt) :])
+    documents = encode(tokenizer, " Doc 1: It is Chad.\nDoc 2: Not Chad.")
+    assert sequence.tokens[len(prompt) :] == [*documents, tokenizer.eos_token_id]
+
+
+def test_adapters_are_saved_and_merged_into_the_export(config, tmp_path, markov_model):
+    config.update(
+        dict(
+            lora=dict(rank=2, alpha=8.0, targets=("q", "down")),
+            optimizer=dict(learning_rate=1e-2, warmup_steps=0),
+            sft=dict(steps=2, eval_every=1, checkpoint_every=2, patience=1),
+        )
+    )
+    sft.run(config, str(tmp_path))
+    base = load_file(markov_model / "model.safetensors")
+    merged = load_file(tmp_path / WEIGHTS)
+    adapters = load_file(tmp_path / "adapters" / lora.ADAPTER_WEIGHTS)
+    for name, weight in base.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        change = np.zeros_like(weight)
+        if "q_proj" in name or "down_proj" in name:
+            a, b = (adapters.pop(f"{prefix}.lora_{factor}.weight") for factor in "AB")
+            change = 8.0 / 2 * b @ a
+            assert np.abs(change).max() > 0
+        np.testing.assert_allclose(merged[name], weight + change, atol=1e-5, rtol=1e-5)
+    assert not adapters
+    written = json.loads((tmp_path / "adapters" / lora.ADAPTER_CONFIG).read_text())
+    assert (written["r"], written["base_model_name_or_path"]) == (2, str(markov_model))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from zerosearch_jax.data.made_up import make_up_entities
+from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, Segment, simulator_pairs
 from zerosearch_jax.data.world import Entity, Question, corpus, load_entities, write_questions
 from zerosearch_jax.rollout.packing import TokenSequence
@@ -32,6 +33,17 @@ def policy_transcripts(
             examples.append([prompt, *agent.transcript(question, world.rng)])
     Random(seed).shuffle(examples)
     return examples
+
+
+def answer_examples(rows: Sequence[QARow]) -> list[list[Segment]]:
+    """Questions with their first gold answers, given at once: the SFT baseline of the field."""
+    return [
+        [
+            Segment(prompts.policy_prompt(row.question), False),
+            Segment(f"{prompts.FORCED_ANSWER} {row.golden_answers[0]} </answer>", True),
+        ]
+        for row in rows
+    ]
 
 
 def simulator_examples(

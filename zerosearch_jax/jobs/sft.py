@@ -1,10 +1,13 @@
 """Supervised fine-tuning: makes the tiny base policy and the tiny simulator of the embedded world.
 
 The loop: draw examples keyed by (seed, step) → pack → one jitted step; validation loss and a
-checkpoint now and then; at the end a Hugging Face directory that every other job can load.
+checkpoint now and then; with patience the run stops when that loss does not fall any more. At the
+end a Hugging Face directory that every other job can load.
 """
 
+import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,6 +15,8 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data import sft_data
+from zerosearch_jax.data.pairs import load_pairs, pair_segments
+from zerosearch_jax.data.qa import load_qa
 from zerosearch_jax.data.transcripts import Habits, Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import build
@@ -19,9 +24,11 @@ from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.jobs.guard import NonFiniteGuard
 from zerosearch_jax.jobs.improve import combine
 from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.rollout.packing import TokenSequence, pack
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
@@ -33,20 +40,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     workdir = Path(workdir)
     examples = load_examples(config)
     tokenizer = make_tokenizer(config, examples, workdir)
-    sequences = [
-        sft_data.tokenise(
-            example,
-            tokenizer,
-            # As the simulated engine sends it; policies have no system turn.
-            system="" if config.data.examples == "simulator_pairs" else None,
-            inserted_weight=config.data.inserted_weight,
-            end_of_text=config.data.end_of_text,
-        )
-        for example in examples
-    ]
-    fitting = [s for s in sequences if len(s.tokens) <= config.learner.row_tokens]
-    print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row left out")
-    train, validation = split(fitting, config.data.validation_examples)
+    fitting = fitting_sequences(examples, tokenizer, config)
+    if config.data.validation:
+        held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
+        train, validation = fitting, fitting_sequences(held_out, tokenizer, config)
+    else:
+        train, validation = split(fitting, config.data.validation_examples)
     epochs = Epochs(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
@@ -62,13 +61,19 @@ def run(config: ConfigDict, workdir: str) -> None:
     if first:
         state, kept = checkpoints.restore(first, learner.abstract_state())
     guard = NonFiniteGuard(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
+    best = None
+    if config.sft.patience:
+        best = Best(workdir / "best", learner, config.sft.patience * config.sft.eval_every)
 
-    held_out = learner.put(batch_of(validation, config, None))
+    validation = learner.put(batch_of(validation, config, None))
     with (
         closing(Recorder(workdir, first_step=first + 1)) as recorder,
         closing(Progress(config.sft.steps, first)) as progress,
     ):
         for step in range(first, config.sft.steps):
+            if best and best.is_old(step):
+                print(f"the held-out loss of step {best.step} was the lowest; stopped at {step}")
+                break
             # A row for each example would fit: one shape for all steps.
             batch = batch_of(
                 epochs.draw(step), config, -(-config.sft.examples_per_step // config.learner.rows)
@@ -78,22 +83,68 @@ def run(config: ConfigDict, workdir: str) -> None:
             figures = combine([{name: float(value) for name, value in metrics.items()}])
             guard.saw(step, 0, figures["skipped_updates"] > 0, batch)
             if done % config.sft.eval_every == 0 or done == config.sft.steps:
-                figures["sft/heldout_loss"] = float(learner.sft_loss(state, held_out))
+                loss = figures["sft/heldout_loss"] = float(learner.sft_loss(state, validation))
+                if best:
+                    best.update(done, loss, state)
             recorder.scalars(done, figures)
             progress.update(done, figures)
-            last = done == config.sft.steps or guard.exhausted
+            last = done == config.sft.steps or guard.exhausted or (best and best.is_old(done))
             if done % config.sft.checkpoint_every == 0 or last:
                 checkpoints.save(done, state, {"skipped_in_a_row": guard.in_a_row})
             if guard.exhausted:
                 guard.stop(step)
+    if best:
+        state = best.state(state)
+    if learner.lora is not None:
+        save_adapters(
+            workdir / "adapters", state.params["policy"], learner.lora, model_config, config.init
+        )
     trained = learner.policy(state)
     save_params(workdir / "model", trained, model_config, eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(workdir / "model")
     print(f"model written to {workdir / 'model'}")
 
 
+class Best:
+    """The parameters with the lowest held-out loss so far, in `directory`.
+
+    It is written as soon as there is one, so it may be ahead of the checkpoint that a killed run
+    goes on from; the steps that are then repeated do not change it.
+
+    Attributes:
+      step, loss: where and how low; 0 and infinity before the first.
+    """
+
+    def __init__(self, directory: Path, learner: Learner, patience_steps: int):
+        self._checkpoints = Checkpoints(directory)
+        self._patience_steps = patience_steps
+        self._like = learner.abstract_state().params
+        self.step = self._checkpoints.latest_step() or 0
+        self.loss = math.inf
+        if self.step:
+            self.loss = self._checkpoints.restore(self.step, self._like)[1]["heldout_loss"]
+
+    def update(self, step: int, loss: float, state: TrainState) -> None:
+        """Keeps the state's parameters if their loss is lower."""
+        if step > self.step and loss < self.loss:
+            self._checkpoints.save(step, state.params, {"heldout_loss": loss})
+            self.step, self.loss = step, loss
+
+    def is_old(self, step: int) -> bool:
+        """Whether there has been nothing better for so many steps that it is time to stop."""
+        return step - self.step >= self._patience_steps
+
+    def state(self, state: TrainState) -> TrainState:
+        """`state` with the best parameters in the place of its own."""
+        return replace(state, params=self._checkpoints.restore(self.step, self._like)[0])
+
+
 def load_examples(config: ConfigDict) -> list[list[Segment]]:
-    """The examples that `config.data.examples` names."""
+    """The examples that `config.data.examples` names: a kind, or a file of pairs."""
+    if is_path(config.data.examples):
+        return pair_segments(load_pairs(config.data.examples), config.data.topk)
+    if config.data.examples == "answers":
+        return sft_data.answer_examples(load_qa(config.data.source, config.data.split))
     sizes = dict(
         worlds=config.data.worlds,
         entities_per_world=config.data.entities_per_world,
@@ -106,9 +157,39 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
     if config.data.examples == "simulator_pairs":
         return sft_data.simulator_examples(**sizes)
     raise UserError(
-        f"config.data.examples is {config.data.examples!r}; "
-        "choose policy_transcripts or simulator_pairs"
+        f"config.data.examples is {config.data.examples!r}; choose policy_transcripts, "
+        "simulator_pairs or answers, or give a .jsonl, .json or .parquet file of pairs"
     )
+
+
+def is_path(examples: str) -> bool:
+    """Whether `config.data.examples` is a file of pairs."""
+    return Path(examples).suffix in (".jsonl", ".json", ".parquet")
+
+
+def fitting_sequences(
+    examples: list[list[Segment]], tokenizer, config: ConfigDict
+) -> list[TokenSequence]:
+    """The examples as tokens, without those that are too long for a row."""
+    of_simulator = config.data.examples == "simulator_pairs" or is_path(config.data.examples)
+    sequences = [
+        sft_data.tokenise(
+            example,
+            tokenizer,
+            # As the simulated engine sends it; policies have no system turn.
+            system="" if of_simulator else None,
+            inserted_weight=config.data.inserted_weight,
+            end_of_text=config.data.end_of_text,
+        )
+        for example in examples
+    ]
+    fitting = [s for s in sequences if len(s.tokens) <= config.learner.row_tokens]
+    print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row left out")
+    if not fitting:
+        raise UserError(
+            f"no example fits config.learner.row_tokens={config.learner.row_tokens}; raise it"
+        )
+    return fitting
 
 
 def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: Path):

@@ -1,0 +1,158 @@
+"""The paper in miniature: every stage from the base models on, and its claims tested (FACTS §4).
+
+  make miniature                       # all of it, on 2 CPU cores
+  make miniature CONFIG_SIZE=:quick    # each stage once and small: no verdicts to rely on
+
+Both can be stopped and given again. The stages are jobs of their own, each in a folder of the
+workdir; a preset names the config of one, so any can be repeated by hand, say one training run:
+
+  python -m zerosearch_jax.main --config=configs/miniature.py:no_mask --config.seed=1
+
+An arm is one way to train: a config of this directory and what it changes. All have one budget.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from zerosearch_jax import config_check
+from zerosearch_jax.errors import UserError
+
+READER = "zerosearch_jax/assets/reader"
+# Of the same mean as the rising schedule: 0.5 * (3 / ln 4 - 1) / 3.
+CONSTANT = 0.194
+ARMS = {
+    "zerosearch": ("grpo", {}),
+    "real_engine": ("grpo", {"search.engine": "bm25"}),
+    # The reader, before its fine-tuning, asked with the prompt for untuned models.
+    "prompted_simulator": (
+        "grpo",
+        {
+            "search.simulator.model": READER,
+            "search.simulator.form": "prompted",
+            "search.simulator.generator.max_tokens": 832,
+            "search.simulator.generator.window_tokens": 832,
+            "search.simulator.generator.prefill_buckets": (640,),
+        },
+    ),
+    "constant_noise": ("grpo", {"curriculum.start": CONSTANT, "curriculum.end": CONSTANT}),
+    "reversed_noise": (
+        "grpo",
+        {"curriculum.start": 0.5, "curriculum.end": 0.0, "curriculum.base": 0.25},
+    ),
+    "no_mask": ("grpo", {"rl.document_mask": False, "rl.old_logprobs": "learner"}),
+    "reinforce": ("reinforce", {}),
+    "ppo": ("ppo", {}),
+    "instruct": ("grpo", {"policy.model": READER}),
+    "r1": ("r1", {}),
+    "search_r1": ("search_r1", {}),
+    "r1_searcher": ("r1_searcher", {"reward.stage_one_steps": 2}),
+    "research": ("research", {}),
+    "deepresearcher": ("deepresearcher", {}),
+}
+BASELINES = ("r1", "search_r1", "r1_searcher", "research", "deepresearcher")
+NOISE = (0, 25, 50, 75)  # percent of the searches, at evaluation
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    quick = preset == "quick" or preset.startswith("quick/")
+    name = preset.removeprefix("quick").removeprefix("/")
+    stages = {"": miniature, "collect": collect, "simulator": simulator, "noise": noise}
+    stages |= {"simulator_report": report, "methods": methods, "sft": sft}
+    stages |= {arm: lambda quick, arm=arm: trained(arm, quick) for arm in ARMS}
+    if name not in stages:
+        raise UserError(
+            f"configs/miniature.py has no preset {preset!r}; the presets are quick and, of one "
+            f"stage, {', '.join(filter(None, stages))}, each also as quick/STAGE"
+        )
+    return stages[name](quick).lock()
+
+
+def miniature(quick: bool) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            job="miniature",
+            recipe="configs/miniature.py",
+            prefix="quick/" if quick else "",
+            seeds=(0,) if quick else (0, 1, 2),
+            baseline_seeds=(0,),
+            arms=tuple(arm for arm in ARMS if arm not in BASELINES),
+            baselines=BASELINES,
+            noise_arms=("zerosearch", "constant_noise", "reversed_noise"),
+            start_policies=dict(base="zerosearch_jax/assets/policy", instruct=READER),
+            workers=2,
+        )
+    )
+
+
+def collect(quick: bool) -> ConfigDict:
+    config = _load("collect")
+    if quick:
+        config.data.limit = 240
+    return config
+
+
+def simulator(quick: bool) -> ConfigDict:
+    config = _load("sft_simulator")
+    config.init = READER
+    steps = 10 if quick else 500
+    config.sft.update(dict(steps=steps, eval_every=steps // 5, checkpoint_every=steps // 5))
+    config.optimizer.schedule_steps = steps
+    return config
+
+
+def report(quick: bool) -> ConfigDict:
+    config = _load("simulator_report")
+    config.limit = 24 if quick else 200
+    return config
+
+
+def trained(arm: str, quick: bool) -> ConfigDict:
+    """The rl config of an arm, with the miniature's budget."""
+    file, changes = ARMS[arm]
+    config = _load(file)
+    config.update_from_flattened_dict(changes)
+    steps = 2 if quick else 6
+    config.rl.update(dict(steps=steps, schedule_steps=steps))
+    config.checkpoint_every = 2
+    config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
+    if not quick:  # a simulator of ten steps passes no gate
+        config.search.simulator.gate.update(useful_min=0.5, noisy_max=0.4)
+    # Many questions with few episodes each: PPO's have one.
+    if config.rollout.group_size > 1:
+        config.rollout.group_size = 3
+    config.rollout.questions_per_step = (24 if quick else 120) // config.rollout.group_size
+    return config
+
+
+def sft(quick: bool) -> ConfigDict:
+    config = _load("sft_answers")
+    config.init = "zerosearch_jax/assets/policy"
+    steps = 10 if quick else 100
+    config.sft.update(dict(steps=steps, eval_every=steps, checkpoint_every=steps))
+    config.optimizer.schedule_steps = steps
+    return config
+
+
+def methods(quick: bool) -> ConfigDict:
+    config = _load("eval")
+    config.methods = ("direct", "cot", "rag", "search", "search_o1")
+    config.data.update(dict(sets=("world/test",), limit=24 if quick else 240))
+    return config
+
+
+def noise(quick: bool) -> ConfigDict:
+    config = methods(quick)
+    config.methods = ("search",)
+    engine = config.engines.bm25.to_dict()
+    config.engines = ConfigDict(
+        {
+            f"noise_{percent}": engine | dict(engine="noisy_bm25", noise=percent / 100)
+            for percent in NOISE
+        }
+    )
+    return config
+
+
+def _load(file: str) -> ConfigDict:
+    return config_check.load(f"{Path(__file__).with_name(file)}.py").unlock()

@@ -1,0 +1,117 @@
+"""Records survive a kill at any byte and at any moment: none lost, none doubled."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from zerosearch_jax.data.records import Records, replace_text
+from zerosearch_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"id": f"r{i}", "t": "é" * (i % 2) + '"\n'} for i in range(4)]
+
+
+def test_what_is_appended_is_there_and_no_id_twice(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    assert (len(records), list(records), path.exists()) == (0, [], False)
+    records.append(ROWS[:2])
+    records.append([{"id": "r1", "t": "other"}, ROWS[2], ROWS[2], ROWS[3]])
+    for opened in (records, Records(path)):
+        assert list(opened) == ROWS
+        assert list(opened.ids) == ["r0", "r1", "r2", "r3"]
+        assert len(opened) == 4
+    assert len(path.read_text().splitlines()) == 4
+    before = path.read_bytes()
+    Records(path).append(ROWS)
+    assert path.read_bytes() == before
+
+
+def test_of_two_lines_with_one_id_the_first_counts(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"name": "a", "n": 1}\n{"name": "a", "n": 2}\n{"name": "b", "n": 3}\n')
+    records = Records(path, key="name")
+    assert [record["n"] for record in records] == [1, 3]
+    assert len(records) == 2
+
+
+def test_a_file_cut_at_any_byte_loses_only_the_cut_line(tmp_path):
+    path = tmp_path / "records.jsonl"
+    Records(path).append(ROWS)
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        records = Records(path)
+        assert list(records) == ROWS[: whole[:cut].count(b"\n")]
+        records.append(ROWS)
+        assert path.read_bytes() == whole, cut
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "{}", '{"id": 3}', "", "\udcff"], ids=["cut", "list", "no", "int", "", "ff"]
+)
+def test_any_other_broken_line_is_named(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    text = '{"id": "a"}\n' + line + '\n{"id": "b"}\n'
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"records\.jsonl: row 2: .*'id'"):
+        Records(path)
+
+
+WRITER = """
+import sys
+from zerosearch_jax.data.records import Records
+records = Records(sys.argv[1])
+for start in range(0, 300, 10):
+    ids = [f"r{i}" for i in range(start, start + 10)]
+    if not set(ids) <= records.ids:
+        sys.stdin.readline()
+        records.append([{"id": id, "text": "x" * 20_000} for id in ids])
+        print(start, flush=True)
+"""
+
+
+def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
+    path, rng = tmp_path / "records.jsonl", random.Random(0)
+    command = [sys.executable, "-c", WRITER, str(path)]
+    told = set()
+    for last in [False] * 6 + [True]:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        writer = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        if not last:  # it may write one to three batches and is killed while it does
+            writer.stdin.write("go\n" * rng.randint(1, 3))
+            writer.stdin.flush()
+            told.add(int(writer.stdout.readline()))
+            time.sleep(rng.uniform(0.0, 0.005))
+            os.kill(writer.pid, signal.SIGKILL)
+        out, errors = writer.communicate("go\n" * 30 if last else None)
+        assert (errors, writer.returncode) == ("", 0 if last else -signal.SIGKILL)
+        told |= {int(line) for line in out.split()}
+        # What append had returned from is in the file, before anything is mended.
+        there = {json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]}
+        assert {f"r{i}" for start in told for i in range(start, start + 10)} <= there
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(300)]
+    assert all(len(json.loads(line)["text"]) == 20_000 for line in lines)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    replace_text(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        replace_text(path, "new")
+    assert path.read_text() == "old"
+    replace_text(path, "néw")
+    assert path.read_text(encoding="utf-8") == "néw"

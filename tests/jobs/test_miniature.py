@@ -1,0 +1,127 @@
+"""The miniature: its stages, who waits for whom, and that a stage's failure is told."""
+
+import json
+
+import numpy as np
+import pytest
+
+from zerosearch_jax import config_check
+from zerosearch_jax.data.records import Records
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import miniature
+from zerosearch_jax.jobs.miniature import Stage
+
+RECIPE = "configs/miniature.py"
+
+
+@pytest.mark.parametrize("prefix", ["", "quick"])
+def test_each_stage_reads_what_stages_before_it_write(tmp_path, prefix):
+    config = config_check.load(f"{RECIPE}:{prefix}")
+    stages = miniature.stages(config, tmp_path)
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names)
+    for i, stage in enumerate(stages):
+        assert set(stage.after) <= set(names[:i]), stage
+        read = {other for other in names for flag in stage.argv if f"{tmp_path}/{other}/" in flag}
+        waits = set(stage.after)
+        while more := {a for s in stages if s.name in waits for a in s.after} - waits:
+            waits |= more
+        assert read <= waits, stage
+    tuned = {stage.name for stage in stages if "simulator_report" in stage.after}
+    seeds = config.seeds
+    assert {f"zerosearch-{seed}" for seed in seeds} <= tuned
+    assert not tuned & {f"{arm}-0" for arm in ("real_engine", "prompted_simulator", "r1")}
+
+
+@pytest.mark.parametrize("prefix", ["", "quick/"])
+def test_every_stages_flags_are_keys_of_its_config(tmp_path, prefix):
+    config = config_check.load(f"{RECIPE}:{prefix.rstrip('/')}")
+    for stage in miniature.stages(config, tmp_path):
+        known = config_check.load(stage.argv[0].removeprefix("--config=")).to_dict()
+        for flag in stage.argv[1:]:
+            config_check.check_key(flag.removeprefix("--config.").partition("=")[0], known)
+
+
+def test_all_arms_have_one_budget():
+    budgets = set()
+    for arm in [*_arms("arms"), *_arms("baselines")]:
+        config = config_check.load(f"{RECIPE}:{arm}")
+        episodes = config.rollout.questions_per_step * config.rollout.group_size
+        budgets.add((config.rl.steps, episodes, config.eval.test_questions))
+    assert len(budgets) == 1
+
+
+def test_the_noise_schedules_have_one_mean():
+    from zerosearch_jax.search.curriculum import noise_probability
+
+    means = []
+    for arm in ("zerosearch", "constant_noise", "reversed_noise"):
+        curriculum = config_check.load(f"{RECIPE}:{arm}").curriculum
+        steps = np.linspace(0, 1000, 1001).astype(int)
+        means.append(np.mean([noise_probability(int(i), 1000, **curriculum) for i in steps]))
+    np.testing.assert_allclose(means, means[0], atol=1e-3)
+
+
+def _arms(group):
+    return config_check.load(RECIPE)[group]
+
+
+def test_stages_run_in_order_and_are_not_run_again(tmp_path, capsys):
+    todo = [
+        Stage("a", ("--help",), "log.txt"),
+        Stage("b", ("--help",), "log.txt", ("a",)),
+    ]
+    log = Records(tmp_path / "stages.jsonl")
+    miniature.run_stages(todo, tmp_path, 1, log)
+    assert "--config=FILE" in (tmp_path / "b" / "log.txt").read_text()
+    assert [record["id"].partition("@")[0] for record in log] == ["a", "b"]
+    miniature.run_stages(todo, tmp_path, 1, log)
+    assert len(log) == 2
+    assert "2 of 2 stages are done" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_is_named_with_its_log(tmp_path):
+    todo = [Stage("bad", ("--config=nowhere.py",), "summary.json")]
+    with pytest.raises(UserError, match="stage bad failed; see the end of .*bad/log.txt"):
+        miniature.run_stages(todo, tmp_path, 1, Records(tmp_path / "stages.jsonl"))
+    assert "there is no file nowhere.py" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+def test_more_workers_than_cores_are_refused(tmp_path):
+    with pytest.raises(UserError, match="config.workers=999"):
+        miniature.run_stages([], tmp_path, 999, Records(tmp_path / "stages.jsonl"))
+
+
+def test_a_cell_is_read_from_what_its_stages_wrote(tmp_path):
+    folder = tmp_path / "ppo-1"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "em": 0.25, "f1": 0.3}\n')
+    summary = {"trained": {"searches_per_episode": 1.5}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    answers = [
+        {"policy": "base", "id": "q", "em": 0.0, "f1": 0.0},
+        {"policy": "trained", "id": "q", "em": 1.0, "f1": 1.0},
+        {"policy": "trained", "id": "r", "em": 0.0, "f1": 0.5},
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    noise = tmp_path / "noise-ppo-1"
+    noise.mkdir()
+    rows = [{"settings": {"engine": {"noise": 0.5}}, "em_of_each": [0.0, 1.0]}]
+    (noise / "evaluation.json").write_text(json.dumps(rows))
+    assert miniature.cell(tmp_path, "ppo", 1) == {
+        "arm": "ppo",
+        "seed": 1,
+        "em": [1.0, 0.0],
+        "f1": [1.0, 0.5],
+        "searches_per_episode": 1.5,
+        "noise": {"0.5": [0.0, 1.0]},
+        "curve": [{"step": 1, "em": 0.25}],
+    }
+    assert miniature.base_cell(tmp_path, "base", "ppo")["em"] == [0.0]
+
+
+def test_time_in_which_two_stages_ran_counts_once(tmp_path):
+    log = Records(tmp_path / "stages.jsonl")
+    spans = [(0, 10), (4, 8), (6, 15), (20, 21)]
+    log.append([{"id": str(s), "ended": s[1], "seconds": s[1] - s[0]} for s in spans])
+    assert miniature.busy_seconds(log) == 16

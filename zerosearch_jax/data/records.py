@@ -1,0 +1,96 @@
+"""Files of JSON lines that survive a kill at any moment: what long jobs append their results to.
+
+It knows nothing of what is in a record but its id.
+"""
+
+import json
+import os
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from pathlib import Path
+
+from zerosearch_jax.errors import UserError
+
+
+class Records:
+    """An append-only file of records, one JSON object a line, no two of them with one id.
+
+    A record is in the file once its line break is: a last line without one was cut by a kill and
+    is dropped when the file is opened. Only the ids are held in memory. One writer at a time.
+    """
+
+    def __init__(self, path: str | Path, key: str = "id"):
+        """Opens `path`, which need not exist. `key`: where a record has its id, a text.
+
+        Raises:
+          UserError: a complete line is not a record.
+        """
+        self.path = Path(path)
+        self.key = key
+        self._ids: dict[str, None] = {}
+        if not self.path.exists():
+            return
+        complete = 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    complete += len(line)
+                    self._ids[self._parse(number, line)[key]] = None
+        if complete < self.path.stat().st_size:
+            os.truncate(self.path, complete)
+
+    @property
+    def ids(self) -> KeysView[str]:
+        """The ids of all records, in order."""
+        return self._ids.keys()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[dict]:
+        """All records in order, read from the file; of several with one id the first."""
+        if not self._ids:
+            return
+        seen = set()
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                record = self._parse(number, line)
+                if record[self.key] not in seen:
+                    seen.add(record[self.key])
+                    yield record
+
+    def append(self, records: Sequence[Mapping]) -> None:
+        """Adds those whose id is new, in one write; they are on the disk when it returns."""
+        new: dict[str, Mapping] = {}
+        for record in records:
+            if record[self.key] not in self._ids:
+                new.setdefault(record[self.key], record)
+        if not new:
+            return
+        text = "".join(json.dumps(record) + "\n" for record in new.values())
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._ids |= dict.fromkeys(new)
+
+    def _parse(self, number: int, line: bytes) -> dict:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get(self.key), str):
+            raise UserError(
+                f"{self.path}: row {number}: not a JSON object with a text under {self.key!r}; "
+                "mend or delete this line"
+            )
+        return record
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a whole file so that a kill leaves either the old one or the new one."""
+    part = Path(f"{path}.part")
+    with part.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)

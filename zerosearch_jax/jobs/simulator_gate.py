@@ -1,0 +1,85 @@
+"""Refuses to train against a simulator whose report says that a policy can learn nothing from it.
+
+It reads reports of `jobs/simulator_report.py` and weights, and runs no model.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from zerosearch_jax.errors import UserError
+
+
+def check(
+    report_path: str | Path,
+    *,
+    model: str | Path,
+    form: str,
+    reader_em_useful_min: float,
+    reader_em_noisy_max: float,
+) -> None:
+    """Passes if a fixed reader answers from the useful documents and does not from the noisy ones.
+
+    Args:
+      report_path: `report.json` of the report job.
+      model, form: the simulator that is about to be used.
+      reader_em_useful_min: least exact match of the reader on useful documents, 0-1.
+      reader_em_noisy_max: greatest on noisy ones, 0-1.
+
+    Raises:
+      UserError: no such report, it is of other weights or of another form, or a figure fails.
+    """
+    try:
+        report = json.loads(Path(report_path).read_text(encoding="utf-8"))
+        rows, simulators = report["rows"], report["simulators"]
+    except OSError as error:
+        raise UserError(
+            f"{report_path}: cannot be read ({error.strerror}); configs/simulator_report.py makes "
+            "it, or leave simulator.gate.report empty"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{report_path}: not a report of configs/simulator_report.py") from error
+    found = {"form": form, "weights": weights_sha256(model)}
+    names = [name for name, one in simulators.items() if found.items() <= one.items()]
+    if not names:
+        raise UserError(
+            f"{report_path} is not about the weights in {model} asked in the form {form!r}; make "
+            "a new report with configs/simulator_report.py"
+        )
+    em = {row["label"]: row["reader_em"] for row in rows if row["source"] == names[0]}
+    failures = []
+    if em["useful"] < reader_em_useful_min:
+        failures.append(
+            f"the reader's EM on useful documents is {em['useful']:.3f}, "
+            f"{reader_em_useful_min - em['useful']:.3f} below {reader_em_useful_min}"
+        )
+    if em["noisy"] > reader_em_noisy_max:
+        failures.append(
+            f"the reader's EM on noisy documents is {em['noisy']:.3f}, "
+            f"{em['noisy'] - reader_em_noisy_max:.3f} above {reader_em_noisy_max}"
+        )
+    if failures:
+        raise UserError(
+            f"simulator {names[0]} fails its gate: {'; '.join(failures)} ({report_path}); "
+            "fine-tune it further or on more pairs, or move simulator.gate.useful_min and noisy_max"
+        )
+
+
+def weights_sha256(directory: str | Path) -> str:
+    """The SHA-256, in hex, of a model directory's *.safetensors files, one after another by name.
+
+    Raises:
+      UserError: there is none.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{directory} holds no .safetensors file, so it cannot be told which weights these "
+            "are; give a model directory (a server's model can have neither report nor gate)"
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
