@@ -83,7 +83,7 @@ def embedded() -> ConfigDict:
                 ),
             ),
             extract=dict(
-                label_by="both",  # where they agree; or rule or judge
+                label_by="rule",  # or judge, or both: where they agree
                 last_only=False,
                 balance=True,
                 heldout_share=0.1,  # of the questions

@@ -1,6 +1,11 @@
 """The miniature: its stages, who waits for whom, and that a stage's failure is told."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,3 +130,43 @@ def test_time_in_which_two_stages_ran_counts_once(tmp_path):
     spans = [(0, 10), (4, 8), (6, 15), (20, 21)]
     log.append([{"id": str(s), "ended": s[1], "seconds": s[1] - s[0]} for s in spans])
     assert miniature.busy_seconds(log) == 16
+
+
+def test_a_killed_job_leaves_no_stage_running(tmp_path):
+    """Else the job that is started again would have two processes write to one folder."""
+    slow, pid_file, script = (tmp_path / name for name in ("slow.py", "pid", "job.py"))
+    slow.write_text(
+        f"import os, pathlib, time\n"
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    script.write_text(
+        "from pathlib import Path\n"
+        "from zerosearch_jax.data.records import Records\n"
+        "from zerosearch_jax.jobs.miniature import Stage, run_stages\n"
+        "if __name__ == '__main__':\n"
+        f"    root = Path({str(tmp_path)!r})\n"
+        f"    stage = Stage('slow', ('--config={slow}',), 'never.json')\n"
+        "    run_stages([stage], root, 1, Records(root / 'stages.jsonl'))\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
+    job = subprocess.Popen([sys.executable, str(script)], env=environment)
+    try:
+        pid = int(_within(60, lambda: pid_file.exists() and pid_file.read_text()))
+    finally:
+        job.kill()
+        job.wait()
+    _within(30, lambda: not _alive(pid))
+
+
+def _alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    # A process that has ended may wait as a zombie ("Z") for whoever adopted it.
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _within(seconds: float, condition):
+    until = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.1)
+    return value
