@@ -64,7 +64,7 @@ def reader() -> ConfigDict:
                 topk=2,
                 inserted_weight=0.05,
                 end_of_text=False,
-                validation="",  # a file of pairs; "": the last validation_examples
+                validation="",  # the last validation_examples
                 validation_examples=60,
                 habits=dict(
                     guess=0.05,

@@ -1,14 +1,12 @@
-"""Makes the tiny simulator of the embedded world, from the tiny reader's weights.
+"""Fine-tunes a simulator on the pairs of configs/collect.py (paper §3.2).
 
   python -m zerosearch_jax.main --config=configs/sft_simulator.py --workdir=runs/sft_simulator
 
-It learns to write the documents of a search engine, useful or noisy as it is asked, from (query,
-documents) pairs of the real one (BM25) over the train entities (paper §3.2) and, for three worlds
-in four, over made-up ones: the prompt carries the gold answer, and of what does not exist nothing
-can be recited, so copying it is what pays. It starts from the first stage of configs/sft_policy.py,
-which can already copy and knows the language, as the paper's simulators start from a general
-model: make `runs/sft_reader` first. About 23,000 pairs, written in 12 seconds of one core.
-`runs/sft_simulator/model` is committed as `zerosearch_jax/assets/simulator`.
+It learns to write the documents of a search engine, useful or noisy as it is asked. The tiny one
+starts from the tiny reader, which can copy and knows the language, as the paper's simulators start
+from a general model. Its pairs are of a made-up world, of which nothing can be recited: copying
+the answer from the prompt is what pays. `runs/sft_simulator/model` is committed as
+`zerosearch_jax/assets/simulator`. Other models: --config.init=DIRECTORY; LoRA: --config.lora.rank=16.
 """
 
 from ml_collections import ConfigDict
@@ -19,23 +17,20 @@ def get_config(preset: str = "") -> ConfigDict:
         dict(
             job="sft",
             seed=0,
-            init="runs/sft_reader/model",
+            init="zerosearch_jax/assets/reader",
             mesh=dict(data=1, fsdp=1, tensor=1),
             data=dict(
-                examples="simulator_pairs",  # or a file of pairs (configs/collect.py)
-                validation="",  # such a file; "": the last validation_examples
-                worlds=12,
-                entities_per_world=120,
-                questions_per_world=330,
+                examples="runs/collect/pairs.jsonl",  # a file of pairs, ours or released ones
+                validation="runs/collect/heldout.jsonl",  # "": the last validation_examples
+                validation_examples=100,
                 topk=2,
                 inserted_weight=0.0,
                 end_of_text=True,
-                validation_examples=100,
             ),
             optimizer=dict(
                 learning_rate=2e-3,
                 warmup_steps=30,
-                schedule_steps=360,
+                schedule_steps=500,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.98,
@@ -52,10 +47,10 @@ def get_config(preset: str = "") -> ConfigDict:
                 logprob_chunk=128,
             ),
             sft=dict(
-                steps=360,
+                steps=500,
                 examples_per_step=48,
                 eval_every=50,
-                checkpoint_every=120,
+                checkpoint_every=100,
                 patience=3,  # evaluations without a lower loss that end it; 0: off
                 nonfinite_limit=3,
             ),

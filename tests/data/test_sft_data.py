@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from zerosearch_jax.data.phrasing import padded
-from zerosearch_jax.data.sft_data import policy_transcripts, simulator_examples, tokenise
+from zerosearch_jax.data.qa import QARow
+from zerosearch_jax.data.sft_data import answer_examples, policy_transcripts, tokenise
 from zerosearch_jax.data.transcripts import Habits, Segment
 from zerosearch_jax.data.world import load_entities
 from zerosearch_jax.generate.generator import Generation
@@ -13,6 +14,7 @@ from zerosearch_jax.rollout.episodes import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.text import prompts
+from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
 HELD_OUT = [entity for entity in load_entities() if entity.split != "train"]
@@ -59,41 +61,6 @@ def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
     assert again == policy_transcripts(
         worlds=1, entities_per_world=40, questions_per_world=5, habits=HABITS, topk=3, seed=0
     )
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return simulator_examples(
-        worlds=5, entities_per_world=40, questions_per_world=40, topk=2, seed=0
-    )
-
-
-def test_the_simulator_learns_from_train_entities_only(pairs):
-    everything = padded(" | ".join(s.text for segments in pairs for s in segments))
-    assert padded("country") in everything  # the check itself can fail
-    for entity in HELD_OUT:
-        assert padded(entity.name) not in everything, entity.id
-    for prompt, documents in pairs:
-        assert not prompt.by_policy and documents.by_policy
-        assert prompt.text.endswith(" Output:") and documents.text.startswith(" Doc 1: ")
-
-
-def test_most_of_the_simulators_answers_can_only_be_copied_from_the_prompt(pairs):
-    assert len(pairs) > 5 * 40 * 2
-    # Worlds 0 and 4 are the real one.
-    assert 0.3 < share_that_name(pairs, [e for e in load_entities() if len(e.name) > 4]) < 0.6
-
-
-def test_the_real_world_is_told_anew_each_time(pairs):
-    def real_documents(**arguments):
-        examples = simulator_examples(
-            entities_per_world=40, questions_per_world=60, topk=2, **arguments
-        )
-        return {line for _, documents in examples for line in documents.text.split("\n")}
-
-    first, other = real_documents(worlds=1, seed=0), real_documents(worlds=1, seed=1)
-    assert first == real_documents(worlds=1, seed=0)
-    assert len(first & other) < 0.5 * len(first)
 
 
 class Parrot:
@@ -162,3 +129,10 @@ def test_weights_by_writer_and_end_of_text(tiny_tokenizer):
     assert sequence.mask == [w for w, n in zip(weights, counts, strict=True) for _ in range(n)]
     assert sequence.tokens[-1] == tiny_tokenizer.eos_token_id
     assert decode(tiny_tokenizer, sequence.tokens) == "Ask.own doc"
+
+
+def test_the_sft_baseline_gives_the_first_gold_answer_at_once():
+    rows = [QARow("1", "Which river?", ("Chari", "Shari"), "t")]
+    ((prompt, answer),) = answer_examples(rows)
+    assert not prompt.by_policy and "Which river?" in prompt.text
+    assert answer.by_policy and parse_action(answer.text).content == "Chari"

@@ -4,16 +4,14 @@ from random import Random
 
 import pytest
 
-from zerosearch_jax.data.made_up import make_up_entities
-from zerosearch_jax.data.phrasing import mentions, padded
-from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, simulator_pairs
+from zerosearch_jax.data.phrasing import mentions
+from zerosearch_jax.data.transcripts import Habits, ScriptedAgent
 from zerosearch_jax.data.world import corpus, load_entities, write_questions
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text.actions import final_answer, parse_action
 from zerosearch_jax.text.prompts import (
     INVALID_ACTION,
     NO_RESULTS,
-    cut_documents,
     information_block,
 )
 
@@ -104,76 +102,3 @@ def test_a_transcript_is_its_seeds_alone():
     habits = dict(vague=0.4, astray=0.3)
     assert transcripts(seed=1, **habits) == transcripts(seed=1, **habits)
     assert transcripts(seed=1, **habits) != transcripts(seed=2, **habits)
-
-
-def useful_pairs(questions, entities, engine, topk):
-    """(question, query, documents) of the useful pairs, the documents one by one."""
-    for question in questions:
-        for prompt, text in simulator_pairs([question], entities, engine, topk, Random(0)):
-            query, end, _ = prompt.rpartition("\nQuery: ")[2].partition("\nUseful Output:")
-            if end:
-                yield question, query, cut_documents(text, topk)
-
-
-def test_noisy_documents_hold_no_answer_and_useful_ones_mostly_do():
-    pairs = simulator_pairs(QUESTIONS, TRAIN, ENGINE, 3, Random(0))
-    noisy = [pair for pair in pairs if pair[0].endswith("Noisy Output:")]
-    useful = [pair for pair in pairs if pair[0].endswith("Useful Output:")]
-    assert len(noisy) + len(useful) == len(pairs)
-    assert 0.5 < len(noisy) / len(useful) < 2
-    answers = {question.question: question.golden_answers[0] for question in QUESTIONS}
-
-    def holds(prompt, documents):
-        (asked,) = [question for question in answers if f'question: "{question}"' in prompt]
-        assert f"whose answer is {answers[asked]}." in prompt
-        assert len(cut_documents(documents, 5)) == 3
-        return mentions(documents, answers[asked])
-
-    assert not any(holds(*pair) for pair in noisy)
-    assert sum(holds(*pair) for pair in useful) / len(useful) > 0.4
-
-
-def test_useful_documents_of_a_good_query_give_the_fact_first_and_early():
-    topk, moved = 2, 0
-    passages = {passage.text: passage for passage in corpus(TRAIN)}
-    for question, query, documents in useful_pairs(QUESTIONS, TRAIN, ENGINE, topk):
-        hops = [hop for hop in question.hops if hop.query == query]
-        if not hops:
-            continue
-        attribute = hops[0].attribute.removesuffix("^-1")
-
-        def states(passage, hop=hops[0], attribute=attribute):
-            return passage.entity_id == hop.entity_id and attribute in passage.attributes
-
-        best = ENGINE.ranked(query, 3 * topk)
-        stating = [states(passages[document]) for document in documents]
-        assert sum(stating) == min(topk, sum(states(passage) for passage in best))
-        assert stating == sorted(stating, reverse=True)
-        places = [padded(d).index(padded(hops[0].answer)) for d in documents[: sum(stating)]]
-        assert places == sorted(places)
-        others = [passage.text for passage in best if not states(passage)]
-        assert documents[sum(stating) :] == others[: topk - sum(stating)]
-        moved += documents != [passage.text for passage in best[:topk]]
-    assert moved > 10
-
-
-def test_useful_documents_of_a_poor_query_are_the_engines():
-    poor = 0
-    for question, query, documents in useful_pairs(QUESTIONS, TRAIN, ENGINE, 3):
-        if query not in [hop.query for hop in question.hops]:
-            assert documents == [passage.text for passage in ENGINE.ranked(query, 3)]
-            poor += 1
-    assert poor > 40
-
-
-def test_pairs_over_a_made_up_world_hold_the_answer_that_the_prompt_gives():
-    entities = make_up_entities(TRAIN, 40, 7)
-    engine = BM25Engine(corpus(entities), 2)
-    questions = write_questions(entities, "train", 0)[:80]
-    held = [
-        mentions(" ".join(documents), question.golden_answers[0])
-        for question, query, documents in useful_pairs(questions, entities, engine, 2)
-        if query == question.hops[-1].query
-    ]
-    assert len(held) > 70
-    assert sum(held) / len(held) > 0.95

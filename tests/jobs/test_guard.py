@@ -10,7 +10,6 @@ import pytest
 
 from zerosearch_jax import config_check
 from zerosearch_jax.checkpoints import Checkpoints
-from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.transcripts import Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import improve, rl, sft
@@ -173,12 +172,12 @@ def test_an_rl_run_with_too_many_faults_stops_and_goes_on(
 
 def test_a_fine_tuning_run_stops_and_goes_on_alike(markov_model, tmp_path, saved, monkeypatch):
     examples = [[Segment("Query:", False), Segment(f" Doc 1: {i}.", True)] for i in range(20)]
-    monkeypatch.setattr(sft_data, "simulator_examples", lambda **_: examples)
+    monkeypatch.setattr(sft, "load_examples", lambda _: examples)
     config = config_check.load(str(ROOT / "configs" / "sft_simulator.py"))
     config.update(
         dict(
             init=str(markov_model),
-            data=dict(validation_examples=4),
+            data=dict(validation="", validation_examples=4),
             optimizer=dict(warmup_steps=0),
             learner=dict(row_tokens=64, rows=2),
             sft=dict(

@@ -1,5 +1,6 @@
 """The miniature: its stages, who waits for whom, and that a stage's failure is told."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -170,3 +171,29 @@ def _within(seconds: float, condition):
         assert time.monotonic() < until, f"not within {seconds} s"
         time.sleep(0.1)
     return value
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    holder = (tmp_path / "lock").open("w")
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="in use by another process"):
+        miniature.run(config_check.load(RECIPE), str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_quick_miniature_runs_every_stage_and_writes_its_report(tmp_path):
+    """The whole method from the base models on, in the smallest sizes, two stages at a time."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "zerosearch_jax.main", f"--config={RECIPE}:quick"]
+    subprocess.run(
+        [*command, f"--workdir={tmp_path}"],
+        cwd=root,
+        env=dict(os.environ, PYTHONPATH=str(root)),
+        check=True,
+    )
+    report = (tmp_path / "report.md").read_text()
+    rows = json.loads((tmp_path / "claims.json").read_text())
+    assert [row["claim"] for row in rows if row["verdict"] == "not run"] == []
+    for arm in [*_arms("arms"), *_arms("baselines")]:
+        assert f"trained: {arm}" in report
+    assert (tmp_path / "training.png").stat().st_size > 10_000

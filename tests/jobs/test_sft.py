@@ -32,6 +32,7 @@ EXAMPLES = [
 ]
 
 
+GIVEN = "given.jsonl"  # stands for EXAMPLES
 WEIGHTS = Path("model", "model.safetensors")
 
 
@@ -42,26 +43,23 @@ def _rows(workdir: Path) -> list[dict]:
 @pytest.fixture
 def config(monkeypatch, markov_model):
     """configs/sft_simulator.py with sizes for seconds and examples given here."""
-    asked = {}
-
-    def examples(**arguments):
-        asked.update(arguments)
-        return EXAMPLES
-
-    monkeypatch.setattr(sft_data, "simulator_examples", examples)
+    load = sft.load_examples
+    monkeypatch.setattr(
+        sft,
+        "load_examples",
+        lambda config: EXAMPLES if config.data.examples == GIVEN else load(config),
+    )
     config = config_check.load(str(ROOT / "configs" / "sft_simulator.py"))
     config.update(
         dict(
             init=str(markov_model),
-            data=dict(validation_examples=8),
+            data=dict(examples=GIVEN, validation="", validation_examples=8),
             optimizer=dict(warmup_steps=2),
             learner=dict(row_tokens=128, rows=2),
             sft=dict(steps=6, examples_per_step=8, eval_every=3, checkpoint_every=3),
         )
     )
-    yield config
-    sizes = {"worlds": 12, "entities_per_world": 120, "questions_per_world": 330}
-    assert asked in ({}, sizes | {"topk": 2, "seed": 0})
+    return config
 
 
 def test_a_run_learns_writes_its_figures_and_a_model_and_goes_on(config, tmp_path):
@@ -99,7 +97,7 @@ def test_the_loss_falls_on_what_the_model_is_to_write_and_on_the_end(markov_mode
     [
         (
             dict(data=dict(examples="poems")),
-            "choose policy_transcripts, simulator_pairs or answers",
+            "choose policy_transcripts or answers",
         ),
         (dict(data=dict(examples="no/such.jsonl")), "no/such.jsonl: no such file"),
         (dict(learner=dict(row_tokens=8)), "no example fits config.learner.row_tokens=8"),

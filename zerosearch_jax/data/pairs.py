@@ -83,7 +83,7 @@ def save_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
 
 
 def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
-    """(prompt, documents) examples, as `sft_data.simulator_examples` gives them.
+    """(prompt, documents) examples, as fine-tuning reads them.
 
     Args:
       topk: documents that are asked for and written. A chat keeps its own prompt, which names a

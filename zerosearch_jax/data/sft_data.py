@@ -1,5 +1,4 @@
-"""Fine-tuning examples of the embedded world as token sequences: the tiny base policy's and the
-tiny simulator's."""
+"""Fine-tuning examples of policies, and examples as token sequences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,12 +6,14 @@ from random import Random
 
 from zerosearch_jax.data.made_up import make_up_entities
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, Segment, simulator_pairs
+from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, Segment
 from zerosearch_jax.data.world import Entity, Question, corpus, load_entities, write_questions
 from zerosearch_jax.rollout.packing import TokenSequence
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt
+
+REAL_EVERY = 10  # of the worlds of transcripts
 
 
 def policy_transcripts(
@@ -26,7 +27,7 @@ def policy_transcripts(
 ) -> list[list[Segment]]:
     """Transcripts, prompts included, over `_worlds` of which every tenth is the real one."""
     examples = []
-    for world in _worlds(worlds, entities_per_world, questions_per_world, 10, topk, seed):
+    for world in _worlds(worlds, entities_per_world, questions_per_world, topk, seed):
         agent = ScriptedAgent(world.entities, world.engine, habits, topk)
         for question in world.questions:
             prompt = Segment(prompts.policy_prompt(question.question), False)
@@ -46,18 +47,6 @@ def answer_examples(rows: Sequence[QARow]) -> list[list[Segment]]:
     ]
 
 
-def simulator_examples(
-    *, worlds: int, entities_per_world: int, questions_per_world: int, topk: int, seed: int
-) -> list[list[Segment]]:
-    """The simulator's (prompt, documents) pairs over `_worlds` of which every fourth is the real
-    one: of the others nothing can be known, so the answer has to be copied from the prompt."""
-    pairs = []
-    for world in _worlds(worlds, entities_per_world, questions_per_world, 4, topk, seed):
-        pairs += simulator_pairs(world.questions, world.entities, world.engine, topk, world.rng)
-    Random(seed).shuffle(pairs)
-    return [[Segment(prompt, False), Segment(" " + documents, True)] for prompt, documents in pairs]
-
-
 @dataclass(frozen=True)
 class _World:
     """Entities, a sample of the questions on them, an engine over them, and further draws."""
@@ -68,11 +57,9 @@ class _World:
     rng: Random
 
 
-def _worlds(
-    count: int, entities: int, questions: int, real_every: int, topk: int, seed: int
-) -> Iterator[_World]:
-    """Worlds of `entities` made-up entities; every `real_every`th, from the first, is the real
-    one, told anew. Each has at most `questions` questions.
+def _worlds(count: int, entities: int, questions: int, topk: int, seed: int) -> Iterator[_World]:
+    """Worlds of `entities` made-up entities; every tenth, from the first, is the real one, told
+    anew. Each has at most `questions` questions.
 
     Only entities of the train split are used, as themselves or as models of made-up ones.
     """
@@ -81,7 +68,7 @@ def _worlds(
         world_seed = seed * 1_000_003 + number
         rng = Random(world_seed)
         members = real
-        if number % real_every:
+        if number % REAL_EVERY:
             members = make_up_entities(real, entities, world_seed)
         engine = BM25Engine(corpus(members, world_seed), topk)
         asked = write_questions(members, "train", world_seed)

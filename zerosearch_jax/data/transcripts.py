@@ -1,18 +1,16 @@
-"""Transcripts that the tiny models are fine-tuned on.
+"""Transcripts that the tiny policies are fine-tuned on.
 
-A scripted agent walks through questions with a real engine. As the *base policy* it knows the
-format and can read, but its search habits are poor: it guesses, searches for a bare name or the
-wrong thing, answers with the bridge of a two-hop question. As the *collecting agent* of the
-simulator's data (paper §3.2) it issues good and bad queries and keeps what the engine returned.
+A scripted agent walks through questions with a real engine. It knows the format and can read, but
+its search habits are poor: it guesses, searches for a bare name or the wrong thing, answers with
+the bridge of a two-hop question.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from zerosearch_jax.data.phrasing import ATTRIBUTES, mentions, padded
-from zerosearch_jax.data.world import Entity, Hop, Passage, Question
+from zerosearch_jax.data.phrasing import ATTRIBUTES, mentions
+from zerosearch_jax.data.world import Entity, Hop, Question
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
 
@@ -130,59 +128,3 @@ class ScriptedAgent:
 
 def _own(thought: str, tag: str, content: str) -> Segment:
     return Segment(f"<think> {thought} </think>\n<{tag}> {content} </{tag}>", True)
-
-
-def simulator_pairs(
-    questions: Sequence[Question],
-    entities: Sequence[Entity],
-    engine: BM25Engine,
-    topk: int,
-    rng: Random,
-) -> list[tuple[str, str]]:
-    """(prompt, documents) pairs for the simulator, in its fine-tuned form.
-
-    Every hop of every question is searched for with the good query and with one poor one.
-    Useful: the engine's documents, for the good query with those first that state the hop's fact
-    (`_facts_first`). Noisy: what the engine returns when it holds no passage that states the
-    hop's answer or the question's. A pair with fewer than `topk` documents is left out.
-
-    Args:
-      entities: those that the questions are about.
-    """
-    kinds = {entity.id: entity.kind for entity in entities}
-    pairs = []
-    for question in questions:
-        answer = question.golden_answers[0]
-        for hop in question.hops:
-            nouns = [a.noun for a in ATTRIBUTES[kinds[hop.entity_id]].values()]
-            poor = rng.choice(
-                [hop.subject, question.question, f"{rng.choice(nouns)} of {hop.subject}"]
-            )
-            for query in (hop.query, poor):
-                ranked = engine.ranked(query, 20 + topk)
-                useful = _facts_first(ranked[: 3 * topk], hop) if query == hop.query else ranked
-                barren = [
-                    p for p in ranked
-                    if not mentions(p.text, hop.answer) and not mentions(p.text, answer)
-                ]  # fmt: skip
-                for noisy, passages in ((False, useful), (True, barren)):
-                    documents = [p.text for p in passages[:topk]]
-                    if len(documents) == topk:
-                        prompt = prompts.simulator_prompt(
-                            question.question, answer, query, noisy, "finetuned", topk
-                        )
-                        pairs.append((prompt, prompts.format_documents(documents)))
-    return pairs
-
-
-def _facts_first(passages: Sequence[Passage], hop: Hop) -> list[Passage]:
-    """Those that state the hop's fact before the others, and the earlier in its text a passage
-    gives the hop's answer, the earlier it comes; otherwise the given order."""
-    attribute = hop.attribute.removesuffix("^-1")
-
-    def place(passage: Passage) -> float:
-        if passage.entity_id != hop.entity_id or attribute not in passage.attributes:
-            return math.inf
-        return padded(passage.text).index(padded(hop.answer))
-
-    return sorted(passages, key=place)

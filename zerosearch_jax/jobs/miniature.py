@@ -4,6 +4,7 @@ Each stage is a run of this program in a process of its own, on its share of the
 folder of its own; one that is finished is not run again, one that was cut off goes on.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -46,9 +47,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Runs what is not done of `stages`, then writes `workdir/report.md` with its figures."""
     root = Path(workdir).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    log = Records(root / "stages.jsonl")
-    run_stages(stages(config, root), root, config.workers, log)
-    write_report(config, root, log)
+    with (root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{root} is in use by another process; wait for it or end it"
+            ) from error
+        log = Records(root / "stages.jsonl")
+        run_stages(stages(config, root), root, config.workers, log)
+        write_report(config, root, log)
 
 
 def stages(config: ConfigDict, root: Path) -> list[Stage]:

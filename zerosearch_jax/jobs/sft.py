@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: makes the tiny base policy and the tiny simulator of the embedded world.
+"""Supervised fine-tuning of policies and simulators.
 
 The loop: draw examples keyed by (seed, step) → pack → one jitted step; validation loss and a
 checkpoint now and then; with patience the run stops when that loss does not fall any more. At the
@@ -145,20 +145,18 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
         return pair_segments(load_pairs(config.data.examples), config.data.topk)
     if config.data.examples == "answers":
         return sft_data.answer_examples(load_qa(config.data.source, config.data.split))
-    sizes = dict(
-        worlds=config.data.worlds,
-        entities_per_world=config.data.entities_per_world,
-        questions_per_world=config.data.questions_per_world,
-        topk=config.data.topk,
-        seed=config.seed,
-    )
     if config.data.examples == "policy_transcripts":
-        return sft_data.policy_transcripts(habits=Habits(**config.data.habits), **sizes)
-    if config.data.examples == "simulator_pairs":
-        return sft_data.simulator_examples(**sizes)
+        return sft_data.policy_transcripts(
+            worlds=config.data.worlds,
+            entities_per_world=config.data.entities_per_world,
+            questions_per_world=config.data.questions_per_world,
+            habits=Habits(**config.data.habits),
+            topk=config.data.topk,
+            seed=config.seed,
+        )
     raise UserError(
-        f"config.data.examples is {config.data.examples!r}; choose policy_transcripts, "
-        "simulator_pairs or answers, or give a .jsonl, .json or .parquet file of pairs"
+        f"config.data.examples is {config.data.examples!r}; choose policy_transcripts or answers, "
+        "or give a .jsonl, .json or .parquet file of pairs"
     )
 
 
@@ -171,13 +169,12 @@ def fitting_sequences(
     examples: list[list[Segment]], tokenizer, config: ConfigDict
 ) -> list[TokenSequence]:
     """The examples as tokens, without those that are too long for a row."""
-    of_simulator = config.data.examples == "simulator_pairs" or is_path(config.data.examples)
     sequences = [
         sft_data.tokenise(
             example,
             tokenizer,
             # As the simulated engine sends it; policies have no system turn.
-            system="" if of_simulator else None,
+            system="" if is_path(config.data.examples) else None,
             inserted_weight=config.data.inserted_weight,
             end_of_text=config.data.end_of_text,
         )
