@@ -6,7 +6,7 @@ It learns to write the documents of a search engine, useful or noisy as it is as
 starts from the tiny reader, which can copy and knows the language, as the paper's simulators start
 from a general model. Its pairs are of a made-up world, of which nothing can be recited: copying
 the answer from the prompt is what pays. `runs/sft_simulator/model` is committed as
-`zerosearch_jax/assets/simulator`. Other models: --config.init=DIRECTORY; LoRA: --config.lora.rank=16.
+`zerosearch_jax/assets/simulator`. Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
 """
 
 from ml_collections import ConfigDict

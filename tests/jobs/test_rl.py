@@ -567,3 +567,13 @@ def test_every_round_of_every_step_has_its_own_place_in_the_data(sampling_config
         assert played.enough
     assert sorted(questions) == sorted(f"question {i}" for i in range(24))
     assert numbers == list(range(48))
+
+
+def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
+    config = config_check.load(str(ROOT / "configs" / "grpo.py"))
+    config.search.simulator.gate.report = "no/report.json"
+    config.search.engine = "bm25"
+    rl.check_simulator(config)  # it is not used
+    config.search.engine = "simulated"
+    with pytest.raises(UserError, match="no/report.json: cannot be read"):
+        rl.check_simulator(config)
