@@ -117,7 +117,7 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config.checkpoint_every = 2
     config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
     if not quick:  # a simulator of ten steps passes no gate
-        config.search.simulator.gate.update(useful_min=0.5, noisy_max=0.4)
+        config.search.simulator.gate.update(useful_min=0.4, noisy_max=0.3)
     # Many questions with few episodes each: PPO's have one.
     if config.rollout.group_size > 1:
         config.rollout.group_size = 3
