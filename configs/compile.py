@@ -57,13 +57,14 @@ MODELS = dict(
 
 
 def get_config() -> ConfigDict:
-    chosen = dict(data=1, fsdp=0, tensor=0)  # 0: the job chooses, and prints what
+    chosen = dict(data=0, fsdp=0, tensor=0)  # 0: the job chooses, and prints what
     return ConfigDict(
         dict(
             job="compile",
             recipe="configs/grpo.py",
             preset="qwen2.5-7b",
             topology="v5e:8x8",  # of each slice
+            slices=1,  # what they send each other is counted as if it went over the chips' links
             mesh=chosen,
             simulator_mesh=dict(chosen),
             # In proportion to the mesh: rows and slots of each data × fsdp part.

@@ -22,7 +22,17 @@ from absl import logging as absl_logging
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 
-JOBS = ("rl", "sft", "evaluate", "collect", "simulator_report", "miniature", "bench", "algorithms")
+JOBS = (
+    "rl",
+    "sft",
+    "evaluate",
+    "collect",
+    "simulator_report",
+    "miniature",
+    "algorithms",
+    "bench",
+    "compile",
+)
 
 
 def cli(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ leave it, so its programs hold no collectives but those of the tensor axis.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -134,14 +134,7 @@ class Generator:
         self._decode_rows.append(self._slots_each)
         self._burst = min(burst_tokens, max_tokens)
         self._window_tokens = window_tokens
-
-        def convert(params):
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-            params = unstack_layers(params, config.num_layers)
-            return decode_weights(params, int8_weights)
-
-        _, stacked = abstract_model(config)
-        shardings = param_shardings(jax.eval_shape(convert, stacked), mesh, mesh_lib.GENERATE_RULES)
+        convert, _, shardings = _layout(config, mesh, dtype, int8_weights)
         # Jitted here and not in `load`, which would compile it anew at every call.
         self._convert = jax.jit(convert, out_shardings=shardings)
         self._whole = mesh_lib.replicated(mesh)
@@ -424,6 +417,89 @@ class Generator:
             everything=everything, mesh=self.mesh,
         )  # fmt: skip
         return places, *out
+
+
+def _layout(config: ModelConfig, mesh: jax.sharding.Mesh, dtype, int8_weights: bool):
+    """How training parameters become a generator's, and what these are: shapes, shardings."""
+
+    def convert(params):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = unstack_layers(params, config.num_layers)
+        return decode_weights(params, int8_weights)
+
+    shapes = jax.eval_shape(convert, abstract_model(config)[1])
+    return convert, shapes, param_shardings(shapes, mesh, mesh_lib.GENERATE_RULES)
+
+
+@dataclass(frozen=True)
+class AbstractGenerator:
+    """A generator's largest programs as shapes alone, on devices that need not be there.
+
+    Attributes:
+      params, cache: shapes and shardings of what it holds.
+      prefill: of the most tokens at once, behind a full window; decode: of all slots.
+    """
+
+    params: nnx.State
+    cache: Any
+    prefill: Callable[[], jax.stages.Lowered]
+    decode: Callable[[], jax.stages.Lowered]
+
+
+def abstract_generator(
+    config: ModelConfig,
+    *,
+    stop_table: np.ndarray,
+    sampling: Sampling,
+    slots: int,
+    max_tokens: int,
+    mesh: jax.sharding.Mesh,
+    prefill_rows: int,
+    prefill_tokens: int,
+    burst_tokens: int,
+    dtype,
+    int8_weights: bool,
+) -> AbstractGenerator:
+    """What `Generator` would compile for these sizes, without an array; see its arguments.
+
+    Args:
+      prefill_tokens: the longest of its `prefill_buckets`.
+    """
+    graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
+    _, shapes, shardings = _layout(config, mesh, dtype, int8_weights)
+    fresh = partial(empty_cache, config, slots, max_tokens, dtype)
+    whole, by_row = mesh_lib.replicated(mesh), mesh_lib.sharding_of_rows(mesh)
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def sharded(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def rows(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
+
+    def scalars(*leaves):
+        return [sharded(leaf, whole) for leaf in leaves]
+
+    params = jax.tree.map(sharded, shapes, shardings)
+    cache = jax.tree.map(sharded, jax.eval_shape(fresh), cache_shardings(fresh, mesh))
+    options = dict(graphdef=graphdef, window=max_tokens, mesh=mesh)
+    count = replicas * min(prefill_rows, slots // replicas)
+
+    def prefill():
+        tokens = rows(count, min(prefill_tokens, max_tokens))
+        return _prefill.lower(params, cache, rows(count), rows(count), tokens, **options)
+
+    def decode():
+        of_slots = [*[rows(slots)] * 5, rows(slots, 2, dtype=jnp.uint32)]
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        ends = jax.ShapeDtypeStruct((1,), jnp.int32)
+        rest = scalars(key, jax.ShapeDtypeStruct((), jnp.int32), stop_table, ends)
+        return _decode.lower(
+            params, cache, *of_slots, *rest,
+            sampling=sampling, burst=min(burst_tokens, max_tokens), everything=True, **options,
+        )  # fmt: skip
+
+    return AbstractGenerator(params, cache, prefill, decode)
 
 
 ROWS = PartitionSpec(mesh_lib.ROWS)

@@ -11,6 +11,7 @@ H head size, F MLP, L layers, V vocabulary.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
 from zerosearch_jax.models.decode_weights import SUMMED_AXES, OutputMajor
+from zerosearch_jax.models.splash import splash_attention
 from zerosearch_jax.parallel import mesh as mesh_lib
 
 # Logical axes of every parameter, by its last name; `sharding` prepends "layers" when stacked.
@@ -49,6 +51,7 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
+ATTENTIONS = ("xla", "splash")  # kernels for whole rows
 QUERY_BLOCK = 128  # tokens of queries that `packed_attention` scores at once
 
 # One layer's keys [B, K, H, S] and values [B, K, S, H]: both products of decoding then read
@@ -280,9 +283,15 @@ class Block(nnx.Module):
         y = jax.nn.silu(dense(y, self.gate[...])) * dense(y, self.up[...])
         return x + dense(y, self.down[...])
 
-    def __call__(self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        segment_ids: jax.Array,
+        attention: Callable[..., jax.Array] = packed_attention,
+    ) -> jax.Array:
         q, k, v = self.project(x, angles)
-        return self.combine(x, packed_attention(q, k, v, segment_ids))
+        return self.combine(x, attention(q, k, v, segment_ids))
 
     def cached(
         self,
@@ -305,7 +314,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The decoder. `stacked` layers (leading axis L) for training, a list for generation."""
+    """The decoder. `stacked` layers (leading axis L) for training, a list for generation.
+
+    Args:
+      attention: one of `ATTENTIONS`, the kernel for whole rows; "splash" needs the mesh.
+      mesh: keeps whole rows split over its data axes. Without it XLA may split the embedding axis
+        as the parameters are and hold every row on every device. None: on one device.
+    """
 
     def __init__(
         self,
@@ -315,10 +330,16 @@ class Transformer(nnx.Module):
         dtype: Any = jnp.float32,
         stacked: bool = True,
         remat: str = "none",
+        attention: str = "xla",
+        mesh: jax.sharding.Mesh | None = None,
     ):
+        if attention not in ATTENTIONS or (attention == "splash" and mesh is None):
+            raise ValueError(f"attention is {attention!r} with mesh {mesh}; see {ATTENTIONS}")
         self.config = config
         self.stacked = stacked
         self.remat = remat
+        self.attention = attention
+        self.mesh = mesh
         shape = (config.vocab_size, config.embed_dim)
         self.embedding = nnx.Param(
             (jax.random.normal(rngs.params(), shape) / math.sqrt(config.embed_dim)).astype(dtype)
@@ -366,12 +387,16 @@ class Transformer(nnx.Module):
         Returns:
           `[B, T, D]`, after the final norm.
         """
-        x = self._embed(tokens)
+        x = self._by_row(self._embed(tokens))
         angles = self._angles(positions)
         graphdef, stacked = nnx.split(self.layers)
+        attention = packed_attention
+        if self.attention == "splash":
+            attention = partial(splash_attention, mesh=self.mesh)
 
         def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, angles, segment_ids), None
+            x = nnx.merge(graphdef, layer)(x, angles, segment_ids, attention)
+            return self._by_row(x), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -412,6 +437,11 @@ class Transformer(nnx.Module):
             new_recent.append(layer_recent)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), new_recent
 
+    def _by_row(self, x: jax.Array) -> jax.Array:
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, mesh_lib.sharding_of_rows(self.mesh))
+
     def _embed(self, tokens: jax.Array) -> jax.Array:
         weight = self.embedding[...]
         return weight.rows(tokens) if isinstance(weight, OutputMajor) else weight[tokens]
@@ -423,11 +453,15 @@ class Transformer(nnx.Module):
 
 
 def abstract_model(
-    config: ModelConfig, *, dtype: Any = jnp.float32, stacked: bool = True, remat: str = "none"
+    config: ModelConfig, *, dtype: Any = jnp.float32, stacked: bool = True, **options: Any
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph definition and parameter shapes of a model, without making any array."""
+    """Graph definition and parameter shapes of a model, without making any array.
+
+    Args:
+      options: `remat`, `attention` and `mesh` of `Transformer`.
+    """
     model = nnx.eval_shape(
-        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, stacked=stacked, remat=remat)
+        lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, stacked=stacked, **options)
     )
     return nnx.split(model)
 

@@ -71,6 +71,8 @@ class Learner:
         `compute_dtype` as `base`, and which are the reference policy, too.
       compute_dtype: of activations; what is trained is kept in float32.
       remat: a key of `models.transformer.REMAT_POLICIES`.
+      attention: a kernel of `models.transformer.ATTENTIONS`; None: splash where the mesh is of
+        TPUs, XLA's elsewhere.
       logprob_chunk: positions whose logits exist at once, in tokens.
     """
 
@@ -85,6 +87,7 @@ class Learner:
         lora: lora_lib.LoRA | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
+        attention: str | None = None,
         logprob_chunk: int = 128,
     ):
         if critic_trunk not in TRUNKS:
@@ -97,7 +100,10 @@ class Learner:
         self._critic_trunk = critic_trunk
         self._compute_dtype = compute_dtype
         self._chunk = logprob_chunk
-        self._graphdef, self._abstract = abstract_model(config, remat=remat)
+        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        self._graphdef, self._abstract = abstract_model(
+            config, remat=remat, attention=attention or ("splash" if on_tpu else "xla"), mesh=mesh
+        )
         self.params_shardings = param_shardings(self._abstract, mesh)
         self.state_shardings = self._shardings()
         self._batch_sharding = mesh_lib.sharding_of_batch(mesh)
@@ -135,6 +141,15 @@ class Learner:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self._state_shapes(),
             self.state_shardings,
+        )
+
+    def abstract_reference(self) -> nnx.State:
+        """Shapes and shardings of the reference policy: float32, under LoRA `base`."""
+        dtype = self._compute_dtype if self.lora else jnp.float32
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+            self._abstract,
+            self.params_shardings,
         )
 
     def put(self, batch: PackedBatch) -> Batch:
@@ -179,6 +194,23 @@ class Learner:
         """
         return self._jitted_rl_step(
             state, self.base, batch, jnp.float32(kl_coef), objective=objective
+        )
+
+    def lower_rl_step(self, batch: Batch, objective: Objective) -> jax.stages.Lowered:
+        """`rl_step` lowered for `batch`'s shapes; neither arrays nor devices need be there."""
+        kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
+        return self._jitted_rl_step.lower(
+            self.abstract_state(),
+            self.abstract_reference() if self.lora else None,
+            batch,
+            kl_coef,
+            objective=objective,
+        )
+
+    def lower_logprobs(self, batch: Batch, temperature: float) -> jax.stages.Lowered:
+        """`logprobs` of the reference policy lowered for `batch`'s shapes."""
+        return self._jitted_logprobs.lower(
+            self.abstract_reference(), batch, temperature=temperature
         )
 
     def sft_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

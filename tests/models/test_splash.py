@@ -1,0 +1,103 @@
+"""The TPU's kernel, interpreted on CPU devices, against XLA's attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.splash import splash_attention
+from zerosearch_jax.models.transformer import (
+    abstract_model,
+    init_params,
+    packed_attention,
+    param_shardings,
+)
+from zerosearch_jax.parallel.mesh import make_mesh
+
+ROWS, LENGTH, HEADS, KV_HEADS, SIZE = 2, 256, 4, 2, 128
+# Segments that end inside a block, at its edge and in padding.
+SEGMENTS = np.stack(
+    [np.repeat([1, 2, 3, 0], [100, 28, 90, 38]), np.repeat([1, 2, 0], [60, 68, 128])]
+)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _weighted(attention):
+    """A scalar that depends on every output that is not padding, each otherwise."""
+    weights = jnp.cos(jnp.arange(ROWS * LENGTH * HEADS * SIZE)).reshape(ROWS, LENGTH, HEADS, SIZE)
+    weights = jnp.where((SEGMENTS > 0)[:, :, None, None], weights, 0.0)
+    return lambda q, k, v: jnp.sum(weights * attention(q, k, v, jnp.asarray(SEGMENTS)))
+
+
+def test_values_and_gradients_equal_those_of_xla_on_a_mesh(inputs):
+    mesh = make_mesh(1, 2, 2)
+
+    def splash(q, k, v, segments):
+        return splash_attention(q, k, v, segments, mesh=mesh)
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(_weighted(attention), argnums=(0, 1, 2)))(*inputs)
+        for attention in (splash, packed_attention)
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+        assert np.abs(other).max() > 0.1
+
+
+def test_rows_that_no_block_divides_are_refused(inputs):
+    q, k, v = (x[:, :200] for x in inputs)
+    with pytest.raises(UserError, match="multiple of 128 tokens, not 200; .*row_tokens"):
+        splash_attention(q, k, v, jnp.asarray(SEGMENTS[:, :200]), mesh=make_mesh())
+
+
+@pytest.mark.slow
+def test_a_model_gives_the_same_hidden_states_with_either_kernel():
+    config = ModelConfig(
+        family="qwen2", vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_dim=SIZE, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
+        qkv_bias=True, qk_norm=False, max_positions=256,
+    )  # fmt: skip
+    params, mesh = init_params(config, 0), make_mesh(2, 1, 2)
+    tokens = jnp.arange(ROWS * 128).reshape(ROWS, 128) % 64
+    ones = jnp.ones_like(tokens)
+
+    def hidden(**options):
+        graphdef, _ = abstract_model(config, **options)
+        run = jax.jit(lambda params: nnx.merge(graphdef, params)(tokens, tokens, ones))
+        return run(params)
+
+    found, wanted = hidden(attention="splash", mesh=mesh), hidden()
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.abs(wanted).max() > 0.1
+    with pytest.raises(ValueError, match="'splash' with mesh None"):
+        abstract_model(config, attention="splash")
+
+
+def test_rows_stay_split_over_the_data_axes():
+    config = ModelConfig(
+        family="qwen2", vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
+        qkv_bias=True, qk_norm=False, max_positions=256,
+    )  # fmt: skip
+    mesh = make_mesh(1, 8, 1)
+    graphdef, params = abstract_model(config, mesh=mesh)
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    run = jax.jit(
+        lambda params, tokens: nnx.merge(graphdef, params)(tokens, tokens, tokens),
+        in_shardings=(param_shardings(params, mesh), None),
+    )
+    text = run.lower(params, tokens).compile().as_text()
+    # One of the eight rows on a device, and no sum over devices of partial products.
+    assert "f32[1,16,32]" in text
+    assert "f32[8,16,48]" not in text
+    assert "all-reduce(" not in text
