@@ -102,7 +102,7 @@ def test_a_cell_is_read_from_what_its_stages_wrote(tmp_path):
     folder = tmp_path / "ppo-1"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "em": 0.25, "f1": 0.3}\n')
-    summary = {"trained": {"searches_per_episode": 1.5}}
+    summary = {"engine": "bm25", "trained": {"searches_per_episode": 1.5}}
     (folder / "summary.json").write_text(json.dumps(summary))
     answers = [
         {"policy": "base", "id": "q", "em": 0.0, "f1": 0.0},
@@ -117,6 +117,7 @@ def test_a_cell_is_read_from_what_its_stages_wrote(tmp_path):
     assert miniature.cell(tmp_path, "ppo", 1) == {
         "arm": "ppo",
         "seed": 1,
+        "engine": "bm25",
         "em": [1.0, 0.0],
         "f1": [1.0, 0.5],
         "searches_per_episode": 1.5,
@@ -174,10 +175,10 @@ def _within(seconds: float, condition):
 
 
 def test_a_workdir_in_use_is_refused(tmp_path):
-    holder = (tmp_path / "lock").open("w")
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="in use by another process"):
-        miniature.run(config_check.load(RECIPE), str(tmp_path))
+    with (tmp_path / "lock").open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="in use by another process"):
+            miniature.run(config_check.load(RECIPE), str(tmp_path))
 
 
 @pytest.mark.slow

@@ -253,6 +253,7 @@ def cell(root: Path, arm: str, seed: int) -> dict:
     return {
         "arm": arm,
         "seed": seed,
+        "engine": summary["engine"],
         **_answers(folder, "trained"),
         "searches_per_episode": summary["trained"]["searches_per_episode"],
         "noise": {f"{row['settings']['engine']['noise']:g}": row["em_of_each"] for row in judged},
@@ -295,7 +296,7 @@ def methods_rows(config: ConfigDict, root: Path, cells: Sequence[Mapping]) -> li
             found.append(
                 {
                     "method": f"trained: {arm}",
-                    "engine": "bm25",
+                    "engine": mine[0]["engine"],
                     "em": claims.mean_interval(means["em"]),
                     "f1": claims.mean_interval(means["f1"]),
                     "searches_per_question": sum(searches) / len(searches),
