@@ -45,7 +45,7 @@ class Stage:
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Runs what is not done of `stages`, then writes `workdir/report.md` with its figures."""
-    root = Path(workdir).absolute()
+    root = Path(workdir)
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         try:
@@ -178,7 +178,7 @@ def run_stage(stage: Stage, root: str, cores: Sequence[int]) -> None:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     # All stages share what they compile; XLA sizes its threads by the cores it may use.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(root) / "compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str((Path(root) / "compiled").absolute())
     from zerosearch_jax.main import cli
 
     sys.exit(cli(["main", *stage.argv, f"--workdir={folder}"]))
