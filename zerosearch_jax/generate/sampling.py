@@ -30,6 +30,9 @@ class Sampling:
             )
 
 
+GREEDY = Sampling(temperature=0.0)
+
+
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Draws a token a row.
 

@@ -1,6 +1,7 @@
 """Builds what jobs share from their configs: models, generators, search engines, optimizer."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -165,13 +166,16 @@ def recording(source: str) -> list[dict]:
     return load_recording(source)
 
 
-def json_client(remote: ConfigDict, url: str) -> JsonClient:
+def json_client(
+    remote: ConfigDict, url: str, headers: Mapping[str, str] | None = None
+) -> JsonClient:
     """A client of the server at `url` that waits and tries again as `remote` says."""
     return JsonClient(
         url,
         timeout_secs=remote.timeout_secs,
         attempts=remote.attempts,
         backoff_secs=remote.backoff_secs,
+        headers=headers,
     )
 
 

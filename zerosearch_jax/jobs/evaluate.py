@@ -4,17 +4,18 @@ As a job it evaluates any Hugging Face directory; the `rl` job calls `evaluate_p
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow, load_qa
+from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.jobs import build
-from zerosearch_jax.jobs.methods import GREEDY, WITHOUT_ENGINE, check_method, play, refiner
+from zerosearch_jax.jobs.methods import WITHOUT_ENGINE, check_method, play, refiner
 from zerosearch_jax.jobs.scores import (
     answer_scores,
     bootstrap_interval,
@@ -38,10 +39,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     wanted, rows = cells(config), read_rows(path)
     sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
     missing = [cell for cell in wanted if not _rows_of(cell, rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     for cell, trajectories in played(config, missing, sets):
         each = answer_scores(trajectories, "em")  # of the set's questions, in order
         rows.append(cell | summary(trajectories) | {"em_of_each": each})
-        _write(path, rows)
+        replace_text(path, json.dumps(rows, indent=1) + "\n")
     columns = ("method", "engine", "set")
     widths = [max(len(cell[column]) for cell in wanted) for column in columns]
     table = {
@@ -201,11 +203,3 @@ def print_table(table: dict[str, dict], title: str) -> None:
 
 def _rows_of(cell: dict, rows: Sequence[dict]) -> list[dict]:
     return [row for row in rows if cell.items() <= row.items()]
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    """Replaces the file at once, so that a stop leaves it whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, path)

@@ -13,14 +13,14 @@ import jax
 from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.jobs import build
 from zerosearch_jax.jobs.reader import Reader, make_reader
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.chat import ChatClient
-from zerosearch_jax.search.remote import JsonClient, SearchFailed
+from zerosearch_jax.search.remote import SearchFailed
 from zerosearch_jax.text.judge_prompt import judge_prompt, parse_verdict
 
 KINDS = ("none", "reader", "local", "server")
@@ -59,13 +59,12 @@ def make_judge(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> Judge 
         return partial(verdicts, _server(config, seed))
     mesh = make_mesh(**mesh_config)
     model = build.load_model(config.model, mesh, config.generator.dtype)
-    greedy = Sampling(temperature=0.0)
     generator = build.make_generator(model, config.generator, mesh, stop_strings=())
-    generator.warm_up([greedy])
+    generator.warm_up([GREEDY])
     complete = TextGenerator(
         generator,
         model.tokenizer,
-        sampling=greedy,
+        sampling=GREEDY,
         max_new_tokens=config.response_tokens,
         key=jax.random.key(seed),
     )
@@ -84,15 +83,8 @@ def _server(config: ConfigDict, seed: int) -> ChatClient:
     server, headers = config.server, {}
     if server.key_variable:
         headers["Authorization"] = f"Bearer {os.environ[server.key_variable]}"
-    client = JsonClient(
-        config.url,
-        timeout_secs=server.timeout_secs,
-        attempts=server.attempts,
-        backoff_secs=server.backoff_secs,
-        headers=headers,
-    )
     return ChatClient(
-        client,
+        build.json_client(server, config.url, headers),
         model=config.model,
         temperature=0.0,
         top_p=1.0,

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.jobs import build
 from zerosearch_jax.rollout.episodes import Limits, Rollouts
@@ -35,7 +35,6 @@ from zerosearch_jax.search.refine import RefiningEngine
 
 METHODS = ("direct", "cot", "rag", "search", "search_o1")
 WITHOUT_ENGINE = ("direct", "cot")
-GREEDY = Sampling(temperature=0.0)
 
 _OPENINGS = {"direct": "answer", "cot": "", "rag": "search"}  # of the methods of one turn
 

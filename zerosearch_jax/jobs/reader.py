@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.jobs import build
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.episodes import STOP_STRINGS
@@ -15,7 +15,6 @@ from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
-GREEDY = Sampling(temperature=0.0)
 # Inserted behind the documents. Left to itself a reader that does not know how its episode came to
 # this query searches on; asked for the answer at once, without a thought, it reads worse.
 READER_OPENING = "<think> The {query} is"

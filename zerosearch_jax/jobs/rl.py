@@ -22,10 +22,10 @@ from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.jobs import build, simulator_gate
 from zerosearch_jax.jobs.epochs import Epochs
-from zerosearch_jax.jobs.evaluate import GREEDY, evaluate_policy, print_table, summary
+from zerosearch_jax.jobs.evaluate import evaluate_policy, print_table, summary
 from zerosearch_jax.jobs.guard import NonFiniteGuard
 from zerosearch_jax.jobs.improve import Improver
 from zerosearch_jax.jobs.rl_check import check
@@ -51,6 +51,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
+    check_simulator(config)
 
     mesh = make_mesh(**config.mesh)
     policy = build.load_model(config.policy.model, mesh, "float32")
@@ -66,7 +67,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     clock = DeviceClock()
     print("compiling the programs of the simulator and the policy", flush=True)
-    check_simulator(config)
     engine = judge = None  # without turns to search in, a search ends an episode unanswered
     if config.rollout.max_turns:
         engine = build.make_engine(config.search, config.seed, config.mesh, clock)
