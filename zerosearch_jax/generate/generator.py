@@ -144,6 +144,8 @@ class Generator:
         shardings = param_shardings(jax.eval_shape(convert, stacked), mesh, mesh_lib.GENERATE_RULES)
         # Jitted here and not in `load`, which would compile it anew at every call.
         self._convert = jax.jit(convert, out_shardings=shardings)
+        self._shardings = shardings
+        self._gathers: dict[jax.sharding.Mesh, Any] = {}  # `convert` on the parameters' own mesh
         self._whole = mesh_lib.replicated(mesh)
         self._by_row = mesh_lib.sharding_of_rows(mesh)
         self._table = jax.device_put(stop_table, self._whole)
@@ -155,10 +157,37 @@ class Generator:
         self._stopped: dict[int, Generation] = {}  # full before they began
 
     def load(self, params: nnx.State) -> None:
-        """Takes over a copy of stacked training parameters, resharded and cast."""
-        shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
-        self._params = self._convert(jax.device_put(params, shardings))
+        """Takes over a copy of stacked training parameters, resharded and cast.
+
+        Those on the devices of several processes are gathered by one program on these devices,
+        which every process must run; each device's result is what it holds here, so no more is
+        moved (see `parallel.mesh.local_meshes`).
+        """
+        with self.clock.working():
+            leaf = jax.tree.leaves(params)[0]
+            if jax.process_count() == 1 or leaf.is_fully_addressable:
+                shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
+                self._params = self._convert(jax.device_put(params, shardings))
+            else:
+                gathered = self._gather(leaf.sharding.mesh)(params)
+                self._params = jax.tree.map(_own_shards, gathered, self._shardings)
+            jax.block_until_ready(self._params)
         self._prompts.clear()
+
+    def _gather(self, mesh: jax.sharding.Mesh) -> Any:
+        if mesh not in self._gathers:
+            convert = self._convert.__wrapped__
+            shapes = jax.eval_shape(convert, abstract_model(self.config)[1])
+            shardings = param_shardings(shapes, mesh, mesh_lib.GENERATE_RULES)
+            self._gathers[mesh] = jax.jit(convert, out_shardings=shardings)
+        return self._gathers[mesh]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the loaded weights, over all devices of the mesh."""
+        return sum(
+            s.data.nbytes for x in jax.tree.leaves(self._params) for s in x.addressable_shards
+        )
 
     def replica_of(self, slot: int) -> int:
         """The replica that a slot belongs to; only its slots can share a prompt's prefill."""
@@ -424,6 +453,12 @@ class Generator:
             everything=everything, mesh=self.mesh,
         )  # fmt: skip
         return places, *out
+
+
+def _own_shards(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The same array on some of its devices, which hold just what `sharding` gives them."""
+    shards = [s.data for s in array.addressable_shards if s.device in sharding.device_set]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
 ROWS = PartitionSpec(mesh_lib.ROWS)
