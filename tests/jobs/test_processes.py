@@ -25,6 +25,7 @@ FLAGS = (
     "--config.eval.every=2",
     "--config.data.train_limit=12",
 )
+CHEAP = "--xla_backend_optimization_level=0"  # to compile; the results are what is compared
 SINGLE_WRITERS = ("metrics.jsonl", "summary.json", "answers.jsonl")
 # Name → processes, devices of each, flags. Slots are of a process, rows of all of them.
 CASES = {
@@ -44,7 +45,7 @@ CASES = {
 
 def _alone(config: Path, workdir: Path, *flags: str, devices: int = 1, programs: Path) -> str:
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(programs),
     }
     command = [sys.executable, "-m", "zerosearch_jax.main", f"--config={config}"]
@@ -62,7 +63,7 @@ def _together(config: Path, workdir: Path, name: str, *flags: str, programs: Pat
     command = ["bash", "launch/local.sh", f"--processes={processes}"]
     command += [f"--devices-per-process={devices}", f"--log-dir={workdir}/logs"]
     command += ["--program", f"{sys.executable} -m zerosearch_jax.main", "--"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(programs)}
+    environment = os.environ | {"XLA_FLAGS": CHEAP, "JAX_COMPILATION_CACHE_DIR": str(programs)}
     return subprocess.Popen(
         [*command, f"--config={config}", f"--workdir={workdir}", *FLAGS, *own, *flags],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
