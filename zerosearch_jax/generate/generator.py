@@ -163,6 +163,7 @@ class Generator:
         which every process must run; each device's result is what it holds here, so no more is
         moved (see `parallel.mesh.local_meshes`).
         """
+        self._params = None  # the old ones' room is the new ones'
         with self.clock.working():
             leaf = jax.tree.leaves(params)[0]
             if jax.process_count() == 1 or leaf.is_fully_addressable:

@@ -151,8 +151,7 @@ class Learner:
         sharding = mesh_lib.replicated(self.mesh)
         if array.ndim:
             sharding = self._batch_sharding
-            rows = array.shape[1]
-            missing = -rows % math.prod(self.mesh.shape[axis] for axis in mesh_lib.ROWS)
+            missing = -array.shape[1] % math.prod(self.mesh.shape[axis] for axis in mesh_lib.ROWS)
             if missing:
                 array = np.pad(array, ((0, 0), (0, missing), (0, 0)))
         return jax.make_array_from_process_local_data(sharding, array, array.shape)
