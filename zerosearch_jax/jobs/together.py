@@ -25,8 +25,6 @@ def join() -> None:
     """
     named = addressed(os.environ)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Gloo mixes up the messages of two programs that are under way at once.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(**named, heartbeat_timeout_seconds=HEARTBEAT_SECS)
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
