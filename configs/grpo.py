@@ -87,6 +87,7 @@ def embedded() -> ConfigDict:
                     model="zerosearch_jax/assets/simulator",
                     url="",  # of a server that speaks OpenAI's chat completions, in its place
                     gate=dict(report="", useful_min=0.0, noisy_max=1.0),
+                    devices=0,  # of each process, the simulator's alone; 0: shares the policy's
                     form="finetuned",
                     temperature=0.8,
                     top_k=0,

@@ -2,11 +2,13 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from zerosearch_jax import config_check, main
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.jobs import together
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -137,3 +139,24 @@ def test_every_config_of_the_project_loads_and_names_a_job(monkeypatch):
 def test_help_tells_the_flags(capsys):
     assert main.cli(["main", "--help"]) == 0
     assert "--workdir=DIR" in capsys.readouterr().out
+
+
+def test_processes_that_are_named_in_part_are_refused():
+    whole = dict(zip(together.VARIABLES, ("host:1234", "2", "1"), strict=True))
+    assert together.addressed({}) == {}
+    assert together.addressed(whole | {"HOME": "x"}) == {
+        "coordinator_address": "host:1234", "num_processes": 2, "process_id": 1,
+    }  # fmt: skip
+    for name in together.VARIABLES:
+        partial = {key: value for key, value in whole.items() if key != name}
+        with pytest.raises(UserError, match=f"{name} is not; set all or none"):
+            together.addressed(partial)
+    for wrong in ("2", "-1", "one"):
+        with pytest.raises(UserError, match=f"JAX_PROCESS_ID={wrong} must be a number below"):
+            together.addressed(whole | {"JAX_PROCESS_ID": wrong})
+
+
+def test_jobs_that_only_one_process_can_run_refuse_others(job, capsys):
+    Path("configs/grpo.py").write_text(CONFIG.replace('"job": "rl"', '"job": "sft"'))
+    error = _refusal(capsys, "--config=configs/grpo.py", "--distributed")
+    assert "--distributed is not for config.job=sft" in error

@@ -4,7 +4,8 @@
   --config.rl.steps=20       … like this; a misspelt key is refused
   --workdir=DIR              results, checkpoints and logs (default runs/CONFIG[-PRESET]);
                              the same command on the same directory resumes
-  --distributed              one of several processes: call jax.distributed.initialize first
+  --distributed              one of several processes: those of a TPU slice, or those that
+                             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID name
 
 It reads the flags and hands over to the config's job. It knows nothing of what a job does.
 """
@@ -34,6 +35,8 @@ JOBS = (
     "compile",
 )
 
+DISTRIBUTED_JOBS = ("rl",)
+
 
 def cli(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a UserError, 130 for Ctrl-C."""
@@ -62,16 +65,24 @@ def _run(argv: Sequence[str]) -> None:
     config = config_check.parse(flag_values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    distributed = distributed.value or config.get("distributed", False)
+    if distributed and config.job not in DISTRIBUTED_JOBS:
+        raise UserError(f"--distributed is not for config.job={config.job}; leave it out")
     import jax  # imported late, so that a misspelt flag is answered at once
 
-    if distributed.value or config.get("distributed", False):
-        jax.distributed.initialize()
+    from zerosearch_jax.jobs import together
+
+    if distributed:
+        together.join()
     directory = workdir.value or default_workdir(config_check.config_argument(argv))
     # What was compiled once need not be compiled again by a resumed or repeated run.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     job = importlib.import_module(f"zerosearch_jax.jobs.{config.job}")
-    job.run(config, directory)
+    if distributed:
+        together.run(job, config, directory)
+    else:
+        job.run(config, directory)
 
 
 def default_workdir(config_spec: str) -> str:

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.parallel.mesh import (
     AXES,
     TRAIN_RULES,
+    local_meshes,
     make_mesh,
     partition_spec,
     replicated,
@@ -59,3 +62,55 @@ def test_sizes_that_do_not_divide_are_user_errors():
         sharding(mesh, ("batch", "length"), (6, 4))
     with pytest.raises(UserError, match="mlp of size 5 does not divide by 2"):
         sharding(mesh, ("embed", "mlp"), (4, 5))
+
+
+def test_one_process_that_shares_its_devices_generates_on_the_learners_mesh():
+    mesh = make_mesh(2, 2, 2)
+    assert local_meshes(mesh) == (mesh, mesh)
+
+
+def test_disjoint_meshes_are_whole_tensor_groups():
+    mesh = make_mesh(2, 2, 2)
+    policy, simulator = local_meshes(mesh, 2)
+    groups = mesh.devices.reshape(4, 2)
+    np.testing.assert_array_equal(policy.devices, groups[:3, None])
+    np.testing.assert_array_equal(simulator.devices, groups[3:, None])
+    assert dict(policy.shape) == {"data": 3, "fsdp": 1, "tensor": 2}
+    assert policy.axis_names == simulator.axis_names == AXES
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8, -2])
+def test_disjoint_meshes_that_cannot_be_are_refused(devices):
+    with pytest.raises(UserError, match=f"simulator.devices={devices} must be a multiple of"):
+        local_meshes(make_mesh(2, 2, 2), devices)
+
+
+class _Device:
+    def __init__(self, number, process_index):
+        self.id, self.process_index = number, process_index
+
+
+def _mesh_of(monkeypatch, owners, shape, process):
+    """A mesh of made-up devices; device i is of process `owners[i]`, and this is `process`."""
+    devices = np.array([_Device(i, owner) for i, owner in enumerate(owners)]).reshape(shape)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_generates_on_its_own_devices(monkeypatch, process):
+    owners = (0, 0, 0, 0, 1, 1, 1, 1)
+    mesh = _mesh_of(monkeypatch, owners, (1, 4, 2), process)
+    for devices in (0, 2):
+        policy, simulator = local_meshes(mesh, devices)
+        ids = [[d.id - 4 * process for d in m.devices.flat] for m in (policy, simulator)]
+        assert ids == ([[0, 1, 2, 3]] * 2 if devices == 0 else [[0, 1], [2, 3]])
+        assert policy.shape["tensor"] == simulator.shape["tensor"] == 2
+
+
+def test_meshes_that_processes_cannot_generate_on_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="config.mesh.tensor=4 spans processes"):
+        local_meshes(_mesh_of(monkeypatch, (0, 0, 1, 1), (1, 1, 4), 0))
+    with pytest.raises(UserError, match="leaves out process 1; raise config.mesh's"):
+        local_meshes(_mesh_of(monkeypatch, (0, 0), (2, 1, 1), 0))

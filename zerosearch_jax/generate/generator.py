@@ -134,9 +134,12 @@ class Generator:
         self._decode_rows.append(self._slots_each)
         self._burst = min(burst_tokens, max_tokens)
         self._window_tokens = window_tokens
-        convert, _, shardings = _layout(config, mesh, dtype, int8_weights)
+        self._layout_on = partial(_layout, config, dtype=dtype, int8_weights=int8_weights)
+        convert, _, shardings = self._layout_on(mesh)
         # Jitted here and not in `load`, which would compile it anew at every call.
         self._convert = jax.jit(convert, out_shardings=shardings)
+        self._shardings = shardings
+        self._gathers: dict[jax.sharding.Mesh, Any] = {}  # `convert` on the parameters' own mesh
         self._whole = mesh_lib.replicated(mesh)
         self._by_row = mesh_lib.sharding_of_rows(mesh)
         self._table = jax.device_put(stop_table, self._whole)
@@ -148,10 +151,36 @@ class Generator:
         self._stopped: dict[int, Generation] = {}  # full before they began
 
     def load(self, params: nnx.State) -> None:
-        """Takes over a copy of stacked training parameters, resharded and cast."""
-        shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
-        self._params = self._convert(jax.device_put(params, shardings))
+        """Takes over a copy of stacked training parameters, resharded and cast.
+
+        Those on the devices of several processes are gathered by one program on these devices,
+        which every process must run; each device's result is what it holds here, so no more is
+        moved (see `parallel.mesh.local_meshes`).
+        """
+        self._params = None  # the old ones' room is the new ones'
+        with self.clock.working():
+            leaf = jax.tree.leaves(params)[0]
+            if jax.process_count() == 1 or leaf.is_fully_addressable:
+                shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
+                self._params = self._convert(jax.device_put(params, shardings))
+            else:
+                gathered = self._gather(leaf.sharding.mesh)(params)
+                self._params = jax.tree.map(_own_shards, gathered, self._shardings)
+            jax.block_until_ready(self._params)
         self._prompts.clear()
+
+    def _gather(self, mesh: jax.sharding.Mesh) -> Any:
+        if mesh not in self._gathers:
+            convert, _, shardings = self._layout_on(mesh)
+            self._gathers[mesh] = jax.jit(convert, out_shardings=shardings)
+        return self._gathers[mesh]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the loaded weights, over all devices of the mesh."""
+        return sum(
+            s.data.nbytes for x in jax.tree.leaves(self._params) for s in x.addressable_shards
+        )
 
     def replica_of(self, slot: int) -> int:
         """The replica that a slot belongs to; only its slots can share a prompt's prefill."""
@@ -419,7 +448,11 @@ class Generator:
         return places, *out
 
 
-def _layout(config: ModelConfig, mesh: jax.sharding.Mesh, dtype, int8_weights: bool):
+def _own_shards(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The same array on some of its devices, which hold just what `sharding` gives them."""
+    shards = [s.data for s in array.addressable_shards if s.device in sharding.device_set]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+def _layout(config: ModelConfig, mesh: jax.sharding.Mesh, *, dtype, int8_weights: bool):
     """How training parameters become a generator's, and what these are: shapes, shardings."""
 
     def convert(params):
@@ -466,7 +499,7 @@ def abstract_generator(
       prefill_tokens: the longest of its `prefill_buckets`.
     """
     graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
-    _, shapes, shardings = _layout(config, mesh, dtype, int8_weights)
+    _, shapes, shardings = _layout(config, mesh, dtype=dtype, int8_weights=int8_weights)
     fresh = partial(empty_cache, config, slots, max_tokens, dtype)
     whole, by_row = mesh_lib.replicated(mesh), mesh_lib.sharding_of_rows(mesh)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -20,7 +20,7 @@ from zerosearch_jax.models.config import ModelConfig, read_config
 from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
-from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.learner import Learner, Trained
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
@@ -194,7 +194,7 @@ def make_texts(
             workers=config.remote.workers,
             seed=seed,
         )
-    mesh = make_mesh(**mesh_config)
+    _, mesh = local_meshes(make_mesh(**mesh_config), simulator.devices)
     model = load_model(simulator.model, mesh, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
     # The text is cut before a document too many, so generation stops where that would begin.

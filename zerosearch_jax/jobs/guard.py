@@ -3,6 +3,7 @@ batch is kept for inspection here, and after too many in a row the run has to st
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from zerosearch_jax.errors import UserError
@@ -35,9 +36,10 @@ class NonFiniteGuard:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"step{step + 1:06}_update{update + 1}.npz"
-        np.savez_compressed(path, **batch.arrays())
+        if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(path, **batch.arrays())
         print(
             f"WARNING: step {step + 1}: loss or gradient is not finite; the update is skipped "
             f"({self.in_a_row} in a row), its batch is in {path}",

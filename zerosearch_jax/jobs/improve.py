@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax.jobs.guard import NonFiniteGuard
 from zerosearch_jax.jobs.scores import answer_scores
 from zerosearch_jax.parallel.device_clock import DeviceClock
+from zerosearch_jax.parallel.processes import to_host
 from zerosearch_jax.rl.experience import (
     Estimator,
     minibatches,
@@ -113,7 +114,7 @@ class Improver:
         batch = self._pack(sequences, len(sequences))
         with self._clock.working():
             device = learner.put(batch)
-            scores = {name: np.asarray(score(device)) for name, score in wanted.items()}
+            scores = {name: to_host(score(device)) for name, score in wanted.items()}
         return with_scores(sequences, batch, scores)
 
     def _pack(self, sequences: Sequence[TokenSequence], most: int) -> PackedBatch:

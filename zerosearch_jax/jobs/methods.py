@@ -28,6 +28,7 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.jobs import build
+from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rollout.episodes import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
@@ -57,7 +58,7 @@ def play(
     key: jax.Array | None = None,
     generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
 ) -> list[Trajectory]:
-    """One episode a row, in order, each numbered by its row.
+    """One episode a row, in order, each numbered by its row; every process plays its part.
 
     Args:
       method: one of `METHODS`.
@@ -84,7 +85,7 @@ def play(
         opening=_OPENINGS.get(method, ""),
     )
     episodes = [Episode(i, row.question, row.golden_answers) for i, row in enumerate(rows)]
-    return rollouts.play(episodes, jax.random.key(0) if key is None else key)
+    return gather(rollouts.play(part(episodes), jax.random.key(0) if key is None else key))
 
 
 def refiner(

@@ -33,7 +33,8 @@ from zerosearch_jax.jobs.scores import answers, episode_figures, reward_of
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
-from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
+from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
@@ -54,6 +55,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     check_simulator(config)
 
     mesh = make_mesh(**config.mesh)
+    policy_mesh, _ = local_meshes(mesh, config.search.simulator.devices)
     policy = build.load_model(config.policy.model, mesh, "float32")
     sampling = Sampling(config.rollout.temperature)
     limits = Limits(
@@ -71,7 +73,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     if config.rollout.max_turns:
         engine = build.make_engine(config.search, config.seed, config.mesh, clock)
         judge = build.make_engine(config.eval.search, config.seed, config.mesh)
-    generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS, clock)
+    generator = build.make_generator(
+        policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
+    )
     learner = build.make_learner(
         policy.config,
         mesh,
@@ -102,13 +106,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     judged = partial(evaluate_policy, generator, judge, policy.tokenizer, limits=limits)
     watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
     clock.take()
+    writes = jax.process_index() == 0  # of several processes only the first
     with (
-        closing(Recorder(workdir, first_step=first + 1)) as recorder,
+        closing(Recorder(workdir, writes, first_step=first + 1)) as recorder,
         closing(Progress(config.rl.steps, first)) as progress,
     ):
         for step in range(first, config.rl.steps):
             p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
-            generator.load(learner.policy(state))
+            with phases.phase("weights"):
+                generator.load(learner.policy(state))
             rollouts = Rollouts(
                 generator,
                 engine,
@@ -125,8 +131,8 @@ def run(config: ConfigDict, workdir: str) -> None:
             with phases.phase("rollout"):
                 played = Played(config, step)
                 while not played.enough:
-                    episodes = played.next_round(epochs)
-                    played.add(rollouts.play(episodes, jax.random.key(config.seed)))
+                    episodes = part(played.next_round(epochs), config.rollout.group_size)
+                    played.add(gather(rollouts.play(episodes, jax.random.key(config.seed))))
             trajectories, rewards = played.chosen()
             with phases.phase("learner"):
                 state, figures = improve(state, trajectories, rewards, kl_coef, step)
@@ -134,6 +140,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             done = step + 1
             figures |= episode_figures(played.trajectories) | played.figures()
             figures |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
+            figures["weights_bytes"] = generator.weight_bytes
             if config.rl.kl_target and np.isfinite(figures["kl"]):
                 kl_coef = adapted_kl_coef(
                     kl_coef,
@@ -304,12 +311,14 @@ def conclude(
     save_params(
         workdir / "policy", trained, policy.config, eos_token_id=policy.tokenizer.eos_token_id
     )
-    policy.tokenizer.save_pretrained(workdir / "policy")
     test = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
     generator.load(policy.params)
     played = {"base": judged(test)}
     generator.load(trained)
     played |= {"trained": judged(test), "no_search": judged(test, method="direct")}
+    if jax.process_index() != 0:  # it had to help; the first process writes
+        return
+    policy.tokenizer.save_pretrained(workdir / "policy")
     table = {name: summary(trajectories) for name, trajectories in played.items()}
     print_table(
         table, f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"

@@ -30,6 +30,7 @@ def check(config: ConfigDict) -> None:
     if reward.rule not in RULES:
         raise UserError(f"reward.rule is {reward.rule!r}; choose one of {', '.join(RULES)}")
     alone = rollout.group_size == 1
+    simulator = config.search.simulator
     updates = rl.epochs * rl.minibatches
     episodes = rollout.questions_per_step * rollout.group_size
     refused = (
@@ -45,6 +46,16 @@ def check(config: ConfigDict) -> None:
             rollout.max_turns > 0 and "none" in (config.search.engine, config.eval.search.engine),
             "search.engine=none and eval.search.engine=none belong to rollout.max_turns=0, "
             "training without search; name an engine or set it",
+        ),
+        (
+            simulator.devices != 0 and (config.search.engine != "simulated" or simulator.url),
+            "search.simulator.devices sets devices apart for a simulator that runs here "
+            "(search.engine=simulated without simulator.url); set it to 0",
+        ),
+        (
+            simulator.devices != 0 and rollout.concurrent_searches == 0,
+            f"search.simulator.devices={simulator.devices} would leave policy and simulator idle "
+            "in turns; let them overlap by rollout.concurrent_searches=1 or more",
         ),
         (
             reward.rule != "answer" and (reward.name != "f1" or reward.format_weight != 0),

@@ -474,13 +474,30 @@ def init_params(config: ModelConfig, seed: int, *, dtype: Any = jnp.float32) -> 
 def param_shardings(
     params: nnx.State, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
 ) -> nnx.State:
-    """A tree like `params` (arrays or shapes) of shardings by `PARAM_AXES` and `rules`."""
+    """A tree like `params` (arrays or shapes) of shardings by `PARAM_AXES` and `rules`.
+
+    Raises:
+      UserError: a size does not divide by its mesh axis; it names the nearest mesh that works.
+    """
+
+    def name_of(path):
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        return [name for name in names if name in PARAM_AXES][-1]
+
+    def of_decode_weights(leaf):
+        return isinstance(leaf, OutputMajor)
+
+    dimensions = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=of_decode_weights):
+        if not of_decode_weights(leaf):
+            axes = PARAM_AXES[name_of(path)]
+            dimensions += zip(axes, leaf.shape[-len(axes) :], strict=True)
+    mesh_lib.check_divides(mesh, dimensions, rules)
 
     def one(path, leaf):
-        names = [entry.key for entry in path if hasattr(entry, "key")]
-        name = [name for name in names if name in PARAM_AXES][-1]
+        name = name_of(path)
         axes = PARAM_AXES[name]
-        if isinstance(leaf, OutputMajor):
+        if of_decode_weights(leaf):
             summed = SUMMED_AXES[name]
             outer = tuple(axis for i, axis in enumerate(axes) if i not in summed)
             inner = tuple(axes[i] for i in summed)
@@ -494,9 +511,7 @@ def param_shardings(
         axes = ("layers",) * (len(leaf.shape) - len(axes)) + axes
         return mesh_lib.sharding(mesh, axes, leaf.shape, rules)
 
-    return jax.tree_util.tree_map_with_path(
-        one, params, is_leaf=lambda leaf: isinstance(leaf, OutputMajor)
-    )
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=of_decode_weights)
 
 
 def unstack_layers(params: nnx.State, num_layers: int) -> nnx.State:

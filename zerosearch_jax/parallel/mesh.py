@@ -3,6 +3,7 @@
 Models name the axes of their parameters; nothing else decides how a parameter is sharded.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -52,6 +53,49 @@ def make_mesh(
     )
 
 
+def local_meshes(mesh: Mesh, simulator_devices: int = 0) -> tuple[Mesh, Mesh]:
+    """The meshes of this process's generators, the policy's and the simulator's.
+
+    They hold this process's own devices of `mesh`, whole groups of its tensor axis; each group is
+    a replica. One process that shares its devices uses `mesh` itself.
+
+    Args:
+      simulator_devices: so many of each process's devices are the simulator's alone, the last
+        ones; 0: policy and simulator both use all, in turns.
+
+    Raises:
+      UserError: a group spans processes, a process has no group, or one of the two has no devices.
+    """
+    if jax.process_count() == 1 and simulator_devices == 0:
+        return mesh, mesh
+    tensor = mesh.shape["tensor"]
+    groups = mesh.devices.reshape(-1, tensor)
+    owners = [{device.process_index for device in group} for group in groups]
+    if any(len(owner) > 1 for owner in owners):
+        raise UserError(
+            f"config.mesh.tensor={tensor} spans processes of {jax.local_device_count()} devices, "
+            "and a generator lives on one process's; lower it and raise fsdp"
+        )
+    idle = set(range(jax.process_count())) - set.union(*owners)
+    if idle:
+        raise UserError(
+            f"the mesh of {mesh.size} devices leaves out process {min(idle)}; raise config.mesh's "
+            f"sizes to all {jax.device_count()} devices, say with --config.mesh.data"
+        )
+    own = groups[[owner == {jax.process_index()} for owner in owners]]
+    if simulator_devices % tensor or not 0 <= simulator_devices < own.size:
+        raise UserError(
+            f"config.search.simulator.devices={simulator_devices} must be a multiple of "
+            f"config.mesh.tensor={tensor} below the {own.size} devices of a process"
+        )
+    policys = len(own) - simulator_devices // tensor
+    first, last = (own[:policys], own[policys:]) if simulator_devices else (own, own)
+    of_policy, of_simulator = (
+        Mesh(part[:, None], AXES, axis_types=(AxisType.Auto,) * 3) for part in (first, last)
+    )
+    return of_policy, of_simulator
+
+
 def partition_spec(axes: Sequence[str], rules: Rules = TRAIN_RULES) -> PartitionSpec:
     """The partition of an array whose dimensions bear these logical names."""
     spec = [rules[axis] for axis in axes]
@@ -81,6 +125,29 @@ def sharding(
                 f"(mesh {' × '.join(names)}); choose config.mesh sizes that divide it"
             )
     return NamedSharding(mesh, spec)
+
+
+def check_divides(
+    mesh: Mesh, dimensions: Sequence[tuple[str, int]], rules: Rules = TRAIN_RULES
+) -> None:
+    """Refuses a mesh that some parameter's dimension, (logical axis, size), does not divide by.
+
+    Raises:
+      UserError: it names the nearest mesh of as many devices that works.
+    """
+    fits = dict(mesh.shape)
+    for name in ("fsdp", "tensor"):
+        sizes = [size for axis, size in dimensions if rules[axis] == name]
+        fits[name] = math.gcd(mesh.shape[name], *sizes)
+        fits["data"] *= mesh.shape[name] // fits[name]
+    for axis, size in dimensions:
+        name = rules[axis]
+        if name is not None and size % mesh.shape[name]:
+            nearest = " ".join(f"--config.mesh.{name}={n}" for name, n in fits.items())
+            raise UserError(
+                f"{axis} of size {size} does not divide by {mesh.shape[name]} (mesh {name}); the "
+                f"nearest mesh that works is {nearest}"
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,6 +6,7 @@ loss or gradient is not finite leaves the state as it was. The module knows pack
 parameters; it knows no text, no rewards and no engines.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -130,10 +132,10 @@ class Learner:
             )
             self.base = cast(jax.device_put(params, self.params_shardings))
         fresh = jax.jit(
-            lambda params, key: self._init_state(jax.tree.map(jnp.copy, params), key),
+            lambda params: self._init_state(jax.tree.map(jnp.copy, params), jax.random.key(seed)),
             out_shardings=self.state_shardings,
         )
-        return fresh(jax.device_put(params, self.params_shardings), jax.random.key(seed))
+        return fresh(jax.device_put(params, self.params_shardings))
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the state, to restore a checkpoint into."""
@@ -153,13 +155,21 @@ class Learner:
         )
 
     def put(self, batch: PackedBatch) -> Batch:
-        """Host arrays `[M, R, T]` onto the mesh, rows over its data axes."""
-        return {
-            name: jax.make_array_from_process_local_data(
-                self._batch_sharding if array.ndim else mesh_lib.replicated(self.mesh), array
-            )
-            for name, array in batch.arrays().items()
-        }
+        """Host arrays `[M, R, T]` onto the mesh, rows over its data axes.
+
+        Where R does not divide by these, empty rows are added. Every process gives the whole
+        batch and puts its own devices' part of it.
+        """
+        return {name: self._put(array) for name, array in batch.arrays().items()}
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        sharding = mesh_lib.replicated(self.mesh)
+        if array.ndim:
+            sharding = self._batch_sharding
+            missing = -array.shape[1] % math.prod(self.mesh.shape[axis] for axis in mesh_lib.ROWS)
+            if missing:
+                array = np.pad(array, ((0, 0), (0, missing), (0, 0)))
+        return jax.make_array_from_process_local_data(sharding, array, array.shape)
 
     def policy(self, state: TrainState) -> nnx.State:
         """The policy's parameters as generators and exports take them, adapters merged in."""
@@ -193,7 +203,7 @@ class Learner:
           kl_coef: weight of the KL term, where `objective.kl_in` is "loss".
         """
         return self._jitted_rl_step(
-            state, self.base, batch, jnp.float32(kl_coef), objective=objective
+            state, self.base, batch, np.float32(kl_coef), objective=objective
         )
 
     def lower_rl_step(self, batch: Batch, objective: Objective) -> jax.stages.Lowered:

@@ -59,9 +59,11 @@ class PackedBatch:
     def unpack(self, values: np.ndarray) -> list[np.ndarray]:
         """`values` `[M, R, T]` of the targets, as `[n]` of the tokens of each sequence.
 
-        A sequence's first token, which nothing predicts, gets 0.
+        A sequence's first token, which nothing predicts, gets 0. Rows past the R-th, which a
+        mesh may have asked for, are not read.
         """
-        rows = np.asarray(values).reshape(-1, values.shape[-1])
+        values = np.asarray(values)[:, : self.tokens.shape[1]]
+        rows = values.reshape(-1, values.shape[-1])
         unpacked = []
         for row, offset, length in self.places:
             tokens = np.zeros(length, rows.dtype)

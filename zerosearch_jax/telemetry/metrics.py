@@ -76,6 +76,8 @@ SFT_METRICS: dict[str, str] = {
 SPEED_METRICS: dict[str, str] = {
     "host_share": "share of the step in which the devices had no work and waited for the host, 0–1",
     "tokens_per_sec": "policy tokens of the step's episodes per second of the whole step",
+    "seconds/weights": "seconds of moving the policy's weights to its generator",
+    "weights_bytes": "bytes of the weights that a process's generator is given, over its devices",
     "seconds/rollout": "seconds of generating the step's episodes, searches not included",
     "seconds/search": "seconds spent waiting for the search engine",
     "seconds/learner": "seconds of the learner's update, first compilation included",
