@@ -411,14 +411,16 @@ def test_a_contradiction_is_refused_before_any_work(config, tmp_path, section, c
 
 
 @pytest.mark.parametrize(
-    ("rule", "judge", "chosen"),
+    ("rule", "judge", "last", "chosen"),
     [
-        ("useful", "useful", ("useful", "useful", "useful")),
-        ("useful", "noisy", ("useful", "noisy", None)),
-        ("noisy", None, ("noisy", None, None)),
+        ("useful", "useful", True, ("useful", "useful", "useful")),
+        ("useful", "noisy", True, ("useful", "noisy", None)),
+        ("useful", "noisy", False, ("useful", "noisy", "useful")),
+        ("noisy", None, True, ("noisy", None, None)),
+        ("noisy", None, False, ("noisy", None, "noisy")),
     ],
 )
-def test_whose_label_counts(rule, judge, chosen):
+def test_whose_label_counts(rule, judge, last, chosen):
     record = {"rule": rule, "judge": judge}
     by = ("rule", "judge", "both")
-    assert tuple(collect.chosen_label(record, name) for name in by) == chosen
+    assert tuple(collect.chosen_label(record, name, last) for name in by) == chosen

@@ -58,8 +58,9 @@ def test_a_row_by_hand():
     documents = [("Chad.", long), (), ("Perus", long), (long,)]
     pairs = [_pair(0, "Chad", "useful"), *PAIRS[1:3], _pair(3, "Chad", "noisy")]
     answers = ["chad", None, "Peru and Chad", "The Chad"]
-    row = simulator_report.source_row("tuned", "useful", pairs, documents, answers, 2)
-    assert (row["source"], row["label"], row["questions"]) == ("tuned", "useful", 4)
+    found = list(zip(pairs, documents, answers, strict=True))
+    row = simulator_report.source_row("tuned", "useful", "noisy", found, 2)
+    assert [*row.values()][:4] == ["tuned", "useful", "noisy", 4]
     assert row["reader_em"] == 0.5  # containment is not a match
     assert row["reader_em_low"] == pytest.approx(0.15, abs=0.01)
     assert row["reader_em_high"] == pytest.approx(0.85, abs=0.01)
@@ -67,24 +68,26 @@ def test_a_row_by_hand():
     assert row["exactly_topk"] == 0.5
     assert row["words_a_document"] == (1 + 20 + 1 + 20 + 20) / 5
     assert row["documents_15_to_60_words"] == 3 / 5
-    empty = simulator_report.source_row("engine", "noisy", [], [], [], None)
+    empty = simulator_report.source_row("engine", "noisy", "noisy", [], None)
     assert empty.keys() == row.keys()
     assert empty["reader_em"] is empty["exactly_topk"] is empty["words_a_document"] is None
 
 
-def test_style_is_compared_over_the_searches_of_one_label():
-    pairs = [
-        _pair(0, "x", "useful", documents=("a a", "b b")),
-        _pair(1, "x", "noisy", documents=("far away " * 9,)),
-    ]
-    same = simulator_report.divergences(pairs, [("b a b a",), ("a",)], "useful")
+def _written(*found):
+    """(what the engine found, what the simulator wrote) for a search each."""
+    return [(_pair(0, "x", "useful", documents=real), ours, None) for real, ours in found]
+
+
+def test_style_is_compared_with_what_the_engine_found():
+    same = simulator_report.divergences(_written((("a a", "b b"), ("b a b a",))))
+    # Bins of five words: 2 and 2 against 4.
     assert same == {"word_jsd_bits": pytest.approx(0), "length_jsd_bits": pytest.approx(0)}
-    other = simulator_report.divergences(pairs, [("b a b a",), ("a",)], "noisy")
+    other = simulator_report.divergences(_written((("far away " * 9,), ("a",))))
     assert other == {"word_jsd_bits": pytest.approx(1), "length_jsd_bits": pytest.approx(1)}
-    # Bins of five words: lengths 2, 2 are [2, 0], lengths 4, 5 are [1, 1].
-    halves = simulator_report.divergences(pairs, [("a b a b", "a a b b a"), ()], "useful")
+    # Lengths 2, 2 are [2, 0], lengths 4, 5 are [1, 1].
+    halves = simulator_report.divergences(_written((("a a", "b b"), ("a b a b", "a a b b a"))))
     assert halves["length_jsd_bits"] == pytest.approx(0.311278, abs=1e-6)
-    none = simulator_report.divergences(pairs, [(), ()], "useful")
+    none = simulator_report.divergences(_written((("a a",), ())))
     assert none == {"word_jsd_bits": None, "length_jsd_bits": None}
 
 
@@ -92,14 +95,15 @@ def test_only_last_searches_are_held_out_and_the_draw_is_keyed(tmp_path):
     path = tmp_path / "pairs.jsonl"
     bridges = [_pair(10 + i, "Chad", "useful", last=False) for i in range(4)]
     save_pairs(path, PAIRS + bridges)
-    drawn = simulator_report.held_out(str(path), 4, 0)
-    assert len(drawn) == 4 and all(pair.last for pair in drawn)
-    assert drawn == simulator_report.held_out(str(path), 4, 0)
+    drawn = simulator_report.held_out(str(path), 2, 0)
+    assert [pair.label for pair in drawn] == ["useful"] * 2 + ["noisy"] * 2
+    assert all(pair.last for pair in drawn)
+    assert drawn == simulator_report.held_out(str(path), 2, 0)
     assert sorted(p.id for p in simulator_report.held_out(str(path), 99, 1)) == [
         pair.id for pair in PAIRS
     ]
-    save_pairs(path, bridges)
-    with pytest.raises(UserError, match="no pair is an episode's last search"):
+    save_pairs(path, [pair for pair in PAIRS if pair.label == "noisy"] + bridges)
+    with pytest.raises(UserError, match="no useful pair is an episode's last search"):
         simulator_report.held_out(str(path), 4, 0)
 
 
@@ -201,19 +205,21 @@ def report(tmp_path_factory, markov_model, compiled_once):
 
 def test_the_report_holds_a_row_for_every_source(report):
     written = json.loads(report.read_text())
-    rows = {(row["source"], row["label"]): row for row in written["rows"]}
-    labels = [(name, kind) for name in ("finetuned", "prompted", "engine")
-              for kind in ("useful", "noisy")]  # fmt: skip
-    assert list(rows) == [*labels, ("none", "")]
+    rows = {(row["source"], row["label"], row["queries"]): row for row in written["rows"]}
+    kinds = ("useful", "noisy")
+    wanted = [(name, label, queries) for name in ("finetuned", "prompted")
+              for label in kinds for queries in kinds]  # fmt: skip
+    wanted += [(name, label if name == "engine" else "", label)
+               for label in kinds for name in ("engine", "none")]  # fmt: skip
+    assert list(rows) == wanted
     assert len({tuple(row) for row in rows.values()}) == 1  # the same columns
-    assert rows["finetuned", "useful"]["reader_em"] == 1 / 3  # two of six are Chad
-    assert rows["none", ""]["reader_em"] == 1 / 3
-    assert rows["engine", "useful"]["questions"] == 3
-    assert rows["engine", "useful"]["words_a_document"] == 2
-    assert rows["prompted", "noisy"]["exactly_topk"] == 0
+    assert {row["questions"] for row in rows.values()} == {3}
+    assert {row["reader_em"] for row in rows.values()} == {1 / 3}  # one of three is Chad
+    assert rows["engine", "useful", "useful"]["words_a_document"] == 2
+    assert rows["prompted", "noisy", "useful"]["exactly_topk"] == 0
     assert len(written["examples"]["finetuned"]) == 5
     text = report.with_suffix(".md").read_text()
-    assert text.count("\n| finetuned | ") == 2 and "## Examples: prompted" in text
+    assert text.count("\n| finetuned | ") == 4 and "## Examples: prompted" in text
     assert "| query | gold | useful | noisy |" in text
 
 
@@ -246,6 +252,16 @@ def test_the_gate_says_what_fails(report, markov_model, change, told):
         _check(report, markov_model, **change)
 
 
+def test_only_searches_that_the_engine_answered_count(report, tmp_path, markov_model):
+    written = json.loads(report.read_text())
+    for row in written["rows"]:
+        if row["queries"] == "noisy":
+            row["reader_em"] = 1.0 if row["label"] == "noisy" else 0.0
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(written))
+    _check(path, markov_model)
+
+
 def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path):
     with pytest.raises(UserError, match="holds no .safetensors file"):
         _check(report, tmp_path)
@@ -256,7 +272,13 @@ def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(None, "cannot be read"), ("{", "not a report"), ("[]", "not a report"), ("{}", "not a")],
+    [
+        (None, "cannot be read"),
+        ("{", "not a report"),
+        ("[]", "not a report"),
+        ("{}", "not a report"),
+        ('{"rows": [{"source": "finetuned"}], "simulators": {}}', "not a report"),
+    ],
 )
 def test_the_gate_refuses_what_is_no_report(tmp_path, markov_model, text, told):
     path = tmp_path / "report.json"

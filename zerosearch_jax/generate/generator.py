@@ -452,6 +452,8 @@ def _own_shards(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """The same array on some of its devices, which hold just what `sharding` gives them."""
     shards = [s.data for s in array.addressable_shards if s.device in sharding.device_set]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+
+
 def _layout(config: ModelConfig, mesh: jax.sharding.Mesh, *, dtype, int8_weights: bool):
     """How training parameters become a generator's, and what these are: shapes, shardings."""
 

@@ -41,7 +41,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     collect(config, episodes)
     labels = Records(workdir / "labels.jsonl")
     label(config, episodes, labels)
-    chosen = {record["id"]: chosen_label(record, config.extract.label_by) for record in labels}
+    last = {record["episode"]: record["id"] for record in labels}  # an episode's are in order
+    chosen = {
+        record["id"]: chosen_label(
+            record, config.extract.label_by, record["id"] == last[record["episode"]]
+        )
+        for record in labels
+    }
     train, heldout, counts = extract(
         episodes,
         chosen,
@@ -280,10 +286,14 @@ def search_id(episode: Mapping, search: Mapping) -> str:
     return f"{episode['id']}/{search['turn']}"
 
 
-def chosen_label(record: Mapping, label_by: str) -> str | None:
-    """The label that counts: the rule's, the judge's, or the one that both give a search."""
+def chosen_label(record: Mapping, label_by: str, last: bool) -> str | None:
+    """The label that counts: the rule's, the judge's, or ("both") the one that they agree on.
+
+    A search that is not its episode's `last` brings a bridge of a multi-hop question, which a judge
+    of answers cannot value: "both" leaves such searches to the rule.
+    """
     if label_by == "both":
-        return record["rule"] if record["rule"] == record["judge"] else None
+        return record["rule"] if not last or record["rule"] == record["judge"] else None
     return record[label_by]
 
 

@@ -1,7 +1,8 @@
 """Judges of searches, and how far they agree with the paper's rule.
 
 A language model is asked whether the documents support the gold answer; or a fixed reader answers
-the question from them, and they are useful when its answer is right.
+the question from them: they are useful when its answer is right, noisy when they do not even
+mention the right one.
 """
 
 import os
@@ -12,6 +13,7 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
+from zerosearch_jax.data.phrasing import mentions
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.generate.texts import TextGenerator
@@ -72,11 +74,21 @@ def make_judge(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> Judge 
 
 
 def read_verdicts(reader: Reader, searches: Sequence[Search]) -> list[str | None]:
-    """ "useful" where the reader answers right from the documents, else "noisy"."""
+    """ "useful" where the reader answers right from the documents.
+
+    Where it does not, "noisy" if no document mentions a gold answer, else None: the fault may be
+    the reader's.
+    """
     questions, golds, queries, documents = zip(*searches, strict=True)
     answers = reader(questions, queries, documents)
-    right = [exact_match(answer, gold) for answer, gold in zip(answers, golds, strict=True)]
-    return ["useful" if one else "noisy" for one in right]
+    labels: list[str | None] = []
+    for answer, gold, found in zip(answers, golds, documents, strict=True):
+        if exact_match(answer, gold):
+            labels.append("useful")
+        else:
+            held = any(mentions(document, one) for document in found for one in gold)
+            labels.append(None if held else "noisy")
+    return labels
 
 
 def _server(config: ConfigDict, seed: int) -> ChatClient:

@@ -2,7 +2,9 @@
 
 For every held-out search the simulator writes both useful and noisy documents, and a fixed reader
 answers the question from them: it should from the useful ones and should not from the noisy ones.
-The real engine's documents stand beside it as the ceiling, no documents as the floor.
+The real engine's documents stand beside it as the ceiling, no documents as the floor. Searches that
+the engine answered usefully are told apart from those that it did not, most of which are badly put:
+a document true to a bad query need not hold the answer.
 """
 
 import json
@@ -48,18 +50,24 @@ def run(config: ConfigDict, workdir: str) -> None:
         written[name] = {label: ask(engine, pairs, label) for label in LABELS}
         for label, documents in written[name].items():
             answers = read(reader, pairs, documents)
-            rows.append(
-                source_row(name, label, pairs, documents, answers, search.topk)
-                | divergences(pairs, documents, label)
-            )
+            for queries in LABELS:
+                those = [
+                    row
+                    for row in zip(pairs, documents, answers, strict=True)
+                    if row[0].label == queries
+                ]
+                row = source_row(name, label, queries, those, search.topk)
+                rows.append(row | (divergences(those) if queries == label else {}))
     for label in LABELS:
         those = [pair for pair in pairs if pair.label == label]
         documents = [pair.documents for pair in those]
-        rows.append(
-            source_row("engine", label, those, documents, read(reader, those, documents), None)
-        )
-    nothing = [()] * len(pairs)
-    rows.append(source_row("none", "", pairs, nothing, read(reader, pairs, nothing), None))
+        answers = read(reader, those, documents)
+        found = list(zip(those, documents, answers, strict=True))
+        rows.append(source_row("engine", label, label, found, None))
+        nothing = [()] * len(those)
+        answers = read(reader, those, nothing)
+        found = list(zip(those, nothing, answers, strict=True))
+        rows.append(source_row("none", "", label, found, None))
     report = {
         "pairs": config.pairs,
         "reader": config.reader.model,
@@ -83,19 +91,25 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def held_out(path: str, limit: int, seed: int) -> list[Pair]:
-    """A draw of at most `limit` pairs of an episode's last search.
+    """A draw of at most `limit` pairs of either label, of episodes' last searches.
 
     Only the last search can bring the answer; earlier ones of a multi-hop question bring bridges.
 
     Raises:
-      UserError: no such pair, or `limit` is below 1.
+      UserError: no such pair that is useful, or `limit` is below 1.
     """
     if limit < 1:
         raise UserError(f"config.limit={limit}: it must be at least 1")
     pairs = [pair for pair in load_pairs(path) if pair.last]
-    if not pairs:
-        raise UserError(f"{path}: no pair is an episode's last search; collect more episodes")
-    return Random(seed).sample(pairs, min(limit, len(pairs)))
+    if not any(pair.label == "useful" for pair in pairs):
+        raise UserError(
+            f"{path}: no useful pair is an episode's last search; collect more episodes"
+        )
+    drawn = []
+    for label in LABELS:
+        those = [pair for pair in pairs if pair.label == label]
+        drawn += Random(seed).sample(those, min(limit, len(those)))
+    return drawn
 
 
 def ask(engine: SearchEngine, pairs: Sequence[Pair], label: str) -> list[tuple[str, ...]]:
@@ -127,15 +141,18 @@ def read(reader: Reader, pairs: Sequence[Pair], documents: Documents) -> list[st
     return reader([pair.question for pair in pairs], [pair.query for pair in pairs], documents)
 
 
+Found = tuple[Pair, Sequence[str], str | None]  # a search, its documents, the reader's answer
+
+
 def source_row(
-    source: str,
-    label: str,
-    pairs: Sequence[Pair],
-    documents: Documents,
-    answers: Sequence[str | None],
-    topk: int | None,
+    source: str, label: str, queries: str, found: Sequence[Found], topk: int | None
 ) -> dict[str, object]:
     """One row of the report; None where there is nothing to count.
+
+    Args:
+      label: what kind of documents was asked for.
+      queries: how the engine's documents for these searches were labelled.
+      topk: documents that each search should have; None: as many as there are.
 
     Returns:
       questions: how many.
@@ -146,25 +163,23 @@ def source_row(
       documents_15_to_60_words: share of the documents.
       word_jsd_bits, length_jsd_bits: see `divergences`; None here.
     """
-    matches = sum(
-        exact_match(answer, [pair.golden_answer])
-        for answer, pair in zip(answers, pairs, strict=True)
+    matches = sum(exact_match(answer, [pair.golden_answer]) for pair, _, answer in found)
+    held = sum(
+        any(mentions(document, pair.golden_answer) for document in documents)
+        for pair, documents, _ in found
     )
-    held = [
-        any(mentions(document, pair.golden_answer) for document in found)
-        for found, pair in zip(documents, pairs, strict=True)
-    ]
-    counts = [len(found) for found in documents]
-    lengths = [len(words(document)) for found in documents for document in found]
-    low, high = wilson_interval(matches, len(pairs))
+    counts = [len(documents) for _, documents, _ in found]
+    lengths = [len(words(document)) for _, documents, _ in found for document in documents]
+    low, high = wilson_interval(matches, len(found))
     return {
         "source": source,
         "label": label,
-        "questions": len(pairs),
-        "reader_em": share(matches, len(pairs)),
+        "queries": queries,
+        "questions": len(found),
+        "reader_em": share(matches, len(found)),
         "reader_em_low": low,
         "reader_em_high": high,
-        "gold_in_documents": share(sum(held), len(held)),
+        "gold_in_documents": share(held, len(found)),
         "exactly_topk": None if topk is None else share(counts.count(topk), len(counts)),
         "words_a_document": share(sum(lengths), len(lengths)),
         "documents_15_to_60_words": share(
@@ -175,16 +190,15 @@ def source_row(
     }
 
 
-def divergences(pairs: Sequence[Pair], documents: Documents, label: str) -> dict[str, float | None]:
-    """How far `documents` are in style from the engine's, over the pairs that have this label.
+def divergences(found: Sequence[Found]) -> dict[str, float | None]:
+    """How far the documents are in style from those that the engine found for the same searches.
 
     Returns:
       word_jsd_bits: Jensen-Shannon divergence of the distributions of words (unigrams).
       length_jsd_bits: that of the histograms of documents' lengths, in bins of 5 words.
     """
-    those = [i for i, pair in enumerate(pairs) if pair.label == label]
-    ours = [words(document) for i in those for document in documents[i]]
-    real = [words(document) for i in those for document in pairs[i].documents]
+    ours = [words(document) for _, documents, _ in found for document in documents]
+    real = [words(document) for pair, *_ in found for document in pair.documents]
     counts = [Counter(word for document in side for word in document) for side in (ours, real)]
     lengths = [Counter(len(document) // LENGTH_BIN for document in side) for side in (ours, real)]
     return {
@@ -234,10 +248,11 @@ def markdown(report: Mapping) -> str:
     ]
     parts.append(table(report["rows"]))
     parts.append(
-        "reader_em: exact match of a fixed reader that answers from the documents, with its 95% "
-        "Wilson interval. *engine*: the real engine's documents for the searches of that label. "
-        "*none*: the reader is told that nothing was found. *jsd*: Jensen-Shannon divergence from "
-        "the engine's documents for the searches of that label, of words and of lengths."
+        "label: the kind of documents that was asked for; queries: how the engine's own documents "
+        "for the same searches were labelled. reader_em: exact match of a fixed reader that "
+        "answers from the documents, with its 95% Wilson interval. *engine*: the real engine's "
+        "documents. *none*: the reader is told that nothing was found. *jsd*: Jensen-Shannon "
+        "divergence from the engine's documents for the same searches, of words and of lengths."
     )
     for name, rows in report["examples"].items():
         parts += [f"## Examples: {name}", table(rows)]
