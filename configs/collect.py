@@ -13,8 +13,9 @@ at any moment; the same command goes on. With a higher data.limit or collect.sam
 what is there; other changes of the agent or the engine want another workdir.
 
 The paper's rule calls all searches of a right episode useful, of a wrong one noisy. A judge has a
-second opinion; how far they agree is printed, and extract.label_by says whose labels count. Here
-the reader answers from the documents: useful if it is right. A language model can be asked instead:
+second opinion; how far they agree is printed, and extract.label_by says whose labels count: of an
+episode's last search the label that both give, of earlier ones the rule's. Here the judge is the
+reader, which answers from the documents. A language model can be asked instead:
   --config.judge.kind=local --config.judge.model=DIRECTORY, or
   --config.judge.kind=server --config.judge.url=http://HOST:PORT --config.judge.model=NAME
 """
@@ -47,8 +48,8 @@ def embedded() -> ConfigDict:
             ),
             # BM25 finds too well here: with good queries wrong answers would be rare, as they are
             # not on the web, and what noisy documents are for such a query could not be learned.
-            search=dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:1200:7"),
-            data=dict(source="made_up:1200:7", split="train", limit=6000),
+            search=dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:2400:7"),
+            data=dict(source="made_up:2400:7", split="train", limit=15000),
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             rollout=dict(stop_on_failure=True, concurrent_searches=0),
             collect=dict(
@@ -83,7 +84,7 @@ def embedded() -> ConfigDict:
                 ),
             ),
             extract=dict(
-                label_by="rule",  # or judge, or both: where they agree
+                label_by="both",  # or rule, or judge
                 last_only=False,
                 balance=True,
                 heldout_share=0.1,  # of the questions

@@ -89,7 +89,7 @@ def embedded() -> ConfigDict:
                     gate=dict(report="", useful_min=0.0, noisy_max=1.0),
                     devices=0,  # of each process, the simulator's alone; 0: shares the policy's
                     form="finetuned",
-                    temperature=0.8,
+                    temperature=0.4,  # the paper's 0.8 makes a tiny one miscopy the answer
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=168,
@@ -107,8 +107,8 @@ def embedded() -> ConfigDict:
                 ),
             ),
             rollout=dict(
-                questions_per_step=24,
-                group_size=5,
+                questions_per_step=40,
+                group_size=3,  # 5 in the paper; with few episodes more questions teach more
                 max_turns=3,
                 response_tokens=64,
                 observation_tokens=192,
@@ -214,6 +214,7 @@ def smollm2_135m() -> ConfigDict:
                 simulator=dict(
                     model="models/smollm2-135m",
                     form="prompted",
+                    temperature=0.8,
                     max_new_tokens=112,
                     generator=dict(
                         slots=4,
@@ -272,6 +273,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 topk=5,
                 simulator=dict(
                     model="models/SearchSimulation_14B",
+                    temperature=0.8,
                     max_new_tokens=600,
                     generator=dict(
                         slots=160,

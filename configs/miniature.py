@@ -95,15 +95,15 @@ def collect(quick: bool) -> ConfigDict:
 def simulator(quick: bool) -> ConfigDict:
     config = _load("sft_simulator")
     config.init = READER
-    steps = 10 if quick else 500
-    config.sft.update(dict(steps=steps, eval_every=steps // 5, checkpoint_every=steps // 5))
-    config.optimizer.schedule_steps = steps
+    if quick:
+        config.sft.update(dict(steps=10, eval_every=5, checkpoint_every=5))
+        config.optimizer.schedule_steps = 10
     return config
 
 
 def report(quick: bool) -> ConfigDict:
     config = _load("simulator_report")
-    config.limit = 24 if quick else 200
+    config.limit = 24 if quick else 150
     return config
 
 
@@ -117,7 +117,7 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config.checkpoint_every = 2
     config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
     if not quick:  # a simulator of ten steps passes no gate
-        config.search.simulator.gate.update(useful_min=0.4, noisy_max=0.3)
+        config.search.simulator.gate.update(useful_min=0.6, noisy_max=0.35)
     # Many questions with few episodes each: PPO's have one.
     if config.rollout.group_size > 1:
         config.rollout.group_size = 3

@@ -29,9 +29,9 @@ def get_config(preset: str = "") -> ConfigDict:
                 end_of_text=True,
             ),
             optimizer=dict(
-                learning_rate=2e-3,
+                learning_rate=1.5e-3,
                 warmup_steps=30,
-                schedule_steps=500,
+                schedule_steps=1500,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.98,
@@ -48,10 +48,10 @@ def get_config(preset: str = "") -> ConfigDict:
                 logprob_chunk=128,
             ),
             sft=dict(
-                steps=500,
-                examples_per_step=48,
-                eval_every=50,
-                checkpoint_every=100,
+                steps=1500,
+                examples_per_step=20,
+                eval_every=300,
+                checkpoint_every=150,
                 patience=3,  # evaluations without a lower loss that end it; 0: off
                 nonfinite_limit=3,
             ),

@@ -37,7 +37,7 @@ def get_config(preset: str = "") -> ConfigDict:
             seed=0,
             mesh=dict(data=1, fsdp=1, tensor=1),
             pairs="runs/collect/heldout.jsonl",
-            limit=200,  # pairs; of more, as many are drawn
+            limit=150,  # pairs of either label; of more, as many are drawn
             reader=dict(
                 model=READER,
                 generator=training.policy.generator.to_dict(),
