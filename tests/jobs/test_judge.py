@@ -10,7 +10,7 @@ import pytest
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs.judge import agreement, check_judge, make_judge, read_verdicts
-from zerosearch_jax.text.judge_prompt import judge_prompt, parse_verdict
+from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
 
 ROOT = Path(__file__).parents[2]
 SEARCHES = (

@@ -32,6 +32,30 @@ def test_too_few_devices_is_a_user_error():
         make_mesh(4, 4, 2)
 
 
+class _Chip:
+    """A chip of a slice, as TPUs show theirs: 2 × 2 chips a slice."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number: int):
+        self.id = number
+        self.slice_index, inner = divmod(number, 4)
+        self.coords, self.core_on_chip = [inner % 2, inner // 2, 0], 0
+
+
+def test_only_the_data_axis_goes_between_slices():
+    chips = [_Chip(number) for number in range(8)]
+    for sizes in ((2, 4, 1), (4, 1, 2), (2, 2, 2)):
+        mesh = make_mesh(*sizes, devices=chips)
+        assert mesh.devices.shape == sizes and mesh.axis_names == AXES
+        slices = [{chip.slice_index for chip in row.flat} for row in mesh.devices]
+        half = sizes[0] // 2
+        assert slices == [{0}] * half + [{1}] * half
+    for sizes in ((1, 8, 1), (2, 2, 1)):
+        with pytest.raises(UserError, match="2 slices of 4 chips"):
+            make_mesh(*sizes, devices=chips)
+
+
 def test_every_rule_names_a_mesh_axis():
     used = {name for entry in TRAIN_RULES.values() if entry for name in jax.tree.leaves(entry)}
     assert used == set(AXES)

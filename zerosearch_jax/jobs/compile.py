@@ -16,8 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType
+from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check
@@ -28,6 +27,7 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.jobs import build, roofline
 from zerosearch_jax.jobs.collectives import collectives
 from zerosearch_jax.jobs.improve import objective_of
+from zerosearch_jax.jobs.markdown import table
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rollout.episodes import STOP_STRINGS
@@ -119,11 +119,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     for program in programs:
         if program.name in config.programs:
             rows.append(compiled(program, sum(resident.values()), chip, len(devices)))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            print(table([cells(rows[-1])]).splitlines()[-1], flush=True)
             report["programs"] = [asdict(row) for row in rows]
             (path / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
-    (path / "compile.md").write_text(f"{heading(report)}\n\n{table(rows)}\n")
-    print(f"\n{table(rows)}\n\nwritten to {path / 'compile.md'}")
+    shown = table([cells(row) for row in rows])
+    (path / "compile.md").write_text(f"{heading(report)}\n\n{shown}\n")
+    print(f"\n{shown}\n\nwritten to {path / 'compile.md'}")
     too_large = [row for row in rows if not row.fits]
     if too_large:
         names = ", ".join(row.name for row in too_large)
@@ -160,16 +161,6 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
             f"no compiler for {topology} ({str(error).splitlines()[0]}); "
             "pip install -r requirements-tpu-aot.txt, and see that the shape exists"
         ) from error
-
-
-def mesh_over(sizes: dict[str, int], devices: list[jax.Device]) -> jax.sharding.Mesh:
-    """The mesh; each of several slices holds a part of the data axis, which alone goes between."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_lib.make_mesh(**sizes, devices=devices)
-    inner = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
-    return jax.sharding.Mesh(placed, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 class Sizes:
@@ -253,7 +244,7 @@ def learner_programs(
     config: ConfigDict, rl: ConfigDict, sizes: Sizes, devices: list[jax.Device]
 ) -> tuple[list[Program], dict[str, int]]:
     """The learner step and the reference's log-probs."""
-    mesh = mesh_over(sizes.mesh, devices)
+    mesh = mesh_lib.make_mesh(**sizes.mesh, devices=devices)
     rl.learner.remat = config.remat
     learner = build.make_learner(sizes.policy, mesh, rl.rl, rl.learner)
     length, tensor = rl.learner.row_tokens, sizes.mesh["tensor"]
@@ -314,7 +305,7 @@ def generator_programs(
         sampling=sampling,
         slots=slots_each * mesh_sizes["data"] * mesh_sizes["fsdp"],
         max_tokens=config.max_tokens,
-        mesh=mesh_over(mesh_sizes, devices),
+        mesh=mesh_lib.make_mesh(**mesh_sizes, devices=devices),
         prefill_rows=config.prefill_rows,
         prefill_tokens=prompt,
         burst_tokens=config.burst_tokens,
@@ -430,24 +421,29 @@ def heading(report: dict) -> str:
     )
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table; GiB and seconds of one chip and one call."""
-    lines = [
-        "| program | fits | arguments | temporaries | peak | + beside | of | TFLOP | GB moved | "
-        "GB sent | compute s | HBM s | links s | bound | compile s |",
-        "|---" * 15 + "|",
-    ]
-    for row in rows:
-        sent = sum(kind["wire_bytes"] for kind in row.collectives.values())
-        gib = (row.arguments, row.temporaries, row.peak, row.peak + row.beside, row.hbm)
-        lines.append(
-            f"| {row.name} | {'yes' if row.fits else 'NO'} | "
-            + " | ".join(f"{size / GIB:.2f}" for size in gib)
-            + f" | {row.flops / 1e12:.2f} | {row.hbm_bytes / 1e9:.1f} | {sent / 1e9:.2f} | "
-            f"{row.compute_secs:.3g} | {row.hbm_secs:.3g} | {row.ici_secs:.3g} | {row.bound} | "
-            f"{row.compile_secs:.0f} |"
-        )
-    return "\n".join(lines)
+def cells(row: Row) -> dict[str, object]:
+    """A row of the table: GiB of one chip, and what one call does there."""
+    sent = sum(kind["wire_bytes"] for kind in row.collectives.values())
+    gib = {
+        "arguments": row.arguments,
+        "temporaries": row.temporaries,
+        "peak": row.peak,
+        "+ beside": row.peak + row.beside,
+        "of": row.hbm,
+    }
+    return {
+        "program": row.name,
+        "fits": "yes" if row.fits else "NO",
+        **{name: f"{size / GIB:.2f}" for name, size in gib.items()},
+        "TFLOP": f"{row.flops / 1e12:.2f}",
+        "GB moved": f"{row.hbm_bytes / 1e9:.1f}",
+        "GB sent": f"{sent / 1e9:.2f}",
+        "compute s": f"{row.compute_secs:.3g}",
+        "HBM s": f"{row.hbm_secs:.3g}",
+        "links s": f"{row.ici_secs:.3g}",
+        "bound": row.bound,
+        "compile s": f"{row.compile_secs:.0f}",
+    }
 
 
 def _mesh(sizes: dict[str, int]) -> str:

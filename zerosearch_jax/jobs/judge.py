@@ -23,7 +23,7 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.remote import SearchFailed
-from zerosearch_jax.text.judge_prompt import judge_prompt, parse_verdict
+from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
 
 KINDS = ("none", "reader", "local", "server")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs.claims import MARGIN
+from zerosearch_jax.jobs.markdown import table
 
 NOT_RUN = "not run"
 CLAIMS_NOTE = (
@@ -139,19 +140,7 @@ def _with_interval(mean: float, low: float | None, high: float | None) -> str:
 
 
 def _table(rows: Sequence[Mapping]) -> str:
-    """A Markdown table; the first row's keys are its header."""
-    if not rows:
-        return NOT_RUN
-    header = list(rows[0])
-    lines = [header, ["---"] * len(header), *([row[key] for key in header] for row in rows)]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "–"
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return table(rows) if rows else NOT_RUN
 
 
 def _draw_training(axes, curves: Mapping[str, Sequence[Sequence[Mapping]]]) -> None:

@@ -15,10 +15,6 @@ from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
-# Inserted behind the documents. Left to itself a reader that does not know how its episode came to
-# this query searches on; asked for the answer at once, without a thought, it reads worse.
-READER_OPENING = "<think> The {query} is"
-
 
 @dataclass(frozen=True)
 class Reader:
@@ -66,7 +62,7 @@ class Reader:
         text = encode(self.tokenizer, prompts.format_documents(documents))
         block = prompts.information_block(decode(self.tokenizer, text[: self.observation_tokens]))
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
-        return prompt + encode(self.tokenizer, block + READER_OPENING.format(query=query))
+        return prompt + encode(self.tokenizer, block + prompts.READER_OPENING.format(query=query))
 
 
 def make_reader(config: ConfigDict, mesh_config: ConfigDict) -> Reader:

@@ -21,6 +21,7 @@ from zerosearch_jax.data.phrasing import mentions, words
 from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import build
+from zerosearch_jax.jobs.markdown import table
 from zerosearch_jax.jobs.reader import Reader, make_reader
 from zerosearch_jax.jobs.scores import wilson_interval
 from zerosearch_jax.jobs.simulator_gate import weights_sha256
@@ -257,17 +258,3 @@ def markdown(report: Mapping) -> str:
     for name, rows in report["examples"].items():
         parts += [f"## Examples: {name}", table(rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def table(rows: Sequence[Mapping]) -> str:
-    """A Markdown table of rows with the same keys; None is "–"."""
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.3f}"
-        return "–" if value is None else str(value).replace("|", "\\|")
-
-    cells = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    lines.insert(1, "|---" * len(cells[0]) + "|")
-    return "\n".join(lines)

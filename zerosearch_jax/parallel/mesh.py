@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from zerosearch_jax.errors import UserError
@@ -38,19 +39,33 @@ def make_mesh(
 ) -> Mesh:
     """A `data × fsdp × tensor` mesh over the first devices (or over those given).
 
+    Where they belong to several TPU slices each slice holds a part of the data axis, which alone
+    goes over the slow network between slices.
+
     Raises:
-      UserError: the product of the sizes is more than the devices there are.
+      UserError: the product of the sizes is more than the devices there are; or there are several
+        slices, of which `data` is no multiple or whose chips are not all used.
     """
     devices = list(jax.devices() if devices is None else devices)
     size = data * fsdp * tensor
+    asked = f"mesh data={data} × fsdp={fsdp} × tensor={tensor}"
     if size > len(devices):
         raise UserError(
-            f"mesh data={data} × fsdp={fsdp} × tensor={tensor} needs {size} devices, "
-            f"there are {len(devices)}; lower one of config.mesh's sizes"
+            f"{asked} needs {size} devices, there are {len(devices)}; lower one of config.mesh's "
+            "sizes"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size]
-    )
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices[:size])
+    if data % slices or size != len(devices):
+        raise UserError(
+            f"{asked}: there are {slices} slices of {len(devices) // slices} chips; data must be "
+            "a multiple of the slices, and all chips be used"
+        )
+    inner = (data // slices, fsdp, tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def local_meshes(mesh: Mesh, simulator_devices: int = 0) -> tuple[Mesh, Mesh]:

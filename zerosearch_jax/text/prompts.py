@@ -1,4 +1,4 @@
-"""Every string that is put before a model: prompts, observations, the simulator's request.
+"""Every string that is put before a model: prompts, observations, requests to simulator and judge.
 
 The wording is interface: released policies and simulators were trained on it, so it is changed
 only with the checkpoints. Documents come from outside (a model, the web) and are made harmless
@@ -45,6 +45,26 @@ _REFINE = (
     "{documents}\n"
     "\n"
     "Helpful information:"
+)
+
+READER_OPENING = "<think> The {query} is"
+"""Inserted behind the documents that a fixed reader answers from.
+
+Left to itself a reader that does not know how its episode came to this query searches on; asked for
+the answer at once, without a thought, it reads worse.
+"""
+
+_JUDGE = (
+    "You judge the results of a search engine. Below are a question, its correct answer and the "
+    "documents that a search returned.\n"
+    "\n"
+    "Question: {question}\n"
+    "Correct answer: {answer}\n"
+    "\n"
+    "{documents}\n"
+    "\n"
+    "Do these documents, taken together, support the correct answer to the question? Reply with "
+    "one word: yes or no."
 )
 
 # Not f-strings: the blank line and the line breaks are part of the interface.
@@ -99,9 +119,11 @@ _EXAMPLE_DOCUMENTS = {
     ),
 }
 
+_MOST_ALIASES = 5  # that a judge is told
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 _TAG = re.compile(r"<\s*(/?)\s*(think|search|information|answer)\s*>", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
 
 
@@ -127,6 +149,25 @@ def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
         query=_one_line(query),
         documents=format_documents(documents),
     )
+
+
+def judge_prompt(question: str, golden_answers: Sequence[str], documents: Sequence[str]) -> str:
+    """The judge's user turn. Of many gold answers it is told the first five."""
+    fields = {
+        "question": _one_line(question),
+        "answer": " or ".join(golden_answers[:_MOST_ALIASES]),
+        "documents": format_documents(documents),
+    }
+    return _JUDGE.format_map(fields)
+
+
+def parse_verdict(text: str) -> bool | None:
+    """Whether the judge said yes; None when its answer begins with neither yes nor no.
+
+    What a reasoning model thinks first, up to `</think>`, is not its answer.
+    """
+    match = _VERDICT.match(text.rpartition("</think>")[2])
+    return None if match is None else match.group(1).lower() == "yes"
 
 
 def neutralise_tags(text: str) -> str:
