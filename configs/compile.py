@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
             programs=(
                 "learner step",
                 "reference log-probs",
+                "policy weights",
                 "policy prefill",
                 "policy decode",
                 "simulator prefill",

@@ -211,7 +211,7 @@ def test_the_job_on_pretended_devices(monkeypatch, tmp_path, capsys):
     config = _shrunk(monkeypatch)
     monkeypatch.setattr(job, "topology_devices", lambda *_: jax.devices())
     config.mesh.tensor = config.simulator_mesh.tensor = 2
-    config.programs = ("learner step", "reference log-probs", "policy decode")
+    config.programs = ("learner step", "reference log-probs", "policy decode", "policy weights")
     job.run(config, str(tmp_path))
     report = json.loads((tmp_path / "compile.json").read_text())
     rows = {row["name"]: row for row in report["programs"]}
@@ -229,6 +229,12 @@ def test_the_job_on_pretended_devices(monkeypatch, tmp_path, capsys):
     # Each replica decodes alone: all it sends is what the tensor axis asks for.
     reduced = rows["policy decode"]["collectives"]["all-reduce"]
     assert reduced["times"] >= 2 * 2 * 8  # twice a layer for each token of the burst
+    # New weights are gathered over fsdp, each once: read is the float32 quarter, written the whole.
+    weights = rows["policy weights"]
+    assert weights["outputs"] == pytest.approx(report["resident"]["policy weights"], rel=1e-3)
+    assert weights["arguments"] == pytest.approx(report["resident"]["reference"], rel=1e-3)
+    gathered = weights["collectives"]["all-gather"]["wire_bytes"]
+    assert 0.9 < gathered / (0.75 * weights["outputs"]) < 1.1
     assert "| learner step | yes |" in (tmp_path / "compile.md").read_text()
     assert "fsdp=4" in capsys.readouterr().out
 
@@ -254,5 +260,5 @@ def test_the_job_on_a_real_topology(monkeypatch, tmp_path):
     config.topology = "v5e:2x4"
     job.run(config, str(tmp_path))
     rows = json.loads((tmp_path / "compile.json").read_text())["programs"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert all(row["fits"] and row["temporaries"] > 0 for row in rows)

@@ -472,11 +472,13 @@ class AbstractGenerator:
 
     Attributes:
       params, cache: shapes and shardings of what it holds.
+      load: makes them of training parameters on a mesh of the same devices (`Generator.load`).
       prefill: of the most tokens at once, behind a full window; decode: of all slots.
     """
 
     params: nnx.State
     cache: Any
+    load: Callable[[nnx.State], jax.stages.Lowered]
     prefill: Callable[[], jax.stages.Lowered]
     decode: Callable[[], jax.stages.Lowered]
 
@@ -501,7 +503,7 @@ def abstract_generator(
       prefill_tokens: the longest of its `prefill_buckets`.
     """
     graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
-    _, shapes, shardings = _layout(config, mesh, dtype=dtype, int8_weights=int8_weights)
+    convert, shapes, shardings = _layout(config, mesh, dtype=dtype, int8_weights=int8_weights)
     fresh = partial(empty_cache, config, slots, max_tokens, dtype)
     whole, by_row = mesh_lib.replicated(mesh), mesh_lib.sharding_of_rows(mesh)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -534,7 +536,8 @@ def abstract_generator(
             sampling=sampling, burst=min(burst_tokens, max_tokens), everything=True, **options,
         )  # fmt: skip
 
-    return AbstractGenerator(params, cache, prefill, decode)
+    load = jax.jit(convert, out_shardings=shardings).lower
+    return AbstractGenerator(params, cache, load, prefill, decode)
 
 
 ROWS = PartitionSpec(mesh_lib.ROWS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -223,17 +224,17 @@ def programs_of(
     config: ConfigDict, rl: ConfigDict, sizes: Sizes, devices: list[jax.Device]
 ) -> tuple[list[Program], dict[str, int]]:
     """The programs of one training step, and bytes a chip of what stays in memory, by name."""
-    programs, resident = learner_programs(config, rl, sizes, devices)
+    programs, resident, trained = learner_programs(config, rl, sizes, devices)
     simulator = rl.search.simulator
     stops = (f"Doc {rl.search.topk + 1}",)
-    for name, model, mesh, generator, sampling, strings in (
+    for name, model, mesh, generator, sampling, strings, loaded in (
         ("policy", sizes.policy, sizes.mesh, rl.policy.generator,
-         Sampling(rl.rollout.temperature), STOP_STRINGS),
+         Sampling(rl.rollout.temperature), STOP_STRINGS, trained),
         ("simulator", sizes.simulator, sizes.simulator_mesh, simulator.generator,
-         Sampling(simulator.temperature, simulator.top_k, simulator.top_p), stops),
+         Sampling(simulator.temperature, simulator.top_k, simulator.top_p), stops, None),
     ):  # fmt: skip
         added, held = generator_programs(
-            name, model, mesh, generator, sampling, strings, config.slots_each, devices
+            name, model, mesh, generator, sampling, strings, config.slots_each, devices, loaded
         )
         programs += added
         resident |= held
@@ -242,8 +243,8 @@ def programs_of(
 
 def learner_programs(
     config: ConfigDict, rl: ConfigDict, sizes: Sizes, devices: list[jax.Device]
-) -> tuple[list[Program], dict[str, int]]:
-    """The learner step and the reference's log-probs."""
+) -> tuple[list[Program], dict[str, int], nnx.State]:
+    """The learner step and the reference's log-probs; the policy's parameters, as shapes."""
     mesh = mesh_lib.make_mesh(**sizes.mesh, devices=devices)
     rl.learner.remat = config.remat
     learner = build.make_learner(sizes.policy, mesh, rl.rl, rl.learner)
@@ -283,7 +284,7 @@ def learner_programs(
             resident["reference"],
         ),
     ]
-    return programs, resident
+    return programs, resident, learner.abstract_reference()
 
 
 def generator_programs(
@@ -295,8 +296,9 @@ def generator_programs(
     stop_strings: tuple[str, ...],
     slots_each: int,
     devices: list[jax.Device],
+    trained: nnx.State | None,
 ) -> tuple[list[Program], dict[str, int]]:
-    """Prefill and decode of one model."""
+    """Prefill and decode of one model; of one that is `trained`, how it gets its weights."""
     tensor = mesh_sizes["tensor"]
     prompt = max(config.prefill_buckets)
     generator: AbstractGenerator = abstract_generator(
@@ -326,6 +328,13 @@ def generator_programs(
         Program(f"{name} prefill", generator.prefill, prefilled, (), held),
         Program(f"{name} decode", generator.decode, decoded, (config.burst_tokens,), held),
     ]
+    if trained is not None:
+        # Read from the learner's state; the old weights have gone.
+        held = chip_bytes(trained) + resident[f"{name} weights"]
+        moved = roofline.Work(0.0, held)
+        programs.append(
+            Program(f"{name} weights", lambda: generator.load(trained), moved, (), held)
+        )
     return programs, resident
 
 
