@@ -55,7 +55,7 @@ def embedded() -> ConfigDict:
             job="rl",
             seed=0,
             mesh=mesh,
-            checkpoint_every=10,
+            checkpoint_every=5,
             data=dict(
                 source="world",
                 eval_source="world",
@@ -122,11 +122,11 @@ def embedded() -> ConfigDict:
             # deepresearcher, r1_searcher (with its stage_one_steps).
             reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
             rl=dict(
-                steps=18,
+                steps=15,
                 # The optimizer.
                 learning_rate=5e-4,
                 warmup_steps=2,
-                schedule_steps=18,
+                schedule_steps=15,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.99,
@@ -187,7 +187,7 @@ def embedded() -> ConfigDict:
                 logprob_chunk=128,
             ),
             eval=dict(
-                every=9,
+                every=5,
                 questions=120,
                 test_questions=240,
                 search=dict(engine="bm25", topk=2, corpus="world"),
