@@ -4,7 +4,7 @@
 
 | preset | policy ← simulator | hardware | time | score |
 |---|---|---|---|---|
-| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 10 min | see README |
+| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 6 min | see README |
 | smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | 2 min | one step |
 | qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
 | qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |
@@ -122,11 +122,11 @@ def embedded() -> ConfigDict:
             # deepresearcher, r1_searcher (with its stage_one_steps).
             reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
             rl=dict(
-                steps=15,
+                steps=10,
                 # The optimizer.
                 learning_rate=5e-4,
                 warmup_steps=2,
-                schedule_steps=15,
+                schedule_steps=10,
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.99,

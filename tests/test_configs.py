@@ -329,7 +329,7 @@ def test_other_papers_figures():
         assert "huggingface.co" in web.search.web.blocked_domains
         assert not web.rollout.stop_on_failure
     assert _algorithm("search_r1").search.topk == 2
-    assert _algorithm("r1_searcher").reward.stage_one_steps == 2  # of 15
+    assert _algorithm("r1_searcher").reward.stage_one_steps == 2  # of 10
     recorded = _algorithm("deepresearcher").search
     assert (recorded.engine, recorded.web.recording) == ("recorded_web", "world")
     for preset in PRESETS:

@@ -94,8 +94,11 @@ def test_bad_habits():
     for question, segments in transcripts(TWO_HOPS, stop_early=1.0):
         if "I did not find it" not in segments[-1].text:
             assert final_answer(own(segments)) == question.hops[0].answer
-    right = [final_answer(own(s)) in q.golden_answers for q, s in transcripts(misread=1.0)]
-    assert not any(right)
+    for question, segments in transcripts(misread=1.0):
+        wrong = final_answer(own(segments))
+        assert wrong not in question.golden_answers
+        if "I did not find it" not in segments[-1].text:  # it says what it read
+            assert f" is {wrong}. </think>" in segments[-1].text
 
 
 def test_a_transcript_is_its_seeds_alone():

@@ -113,7 +113,8 @@ class ScriptedAgent:
         if not found:
             return _own("I did not find it.", "answer", self._wrong(hop, rng))
         if rng.random() < self.habits.misread:
-            return _own(f"The {hop.query} is here.", "answer", self._wrong(hop, rng))
+            wrong = self._wrong(hop, rng)
+            return _own(f"The {hop.query} is {wrong}.", "answer", wrong)
         return _own(f"The {hop.query} is {hop.answer}.", "answer", hop.answer)
 
     def _wrong(self, hop: Hop, rng: Random) -> str:
