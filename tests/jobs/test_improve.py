@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,13 +38,13 @@ class Scores(Updates):
     """Also scores tokens: by their ids, and differently for each model."""
 
     def policy_logprobs(self, state, batch, temperature):
-        return -(state + batch.targets / 1000.0) / temperature
+        return jnp.asarray(-(state + batch.targets / 1000.0) / temperature)
 
     def logprobs(self, params, batch, temperature):
-        return -(params + batch.targets / 1000.0) / temperature
+        return jnp.asarray(-(params + batch.targets / 1000.0) / temperature)
 
     def values(self, state, batch):
-        return state + batch.targets / 500.0
+        return jnp.asarray(state + batch.targets / 500.0)
 
 
 @pytest.fixture
