@@ -56,15 +56,19 @@ def make_mesh(
         )
     types = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A torus axis may be split between mesh axes: 8 chips of a 4 × 4 slice have to be two of its
+    # rows.
+    split = dict(allow_split_physical_axes=True)
     if slices == 1:
-        return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices[:size])
+        placed = mesh_utils.create_device_mesh((data, fsdp, tensor), devices[:size], **split)
+        return Mesh(placed, AXES, axis_types=types)
     if data % slices or size != len(devices):
         raise UserError(
             f"{asked}: there are {slices} slices of {len(devices) // slices} chips; data must be "
             "a multiple of the slices, and all chips be used"
         )
     inner = (data // slices, fsdp, tensor)
-    placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+    placed = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
     return Mesh(placed, AXES, axis_types=types)
 
 
