@@ -48,6 +48,7 @@ def config(rl_config, tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_each_config_is_run_once_with_one_budget(config, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "runs"
     algorithms.run(config, str(workdir))

@@ -69,6 +69,7 @@ def play(markov_model):
     return run
 
 
+@pytest.mark.slow
 def test_every_variant_plays_the_same_episodes(play):
     ours, prefilled = play(Features())
     assert sum(len(t.searches) for t in ours) >= 4
