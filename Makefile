@@ -2,7 +2,7 @@
 # make test         lint, format check and the fast tests (what CI runs)
 # make test-slow    the tests marked slow
 # make algorithms   every algorithm on the embedded world, one budget: a table (an hour or two)
-# make miniature    the paper's claims on the embedded world: every stage, 3 seeds (90 minutes)
+# make miniature    the paper's claims on the embedded world: every stage, 3 seeds (some two hours)
 # make wikipedia    ten thousand Wikipedia summaries and questions on them, in data/wikipedia
 # make tensorboard  curves of everything under runs/
 # make smollm2      SmolLM2-135M-Instruct as a Hugging Face directory in models/

@@ -4,7 +4,7 @@
 
 | preset | policy ← simulator | hardware | time | score |
 |---|---|---|---|---|
-| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 6 min | see README |
+| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 7 min | see README |
 | smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | 2 min | one step |
 | qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
 | qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |

@@ -94,7 +94,6 @@ def collect(quick: bool) -> ConfigDict:
 
 def simulator(quick: bool) -> ConfigDict:
     config = _load("sft_simulator")
-    config.init = READER
     if quick:
         config.sft.update(dict(steps=10, eval_every=5, checkpoint_every=5))
         config.optimizer.schedule_steps = 10
@@ -103,7 +102,8 @@ def simulator(quick: bool) -> ConfigDict:
 
 def report(quick: bool) -> ConfigDict:
     config = _load("simulator_report")
-    config.limit = 24 if quick else 150
+    if quick:
+        config.limit = 24
     return config
 
 
@@ -116,12 +116,10 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config.rl.update(dict(steps=steps, schedule_steps=steps))
     config.checkpoint_every = 2
     config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
-    if not quick:  # a simulator of ten steps passes no gate
+    if quick:
+        config.rollout.questions_per_step = 24 // config.rollout.group_size
+    else:  # a simulator of ten steps passes no gate
         config.search.simulator.gate.update(useful_min=0.6, noisy_max=0.35)
-    # Many questions with few episodes each: PPO's have one.
-    if config.rollout.group_size > 1:
-        config.rollout.group_size = 3
-    config.rollout.questions_per_step = (24 if quick else 120) // config.rollout.group_size
     return config
 
 

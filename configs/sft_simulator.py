@@ -5,7 +5,8 @@
 It learns to write the documents of a search engine, useful or noisy as it is asked. The tiny one
 starts from the tiny reader, which can copy and knows the language, as the paper's simulators start
 from a general model. Its pairs are of a made-up world, of which nothing can be recited: copying
-the answer from the prompt is what pays.
+the answer from the prompt is what pays. `runs/sft_simulator/model` is committed as
+`zerosearch_jax/assets/simulator`.
 
 Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
 """

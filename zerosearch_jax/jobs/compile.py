@@ -260,11 +260,12 @@ def learner_programs(
 
     each = dict(rows=config.rows_each, length=length, tensor=tensor)
     chunks = -(-length // rl.learner.logprob_chunk)
+    reference = learner.abstract_reference()
     resident = {
         "learner state": chip_bytes(learner.abstract_state()),
-        "reference": chip_bytes(learner.abstract_reference()),
+        "reference": chip_bytes(reference),
     }
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(learner.abstract_reference()))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(reference))
     trained = roofline.trained(sizes.policy, **each, remat=config.remat)
     scored = roofline.scored(sizes.policy, **each)
     updated = roofline.updated(parameters / (sizes.mesh["fsdp"] * tensor))
@@ -284,7 +285,7 @@ def learner_programs(
             resident["reference"],
         ),
     ]
-    return programs, resident, learner.abstract_reference()
+    return programs, resident, reference
 
 
 def generator_programs(
