@@ -157,17 +157,18 @@ def run(config: ConfigDict, workdir: str) -> None:
                 recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
             collapse = watch.update(figures)
             stopping = guard.exhausted or (config.watch.stop and watch.alarm())
-            if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
-                with phases.phase("checkpoint"):
-                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": guard.in_a_row}
-                    checkpoints.save(done, state, kept)
             figures |= phases.take() | collapse
             figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
             figures["tokens_per_sec"] = (
                 sum(t.policy_tokens for t in played.trajectories) / figures["seconds/step"]
             )
+            # Before the checkpoint: a run that is killed in between writes its row again.
             recorder.scalars(done, figures)
             progress.update(done, figures)
+            if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                with phases.phase("checkpoint"):
+                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": guard.in_a_row}
+                    checkpoints.save(done, state, kept)
             if watch.alarm():
                 print(f"\nstep {done}: {watch.alarm()}", flush=True)
             if guard.exhausted:

@@ -82,7 +82,7 @@ SPEED_METRICS: dict[str, str] = {
     "seconds/search": "seconds spent waiting for the search engine",
     "seconds/learner": "seconds of the learner's update, first compilation included",
     "seconds/eval": "seconds of evaluation",
-    "seconds/checkpoint": "seconds of saving the checkpoint",
+    "seconds/checkpoint": "seconds of saving the checkpoint of the step before",
     "seconds/step": "seconds of the whole step",
 }
 
