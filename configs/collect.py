@@ -5,7 +5,7 @@
 | preset | agent → engine | hardware | reads |
 |---|---|---|---|
 | (none) | tiny reader → BM25 with noise, a made-up world | 2 CPU cores | package data |
-| smollm2-135m-wikipedia | warm-started SmolLM2-135M → BM25 | 2 CPU cores | data/wikipedia |
+| smollm2-135m-wikipedia | warm SmolLM2-135M → BM25 with noise | 2 CPU cores | data/wikipedia |
 
 Three stages: episodes are collected, each search is labelled useful or noisy, pairs are extracted.
 The workdir gets episodes.jsonl, labels.jsonl, pairs.jsonl, heldout.jsonl and summary.json. Stop it
@@ -97,23 +97,29 @@ def smollm2_135m_wikipedia() -> ConfigDict:
     """A real model with its chat template searches real passages: one search an episode."""
     config = embedded()
     generator = dict(
-        slots=8,
+        slots=20,
         max_tokens=768,
         prefill_rows=4,
         prefill_buckets=(192, 384),
         decode_rows=(),
         window_tokens=768,
     )
+    agent = "runs/sft_smollm2/model"
     config.update(
         dict(
-            policy=dict(model="runs/sft_smollm2/model", generator=generator),
-            judge=dict(kind="none"),
-            extract=dict(label_by="rule"),
-            search=dict(engine="bm25", topk=3, corpus="data/wikipedia/passages.jsonl"),
-            data=dict(source="data/wikipedia/questions.jsonl", limit=300),
+            policy=dict(model=agent, generator=generator),
+            search=dict(noise=0.4, topk=3, corpus="data/wikipedia/passages.jsonl"),
+            data=dict(source="data/wikipedia/questions.jsonl", limit=240),
             # 192 of the prompt, two turns and one observation are 768.
             limits=dict(max_turns=1, response_tokens=96, observation_tokens=384),
             collect=dict(batch_questions=20),
+            judge=dict(
+                model=agent,
+                observation_tokens=384,
+                batch=40,
+                generator=generator | dict(prefill_buckets=(640,)),
+            ),
+            extract=dict(heldout_share=0.25),
         )
     )
     return config

@@ -8,13 +8,21 @@ from a general model. Its pairs are of a made-up world, of which nothing can be 
 the answer from the prompt is what pays. `runs/sft_simulator/model` is committed as
 `zerosearch_jax/assets/simulator`.
 
+SmolLM2-135M on Wikipedia, an epoch over the pairs of configs/collect.py:smollm2-135m-wikipedia:
+
+  make run CONFIG=configs/sft_simulator.py:smollm2-135m-wikipedia \
+      ARGS=--workdir=runs/wikipedia/simulator
+
 Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
 """
 
 from ml_collections import ConfigDict
 
+from zerosearch_jax.errors import UserError
 
-def get_config(preset: str = "") -> ConfigDict:
+
+def embedded() -> ConfigDict:
+    """The default: every value there is, small enough for two CPU cores."""
     return ConfigDict(
         dict(
             job="sft",
@@ -58,3 +66,36 @@ def get_config(preset: str = "") -> ConfigDict:
             ),
         )
     ).lock()
+
+
+def smollm2_135m_wikipedia() -> ConfigDict:
+    """A real model and real passages: three of them are 230 to 390 of an example's tokens."""
+    config = embedded()
+    steps = 16
+    config.update(
+        dict(
+            init="models/smollm2-135m",
+            data=dict(
+                examples="runs/wikipedia/collect/pairs.jsonl",
+                validation="runs/wikipedia/collect/heldout.jsonl",
+                topk=3,
+            ),
+            optimizer=dict(learning_rate=2e-4, warmup_steps=2, schedule_steps=steps),
+            learner=dict(rows=1, remat="full"),
+            sft=dict(steps=steps, examples_per_step=8, eval_every=steps, checkpoint_every=steps),
+        )
+    )
+    return config
+
+
+PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The config of one of `PRESETS`; UserError names them for any other."""
+    if preset not in PRESETS:
+        raise UserError(
+            f"configs/sft_simulator.py has no preset {preset!r}; "
+            f"the presets are {', '.join(filter(None, PRESETS))}"
+        )
+    return PRESETS[preset]()

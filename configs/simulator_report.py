@@ -7,7 +7,10 @@ It reads the held-out pairs of configs/collect.py and writes report.md and repor
 `--config.search.simulator.gate.report=runs/simulator_report/report.json` and the gate's
 `useful_min` and `noisy_max`, training refuses a simulator that does not reach them.
 Beside the fine-tuned simulator stands what it was made from, asked with the prompt for untuned
-models.
+models. SmolLM2-135M on Wikipedia (the reader is the agent that collected):
+
+  make run CONFIG=configs/simulator_report.py:smollm2-135m-wikipedia \
+      ARGS=--workdir=runs/wikipedia/report
 """
 
 from pathlib import Path
@@ -15,11 +18,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check
+from zerosearch_jax.errors import UserError
 
 READER = "zerosearch_jax/assets/reader"
 
 
-def get_config(preset: str = "") -> ConfigDict:
+def embedded() -> ConfigDict:
+    """The default: every value there is, small enough for two CPU cores."""
     training = config_check.load(str(Path(__file__).with_name("grpo.py")))
     finetuned = training.search.to_dict()
     prompted = training.search.copy_and_resolve_references()
@@ -47,3 +52,53 @@ def get_config(preset: str = "") -> ConfigDict:
             simulators=dict(finetuned=finetuned, prompted=prompted.to_dict()),
         )
     ).lock()
+
+
+def smollm2_135m_wikipedia() -> ConfigDict:
+    """Three documents a search, of up to 400 tokens together."""
+    config = embedded()
+
+    def generator(prompt_tokens: int, new_tokens: int) -> dict:
+        size = prompt_tokens + new_tokens
+        return dict(
+            slots=32,
+            max_tokens=size,
+            window_tokens=size,
+            prefill_rows=4,
+            prefill_buckets=(prompt_tokens,),
+            decode_rows=(),
+        )
+
+    def simulated(model: str, prompt_tokens: int) -> dict:
+        written = dict(max_new_tokens=400, generator=generator(prompt_tokens, 400))
+        return dict(topk=3, simulator=dict(model=model, **written))
+
+    config.update(
+        dict(
+            pairs="runs/wikipedia/collect/heldout.jsonl",
+            limit=16,
+            reader=dict(
+                model="runs/sft_smollm2/model",
+                observation_tokens=384,
+                generator=generator(640, 64),
+            ),
+            simulators=dict(
+                finetuned=simulated("runs/wikipedia/simulator/model", 192),
+                prompted=simulated("models/smollm2-135m", 448),
+            ),
+        )
+    )
+    return config
+
+
+PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """The config of one of `PRESETS`; UserError names them for any other."""
+    if preset not in PRESETS:
+        raise UserError(
+            f"configs/simulator_report.py has no preset {preset!r}; "
+            f"the presets are {', '.join(filter(None, PRESETS))}"
+        )
+    return PRESETS[preset]()

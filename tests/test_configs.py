@@ -340,3 +340,35 @@ def test_other_papers_figures():
 def test_a_misspelt_preset_of_the_evaluation_is_answered_with_the_right_one():
     with pytest.raises(UserError, match="no preset 'simulatd'; the preset is simulated"):
         config_check.load("configs/eval.py:simulatd")
+
+
+WIKIPEDIA = "smollm2-135m-wikipedia"
+STAGES = ("collect", "sft_simulator", "simulator_report")
+
+
+def test_the_stages_on_wikipedia_read_what_earlier_ones_wrote():
+    collect, sft, report = (config_check.load(f"configs/{name}.py:{WIKIPEDIA}") for name in STAGES)
+    text = Path("docs/pipeline.md").read_text()
+    for name, stage in zip(STAGES, ("collect", "simulator", "report"), strict=True):
+        assert f"configs/{name}.py:{WIKIPEDIA} ARGS=--workdir=runs/wikipedia/{stage}\n" in text
+    assert collect.search.corpus == "data/wikipedia/passages.jsonl"
+    assert collect.policy.model == collect.judge.model == report.reader.model
+    assert collect.policy.model == _load("smollm2-135m").policy.model
+    assert sft.data.examples == "runs/wikipedia/collect/pairs.jsonl"
+    assert sft.data.validation == report.pairs == "runs/wikipedia/collect/heldout.jsonl"
+    assert report.simulators.finetuned.simulator.model == "runs/wikipedia/simulator/model"
+    assert report.simulators.prompted.simulator.model == sft.init
+    for reader in (collect.judge, report.reader):  # a start of 200 tokens with the query's echo
+        fits = 200 + reader.observation_tokens + reader.response_tokens
+        assert fits <= reader.generator.max_tokens
+    for simulator in (one.simulator for one in report.simulators.values()):
+        room = simulator.generator.max_tokens - simulator.max_new_tokens
+        assert room == simulator.generator.prefill_buckets[-1]
+    topk = [config.topk for config in (collect.search, sft.data, *report.simulators.values())]
+    assert topk == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_misspelt_preset_of_a_stage_is_answered_with_the_right_one(name):
+    with pytest.raises(UserError, match=f"no preset 'wikipedia'; the presets are {WIKIPEDIA}"):
+        config_check.load(f"configs/{name}.py:wikipedia")
