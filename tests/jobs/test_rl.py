@@ -88,8 +88,9 @@ def test_every_step_writes_every_metric_of_the_glossary(finished):
     with_options = {"loss/llds", "importance_capped"}
     wanted = METRICS.keys() - SFT_METRICS.keys() - CRITIC_METRICS.keys() - with_options | {"step"}
     for row in rows:
-        assert row.keys() | {"correct_loglik"} == wanted
+        assert row.keys() | {"correct_loglik", "seconds/checkpoint"} == wanted
         assert ("correct_loglik" in row) == (row["em"] > 0)
+        assert ("seconds/checkpoint" in row) == (row["step"] > 1)  # of the step before
         assert all(np.isfinite(value) for value in row.values())
         assert row["searches_per_episode"] > 0 and row["grad_norm"] > 0
         assert row["sampler_logprob_diff_max"] < 1e-3
@@ -303,7 +304,9 @@ def run_of(rl_config, tmp_path_factory, compiled_once):
 def test_every_algorithm_writes_its_figures_and_compiles_in_the_first_step_alone(run_of, name):
     workdir, counts = run_of(name)
     assert len(counts) == 2 and counts[1] == counts[0] > 0
-    others = SFT_METRICS.keys() | {"correct_loglik"}  # the latter where an episode is correct
+    # Where an episode is correct; of the step before.
+    at_times = {"correct_loglik", "seconds/checkpoint"}
+    others = SFT_METRICS.keys() | at_times
     if name not in ("ppo", "ppo_shared", "everything"):
         others |= CRITIC_METRICS.keys()
     if name != "everything":
@@ -314,7 +317,7 @@ def test_every_algorithm_writes_its_figures_and_compiles_in_the_first_step_alone
     rows = _rows(workdir)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
-        assert row.keys() - {"correct_loglik"} == wanted
+        assert row.keys() - at_times == wanted
         assert all(np.isfinite(value) for value in row.values())
         assert row["skipped_updates"] == 0 and row["grad_norm"] > 0
         assert row["sampler_logprob_diff_max"] < 1e-3  # before the step's first update

@@ -8,7 +8,7 @@ and the trained policy are judged on held-out questions with a real engine.
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.curriculum import draw_noisy, noise_probability
+from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.telemetry.collapse import CollapseWatch, earlier_rows
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
@@ -57,10 +58,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     mesh = make_mesh(**config.mesh)
     policy_mesh, _ = local_meshes(mesh, config.search.simulator.devices)
     policy = build.load_model(config.policy.model, mesh, "float32")
-    sampling = Sampling(config.rollout.temperature)
-    limits = Limits(
-        config.rollout.max_turns, config.rollout.response_tokens, config.rollout.observation_tokens
-    )
     epochs = Epochs(
         load_qa(config.data.source, config.data.train_split, config.data.train_limit),
         config.rollout.questions_per_step,
@@ -100,10 +97,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
         watch.update(row)
     improve = Improver(learner, policy.params, config, guard, clock)
-    generator.warm_up([sampling, GREEDY])
+    generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
 
     phases = Phases()
-    judged = partial(evaluate_policy, generator, judge, policy.tokenizer, limits=limits)
+    judged = partial(
+        evaluate_policy, generator, judge, policy.tokenizer, limits=limits_of(config.rollout)
+    )
     watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
     clock.take()
     writes = jax.process_index() == 0  # of several processes only the first
@@ -115,24 +114,17 @@ def run(config: ConfigDict, workdir: str) -> None:
             p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
             with phases.phase("weights"):
                 generator.load(learner.policy(state))
-            rollouts = Rollouts(
-                generator,
-                engine,
-                policy.tokenizer,
-                limits=limits,
-                sampling=sampling,
-                noisy=lambda episode, turn, p=p_noisy, i=step: draw_noisy(
-                    config.seed, i, episode, turn, p
-                ),
-                stop_on_failure=config.rollout.stop_on_failure,
-                concurrent_searches=config.rollout.concurrent_searches,
-                searching=partial(phases.phase, "search"),
-            )
             with phases.phase("rollout"):
-                played = Played(config, step)
-                while not played.enough:
-                    episodes = part(played.next_round(epochs), config.rollout.group_size)
-                    played.add(gather(rollouts.play(episodes, jax.random.key(config.seed))))
+                played = play_step(
+                    config,
+                    step,
+                    p_noisy,
+                    epochs,
+                    generator=generator,
+                    engine=engine,
+                    policy=policy,
+                    searching=partial(phases.phase, "search"),
+                )
             trajectories, rewards = played.chosen()
             with phases.phase("learner"):
                 state, figures = improve(state, trajectories, rewards, kl_coef, step)
@@ -211,6 +203,45 @@ def check_simulator(config: ConfigDict) -> None:
             reader_em_useful_min=simulator.gate.useful_min,
             reader_em_noisy_max=simulator.gate.noisy_max,
         )
+
+
+def limits_of(rollout: ConfigDict) -> Limits:
+    """What bounds an episode, in training and at evaluation alike."""
+    return Limits(rollout.max_turns, rollout.response_tokens, rollout.observation_tokens)
+
+
+def play_step(
+    config: ConfigDict,
+    step: int,
+    p_noisy: float,
+    epochs: Epochs,
+    *,
+    generator: Generator,
+    engine: SearchEngine | None,
+    policy: build.Model,
+    searching: Callable[[], AbstractContextManager],
+) -> "Played":
+    """Plays a step's episodes; each search is noisy with probability `p_noisy`.
+
+    Every process plays its part of the questions, and all get the episodes of all. `searching` is
+    entered around every wait for the engine.
+    """
+    rollouts = Rollouts(
+        generator,
+        engine,
+        policy.tokenizer,
+        limits=limits_of(config.rollout),
+        sampling=Sampling(config.rollout.temperature),
+        noisy=lambda episode, turn: draw_noisy(config.seed, step, episode, turn, p_noisy),
+        stop_on_failure=config.rollout.stop_on_failure,
+        concurrent_searches=config.rollout.concurrent_searches,
+        searching=searching,
+    )
+    played = Played(config, step)
+    while not played.enough:
+        episodes = part(played.next_round(epochs), config.rollout.group_size)
+        played.add(gather(rollouts.play(episodes, jax.random.key(config.seed))))
+    return played
 
 
 class Played:
