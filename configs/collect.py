@@ -109,7 +109,7 @@ def smollm2_135m_wikipedia() -> ConfigDict:
         dict(
             policy=dict(model=agent, generator=generator),
             search=dict(noise=0.4, topk=3, corpus="data/wikipedia/passages.jsonl"),
-            data=dict(source="data/wikipedia/questions.jsonl", limit=240),
+            data=dict(source="data/wikipedia/questions.jsonl", limit=200),
             # 192 of the prompt, two turns and one observation are 768.
             limits=dict(max_turns=1, response_tokens=96, observation_tokens=384),
             collect=dict(batch_questions=20),
