@@ -87,7 +87,7 @@ def embedded() -> ConfigDict:
                 label_by="both",  # or rule, or judge
                 last_only=False,
                 balance=True,
-                heldout_share=0.1,  # of the questions
+                heldout_share=0.1,  # of the gold answers
             ),
         )
     ).lock()

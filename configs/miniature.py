@@ -17,10 +17,9 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.curriculum import noise_probability
 
 READER = "zerosearch_jax/assets/reader"
-# Of the same mean as the rising schedule: 0.5 * (3 / ln 4 - 1) / 3.
-CONSTANT = 0.194
 ARMS = {
     "zerosearch": ("grpo", {}),
     "real_engine": ("grpo", {"search.engine": "bm25"}),
@@ -35,7 +34,7 @@ ARMS = {
             "search.simulator.generator.prefill_buckets": (640,),
         },
     ),
-    "constant_noise": ("grpo", {"curriculum.start": CONSTANT, "curriculum.end": CONSTANT}),
+    "constant_noise": ("grpo", {}),  # the mean of the rising schedule: see `trained`
     "reversed_noise": (
         "grpo",
         {"curriculum.start": 0.5, "curriculum.end": 0.0, "curriculum.base": 0.25},
@@ -114,6 +113,9 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config.update_from_flattened_dict(changes)
     steps = 2 if quick else 6
     config.rl.update(dict(steps=steps, schedule_steps=steps))
+    if arm == "constant_noise":
+        rising = [noise_probability(i, steps - 1, **config.curriculum) for i in range(steps)]
+        config.curriculum.update(dict.fromkeys(("start", "end"), sum(rising) / steps))
     config.checkpoint_every = 2
     config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
     if quick:

@@ -60,12 +60,17 @@ def test_all_arms_have_one_budget():
 def test_the_noise_schedules_have_one_mean():
     from zerosearch_jax.search.curriculum import noise_probability
 
-    means = []
+    schedules = []
     for arm in ("zerosearch", "constant_noise", "reversed_noise"):
-        curriculum = config_check.load(f"{RECIPE}:{arm}").curriculum
-        steps = np.linspace(0, 1000, 1001).astype(int)
-        means.append(np.mean([noise_probability(int(i), 1000, **curriculum) for i in steps]))
-    np.testing.assert_allclose(means, means[0], atol=1e-3)
+        config = config_check.load(f"{RECIPE}:{arm}")
+        assert config.rl.steps == 6
+        schedules.append([noise_probability(i, 5, **config.curriculum) for i in range(6)])
+    rising, constant, falling = np.array(schedules)
+    # 0.5 (4^x - 1) / 3 at x = 0, 0.2, ..., 1.
+    by_hand = [0, 0.053251, 0.123517, 0.216233, 0.338572, 0.5]
+    np.testing.assert_allclose(rising, by_hand, atol=1e-6)
+    np.testing.assert_allclose(constant, np.mean(by_hand), atol=1e-6)
+    np.testing.assert_allclose(falling, by_hand[::-1], atol=1e-6)
 
 
 def _arms(group):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
-from zerosearch_jax.jobs.evaluate import print_table
+from zerosearch_jax.jobs.evaluate import text_table
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}
     judge = f"{first['split']}, judged with {first['engine']}"
-    print_table(table, f"{config.steps} steps each; {judge}")
+    print("\n" + text_table(table, f"{config.steps} steps each; {judge}"))
     path = Path(workdir) / "algorithms.json"
     path.write_text(json.dumps(summaries, indent=1) + "\n")
     print(f"written to {path}")

@@ -243,7 +243,7 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
 def label(config: ConfigDict, episodes: Records, labels: Records) -> None:
     """Labels the searches that `labels` lacks: the paper's rule, and the judge if there is one."""
     judge = config.judge
-    names = {"judge.kind": judge.kind}
+    names = collect_settings(config) | {"judge.kind": judge.kind}
     if judge.kind != "none":
         kept = ("model", "url", "response_tokens", "observation_tokens")
         names |= {f"judge.{key}": judge[key] for key in kept}
@@ -320,7 +320,8 @@ def extract(
       last_only: of each episode only the last search is taken. The rule calls every search of a
         right episode useful, also those that found nothing; this is stricter.
       balance: cut the more frequent label of each part to the size of the other, by a hash.
-      heldout_share: of the questions, chosen by a hash; all of a question's pairs go together.
+      heldout_share: of the gold answers, chosen by a hash; all pairs of one answer go together,
+        so that a question that asks the same in other words is not trained on either.
     """
     filters = {
         "searches": lambda pair, episode, search: True,
@@ -342,7 +343,7 @@ def extract(
     counts["without repetitions"] = _by_label(different.values())
     parts: dict[str, list[Pair]] = {"train": [], "held out": []}
     for pair in different.values():
-        heldout = keyed_hash(f"{seed}/heldout/{pair.question}") < heldout_share * 2**64
+        heldout = keyed_hash(f"{seed}/heldout/{pair.golden_answer}") < heldout_share * 2**64
         parts["held out" if heldout else "train"].append(pair)
     if balance:
         parts = {name: balanced(pairs, seed) for name, pairs in parts.items()}

@@ -29,17 +29,20 @@ from zerosearch_jax.search.engine import SearchEngine
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Evaluates `config.policy.model`, prints a table and writes `workdir/evaluation.json`.
+    """Evaluates `config.policy.model`; writes `workdir/evaluation.json`, then prints a table and
+    writes it to `workdir/evaluation.txt`, which is there only when all of it is.
 
-    The file is a list of rows, written anew after each one: a row's cell (see `cells`) with its
+    The former is a list of rows, written anew after each one: a row's cell (see `cells`) with its
     `summary`. A cell that has a row there is not played again, so the command can be stopped and
     given again; for a model that has changed in its place, remove the file first.
     """
     path = Path(workdir) / "evaluation.json"
+    text_path = path.with_suffix(".txt")
     wanted, rows = cells(config), read_rows(path)
     sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
     missing = [cell for cell in wanted if not _rows_of(cell, rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
+    text_path.unlink(missing_ok=True)
     for cell, trajectories in played(config, missing, sets):
         each = answer_scores(trajectories, "em")  # of the set's questions, in order
         rows.append(cell | summary(trajectories) | {"em_of_each": each})
@@ -51,8 +54,9 @@ def run(config: ConfigDict, workdir: str) -> None:
         for cell in wanted
         for row in _rows_of(cell, rows)
     }
-    print_table(table, config.policy.model)
-    print(f"written to {path}")
+    text = text_table(table, config.policy.model)
+    replace_text(text_path, text)
+    print(f"\n{text}written to {text_path} and {path}")
 
 
 def cells(config: ConfigDict) -> list[dict]:
@@ -187,18 +191,19 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
     }
 
 
-def print_table(table: dict[str, dict], title: str) -> None:
-    """Prints `summary`'s figures, one line an entry."""
+def text_table(table: dict[str, dict], title: str) -> str:
+    """`summary`'s figures below the title and the columns' names, one line an entry."""
     width = max(len(name) for name in table)
-    print(f"\n{title}")
-    print(f"{'':{width}}     EM  [95% interval]     F1  [95% interval]  searches  questions")
+    heading = f"{'':{width}}     EM  [95% interval]     F1  [95% interval]  searches  questions"
+    lines = [title, heading]
     for name, row in table.items():
         (em_low, em_high), (f1_low, f1_high) = row["em_interval"], row["f1_interval"]
-        print(
+        lines.append(
             f"{name:{width}}  {row['em']:.3f}  [{em_low:.3f}, {em_high:.3f}]"
             f"  {row['f1']:.3f}  [{f1_low:.3f}, {f1_high:.3f}]"
             f"  {row['searches_per_episode']:8.2f}  {row['questions']:9d}"
         )
+    return "\n".join(lines) + "\n"
 
 
 def _rows_of(cell: dict, rows: Sequence[dict]) -> list[dict]:

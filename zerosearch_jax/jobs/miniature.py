@@ -72,7 +72,7 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
     weights = root / "simulator/model"
     found = [
         stage("collect", "collect", "summary.json"),
-        stage("simulator", "simulator", "model/tokenizer_config.json", ["collect"], **pairs),
+        stage("simulator", "simulator", "model/tokenizer.json", ["collect"], **pairs),
         stage(
             "simulator_report",
             "simulator_report",
@@ -83,7 +83,7 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
                 "simulators.finetuned.simulator.model": weights,
             },
         ),
-        stage("sft", "sft", "model/tokenizer_config.json"),
+        stage("sft", "sft", "model/tokenizer.json"),
     ]
     simulated = {"search.simulator.model": weights}
     simulated["search.simulator.gate.report"] = root / "simulator_report/report.json"
@@ -102,14 +102,14 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
             )
     for name, model in config.start_policies.items():
         changes = {"policy.model": model}
-        found.append(stage(f"methods-{name}", "methods", "evaluation.json", **changes))
+        found.append(stage(f"methods-{name}", "methods", "evaluation.txt", **changes))
     changes = {"policy.model": root / "sft/model", "methods": "('direct',)"}
-    found.append(stage("methods-sft", "methods", "evaluation.json", ["sft"], **changes))
+    found.append(stage("methods-sft", "methods", "evaluation.txt", ["sft"], **changes))
     for arm in config.noise_arms:
         for seed in config.seeds:
             cell = f"{arm}-{seed}"
             changes = {"policy.model": root / cell / "policy"}
-            found.append(stage(f"noise-{cell}", "noise", "evaluation.json", [cell], **changes))
+            found.append(stage(f"noise-{cell}", "noise", "evaluation.txt", [cell], **changes))
     return found
 
 

@@ -20,12 +20,13 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
+from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.jobs import build, simulator_gate
 from zerosearch_jax.jobs.epochs import Epochs
-from zerosearch_jax.jobs.evaluate import evaluate_policy, print_table, summary
+from zerosearch_jax.jobs.evaluate import evaluate_policy, summary, text_table
 from zerosearch_jax.jobs.guard import NonFiniteGuard
 from zerosearch_jax.jobs.improve import Improver
 from zerosearch_jax.jobs.rl_check import check
@@ -111,7 +112,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         closing(Progress(config.rl.steps, first)) as progress,
     ):
         for step in range(first, config.rl.steps):
-            p_noisy = noise_probability(step, config.rl.steps, **config.curriculum)
+            # From p_s in the first step to p_e in the last.
+            p_noisy = noise_probability(step, max(1, config.rl.steps - 1), **config.curriculum)
             with phases.phase("weights"):
                 generator.load(learner.policy(state))
             with phases.phase("rollout"):
@@ -352,9 +354,8 @@ def conclude(
         return
     policy.tokenizer.save_pretrained(workdir / "policy")
     table = {name: summary(trajectories) for name, trajectories in played.items()}
-    print_table(
-        table, f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"
-    )
+    title = f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"
+    print(f"\n{text_table(table, title)}")
     rows = [
         {"policy": name, "id": row.id, **answer}
         for name, trajectories in played.items()
@@ -372,7 +373,7 @@ def conclude(
         "engine": engine_name,
         "split": config.data.test_split,
     }
-    (workdir / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
+    replace_text(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 
