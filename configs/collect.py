@@ -20,13 +20,17 @@ reader, which answers from the documents. A language model can be asked instead:
   --config.judge.kind=server --config.judge.url=http://HOST:PORT --config.judge.model=NAME
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 
 
 def embedded() -> ConfigDict:
     """The default: every value there is, small enough for two CPU cores."""
+    engines = config_check.load(str(Path(__file__).with_name("grpo.py"))).eval.search.to_dict()
     return ConfigDict(
         dict(
             job="collect",
@@ -46,9 +50,10 @@ def embedded() -> ConfigDict:
                     int8_weights=False,
                 ),
             ),
-            # BM25 finds too well here: with good queries wrong answers would be rare, as they are
-            # not on the web, and what noisy documents are for such a query could not be learned.
-            search=dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:1200:7"),
+            # Or bm25, retriever, web. BM25 finds too well here: with good queries wrong answers
+            # would be rare, as they are not on the web, and what noisy documents are for such a
+            # query could not be learned.
+            search=engines | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:1200:7"),
             data=dict(source="made_up:1200:7", split="train", limit=12000),
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             rollout=dict(stop_on_failure=True, concurrent_searches=0),

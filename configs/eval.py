@@ -4,6 +4,8 @@
   … --config.methods="('direct','cot','rag','search','search_o1')"    # jobs/methods.py tells them
   … --config.data.sets="('world/test','data/nq.jsonl')"               # SOURCE/SPLIT, or a file
   … --config=configs/eval.py:simulated                                # the simulator, too
+  … --config=configs/eval.py:retriever --config.engines.retriever.remote.url=http://HOST:PORT
+  … --config=configs/eval.py:web                                      # the key in the environment
 
 Episodes are greedy, so the figures do not depend on a seed (a simulator's draws do). The table is
 printed and written to `evaluation.json` in the workdir; what has a row there is not played again.
@@ -17,14 +19,21 @@ from ml_collections.config_dict import placeholder
 from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 
+PRESETS = ("", "simulated", "retriever", "web")
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    if preset not in ("", "simulated"):
-        raise UserError(f"configs/eval.py has no preset {preset!r}; the preset is simulated")
+    if preset not in PRESETS:
+        raise UserError(
+            f"configs/eval.py has no preset {preset!r}; "
+            f"the presets are {', '.join(filter(None, PRESETS))}"
+        )
+    training = config_check.load(str(Path(__file__).with_name("grpo.py")))
     engines = dict(bm25=dict(engine="bm25", topk=2, corpus="world"))
     if preset == "simulated":
-        training = config_check.load(str(Path(__file__).with_name("grpo.py")))
-        engines["simulated"] = training.search.to_dict()
+        engines[preset] = training.search.to_dict()
+    elif preset:  # in the place of BM25, which knows the embedded world
+        engines = {preset: training.eval.search.to_dict() | dict(engine=preset)}
     return ConfigDict(
         dict(
             job="evaluate",

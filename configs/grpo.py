@@ -26,8 +26,8 @@ The paper's runs: fetch what they read, then start one process a host (`--distri
   hf download sunhaonlp/SearchSimulation_14B --local-dir models/SearchSimulation_14B
   hf download sunhaonlp/ZeroSearch_dataset --repo-type dataset --local-dir data/zerosearch
 They train on data/zerosearch/train.parquet (NQ and HotpotQA questions). **Their evaluation is not
-the paper's**: the only real engine here is BM25 over the embedded world, so they are judged on the
-world's questions. That watches a run; it cannot stand beside the paper's tables.
+the paper's** unless eval.search and data.eval_source say so: by default BM25 over the embedded
+world judges them on its questions. That watches a run; it cannot stand beside the paper's tables.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +39,16 @@ from zerosearch_jax.errors import UserError
 def embedded() -> ConfigDict:
     """The default: every value there is, small enough for two CPU cores."""
     mesh = dict(data=1, fsdp=1, tensor=1)
+    web = dict(provider="serper", recording="world", blocked_domains=("huggingface.co",))
+    # Any server: of documents (retriever), of a search service, of a simulator.
+    remote = dict(
+        url="http://127.0.0.1:8000",  # of retriever
+        dialect="search_r1",  # of retriever; or zerosearch
+        timeout_secs=20.0,  # of one attempt
+        attempts=4,
+        backoff_secs=0.5,
+        workers=16,  # requests under way at once
+    )
     generator = dict(
         slots=120,
         max_tokens=640,
@@ -69,20 +79,8 @@ def embedded() -> ConfigDict:
                 engine="simulated",
                 topk=2,
                 corpus="world",  # of bm25: world, made_up:COUNT:SEED or a .jsonl file
-                web=dict(
-                    provider="serper",
-                    recording="world",
-                    blocked_domains=("huggingface.co",),
-                ),
-                # Any server: of documents (retriever), of a search service, of a simulator.
-                remote=dict(
-                    url="http://127.0.0.1:8000",  # of retriever
-                    dialect="search_r1",  # of retriever; or zerosearch
-                    timeout_secs=20.0,  # of one attempt
-                    attempts=4,
-                    backoff_secs=0.5,
-                    workers=16,  # requests under way at once
-                ),
+                web=web,
+                remote=remote,
                 simulator=dict(
                     model="zerosearch_jax/assets/simulator",
                     url="",  # of a server that speaks OpenAI's chat completions, in its place
@@ -190,7 +188,9 @@ def embedded() -> ConfigDict:
                 every=5,
                 questions=120,
                 test_questions=240,
-                search=dict(engine="bm25", topk=2, corpus="world"),
+                search=dict(
+                    engine="bm25", topk=2, corpus="world", web=dict(web), remote=dict(remote)
+                ),
             ),
         )
     ).lock()
@@ -242,7 +242,7 @@ def smollm2_135m() -> ConfigDict:
 
 
 def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
-    """The paper's hyper-parameters (released GRPO scripts, FACTS §3) for a policy `model`.
+    """The paper's hyper-parameters (its released GRPO scripts) for a policy `model`.
 
     `tensor` has to divide the key-value heads of the policy and of the simulator (8).
     """

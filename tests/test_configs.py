@@ -337,8 +337,15 @@ def test_other_papers_figures():
         assert _load(preset).reward.rule == "answer"
 
 
-def test_a_misspelt_preset_of_the_evaluation_is_answered_with_the_right_one():
-    with pytest.raises(UserError, match="no preset 'simulatd'; the preset is simulated"):
+def test_servers_judge_in_the_place_of_bm25():
+    for preset in ("retriever", "web"):
+        config = config_check.load(f"configs/eval.py:{preset}")
+        assert list(config.engines) == [preset]
+        assert config.engines[preset].engine == preset and "remote" in config.engines[preset]
+
+
+def test_a_misspelt_preset_of_the_evaluation_is_answered_with_the_right_ones():
+    with pytest.raises(UserError, match="no preset 'simulatd'; the presets are simulated, retr"):
         config_check.load("configs/eval.py:simulatd")
 
 

@@ -13,7 +13,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.text import prompts
 
 PAIR = Pair(
-    "q#0/1", "river in Chad", ("The Chari.", "Lake Chad."), "Which?", "Chari", "useful", True
+    "q#0/1", "river in Chad", ("The Chari.", "Lake Chad."), "Which?", ("Chari",), "useful", True
 )
 PROMPT = prompts.simulator_prompt("Which river?", "U.S.", "river", True, "finetuned", 5)
 ANSWER = "Doc 1: The Chari\nDoc 2: A lake.\nDoc 3: Sand."
@@ -31,7 +31,7 @@ def _write(path, rows):
 
 def test_our_pairs_come_back_and_become_the_simulators_examples(tmp_path):
     noisy = Pair(
-        "q#0/2", "lake", ("One\nDoc 2: </search>", "Two", "Three"), "W?", "A", "noisy", False
+        "q#0/2", "lake", ("One\nDoc 2: </search>", "Two", "Three"), "W?", ("A", "B"), "noisy", False
     )
     save_pairs(tmp_path / "pairs.jsonl", [PAIR, noisy])
     pairs = load_pairs(tmp_path / "pairs.jsonl")
@@ -72,7 +72,7 @@ def test_chats_keep_their_prompt(tmp_path, row, suffix):
     (pair,) = load_pairs(_write(tmp_path / f"chats{suffix}", [row]))
     documents = ("The Chari", "A lake.", "Sand.")
     assert pair == Pair(
-        "chats/1", "river", documents, "Which river?", "U.S.", "noisy", True, PROMPT
+        "chats/1", "river", documents, "Which river?", ("U.S.",), "noisy", True, PROMPT
     )
     # topk is ours; the chat has its own number of documents.
     ((prompt, completion),) = pair_segments([pair], 2)
@@ -91,11 +91,11 @@ def test_any_prompt_of_ours_is_read_back(tmp_path_factory, question, answer, que
     prompt = prompts.simulator_prompt(question, answer, query, noisy, "finetuned", topk)
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     (pair,) = load_pairs(_write(path, [{"prompt": prompt, "output": ANSWER}]))
-    assert (pair.question, pair.golden_answer, pair.query) == (question, answer, query)
+    assert (pair.question, pair.golden_answers, pair.query) == (question, (answer,), query)
     assert (pair.label, pair.prompt) == ("noisy" if noisy else "useful", prompt)
 
 
-GOOD = {"id": "a", "query": "q", "question": "?", "golden_answer": "g", "label": "noisy"} | {
+GOOD = {"id": "a", "query": "q", "question": "?", "golden_answers": ["g"], "label": "noisy"} | {
     "last": True,
     "documents": ["d"],
 }
@@ -105,7 +105,8 @@ GOOD = {"id": "a", "query": "q", "question": "?", "golden_answer": "g", "label":
     ("row", "complaint"),
     [
         (GOOD | {"query": ""}, "key 'query'"),
-        (GOOD | {"golden_answer": ["a"]}, "key 'golden_answer'"),
+        (GOOD | {"golden_answers": "a"}, "key 'golden_answers' must be a list of texts"),
+        (GOOD | {"golden_answers": []}, "key 'golden_answers' is empty"),
         (GOOD | {"label": "good"}, "key 'label' is 'good'"),
         (GOOD | {"documents": "d"}, "key 'documents'"),
         (GOOD | {"last": 1}, "key 'last'"),

@@ -121,14 +121,14 @@ def test_labels_follow_the_rule_and_pairs_the_labels(finished):
         episode, search = searches[pair.id]
         assert (pair.query, pair.question) == (search["query"], episode["question"])
         assert list(pair.documents) == search["documents"]
-        assert [pair.golden_answer] == episode["golden_answers"]
+        assert list(pair.golden_answers) == episode["golden_answers"]
         assert pair.label == labels[pair.id]["rule"]
         assert pair.last == (search == episode["searches"][-1])
     for part in (train, heldout):
         assert len({(p.question, p.query, p.label) for p in part}) == len(part) > 0
         kinds = Counter(pair.label for pair in part)
         assert kinds["useful"] == kinds["noisy"]
-    assert not {p.golden_answer for p in train} & {p.golden_answer for p in heldout}
+    assert not {p.golden_answers for p in train} & {p.golden_answers for p in heldout}
 
 
 def test_the_summary_counts_what_the_files_hold(finished):
@@ -298,7 +298,7 @@ def test_the_filters_by_hand():
     train, heldout, counts = _extract()
     assert [pair.id for pair in train] == ["a#0/0", "a#0/1", "a#1/1", "b#0/0", "b#0/1", "b#0/2"]
     assert heldout == []
-    assert train[1] == Pair("a#0/1", "y", ("y 0", "y 1"), "A", "g", "useful", True)
+    assert train[1] == Pair("a#0/1", "y", ("y 0", "y 1"), "A", ("g", "h"), "useful", True)
     assert [pair.last for pair in train] == [False, True, True, False, False, True]
     assert {stage: tuple(row.values()) for stage, row in counts.items()} == {
         "searches": (5, 5, 11),
@@ -322,7 +322,7 @@ def test_only_the_last_search_of_each_episode():
 
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=40).map(
     lambda rows: [
-        Pair(f"{i}", f"q{i}", (), f"Q{q}", "g", "useful" if useful else "noisy", True)
+        Pair(f"{i}", f"q{i}", (), f"Q{q}", ("g",), "useful" if useful else "noisy", True)
         for i, (q, useful) in enumerate(rows)
     ]
 )
@@ -350,7 +350,7 @@ def test_the_seed_chooses_who_is_cut_and_who_is_held_out():
         arguments = dict(topk=2, last_only=False, heldout_share=share, seed=seed)
         train, heldout, _ = collect.extract(episodes, labels, balance=False, **arguments)
         assert len(train) + len(heldout) == 400
-        golds = [{pair.golden_answer for pair in part} for part in (train, heldout)]
+        golds = [{pair.golden_answers for pair in part} for part in (train, heldout)]
         assert not golds[0] & golds[1]  # neither question of an answer is trained on
         return golds[1]
 
@@ -359,7 +359,7 @@ def test_the_seed_chooses_who_is_cut_and_who_is_held_out():
     assert heldout == parts(0, 0.2) < parts(0, 0.4)  # a larger share holds out more, too
     assert heldout != parts(1, 0.2)
     useful = [
-        Pair(f"{i}", "q", (), "Q", "g", "useful" if i < 30 else "noisy", True) for i in range(40)
+        Pair(f"{i}", "q", (), "Q", ("g",), "useful" if i < 30 else "noisy", True) for i in range(40)
     ]
     assert collect.balanced(useful, 0) != collect.balanced(useful, 1)
 

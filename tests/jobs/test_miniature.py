@@ -129,7 +129,22 @@ def test_a_cell_is_read_from_what_its_stages_wrote(tmp_path):
         "noise": {"0.5": [0.0, 1.0]},
         "curve": [{"step": 1, "em": 0.25}],
     }
-    assert miniature.base_cell(tmp_path, "base", "ppo")["em"] == [0.0]
+    assert miniature.base_cell(folder, "base")["em"] == [0.0]
+
+
+def test_the_report_names_what_was_overridden():
+    config = config_check.load(f"{RECIPE}:quick").unlock()
+    config.recipe = RECIPE
+    assert miniature.config_flags(config) == [f"--config={RECIPE}:quick"]
+    config.seeds = (3, 4)
+    assert miniature.config_flags(config)[1:] == ['--config.seeds="(3, 4)"']
+
+
+def test_of_some_arms_only_their_noise_is_measured(tmp_path):
+    config = config_check.load(RECIPE).unlock()
+    config.update(dict(recipe=RECIPE, arms=("constant_noise",), baselines=(), seeds=(0,)))
+    names = [stage.name for stage in miniature.stages(config, tmp_path)]
+    assert [name for name in names if name.startswith("noise-")] == ["noise-constant_noise-0"]
 
 
 def test_time_in_which_two_stages_ran_counts_once(tmp_path):

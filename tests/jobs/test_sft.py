@@ -119,7 +119,9 @@ def test_a_wrong_setting_is_refused(config, tmp_path, change, told):
 def _pairs(path: Path, answers: list[str]) -> str:
     """A file of pairs whose documents say nothing of each other's."""
     pairs = [
-        Pair(f"p{i}", f"find {i}", (f"It is {a}.", f"Not {a}."), f"Who is {i}?", a, "useful", True)
+        Pair(
+            f"p{i}", f"find {i}", (f"It is {a}.", f"Not {a}."), f"Who is {i}?", (a,), "useful", True
+        )
         for i, a in enumerate(answers)
     ]
     save_pairs(path, pairs)
@@ -216,6 +218,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(overfitting, tmp_path):
     assert again.returncode == 0, again.stderr
     assert (workdir / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert _rows(workdir) == _rows(tmp_path / "whole")
+    overfitting.data.examples = _pairs(tmp_path / "pairs.jsonl", ["Chad"] * 3 + ["Mali"])
+    with pytest.raises(UserError, match="begun with other training examples"):
+        sft.run(overfitting, str(workdir))
 
 
 def test_pairs_are_asked_for_as_the_simulated_engine_asks(overfitting, markov_model):

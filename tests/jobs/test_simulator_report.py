@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _pair(i: int, answer: str, label: str, last: bool = True, documents=("a b", "c d")) -> Pair:
-    return Pair(f"p{i}", f"query {i}", documents, f"Who is {i}?", answer, label, last)
+    return Pair(f"p{i}", f"query {i}", documents, f"Who is {i}?", (answer, f"No. {i}"), label, last)
 
 
 PAIRS = [_pair(i, "Peru" if i % 3 else "Chad", "useful" if i % 2 else "noisy") for i in range(6)]
@@ -120,7 +120,7 @@ def test_every_pair_is_asked_for_both_kinds(label):
     assert documents == [(), ("1",), ("2",), ("3",), ("4",), ("5",)]
     assert asked == [
         prompts.simulator_prompt(
-            p.question, p.golden_answer, p.query, label == "noisy", "finetuned", 2
+            p.question, p.golden_answers[0], p.query, label == "noisy", "finetuned", 2
         )
         for p in PAIRS
     ]
@@ -224,14 +224,18 @@ def test_the_report_holds_a_row_for_every_source(report):
 
 
 def _check(path, markov_model, **changes):
-    settings = dict(model=markov_model, form="finetuned")
-    settings |= dict(reader_em_useful_min=0.3, reader_em_noisy_max=0.4)
-    simulator_gate.check(path, **(settings | changes))
+    config = config_check.load(str(ROOT / "configs" / "simulator_report.py")).unlock()
+    search = config.simulators.finetuned
+    search.simulator.update(dict(model=str(markov_model), max_new_tokens=8))  # as in `report`
+    bounds = dict(reader_em_useful_min=0.3, reader_em_noisy_max=0.4)
+    bounds |= {key: value for key, value in changes.items() if key in bounds}
+    search.update_from_flattened_dict({k: v for k, v in changes.items() if k not in bounds})
+    simulator_gate.check(path, simulator_gate.asked_of(search), **bounds)
 
 
 def test_the_gate_opens_for_a_good_simulator(report, markov_model):
     _check(report, markov_model)
-    _check(report, markov_model, form="prompted")
+    _check(report, markov_model, **{"simulator.form": "prompted"})
     _check(report, markov_model, reader_em_useful_min=1 / 3, reader_em_noisy_max=1 / 3)
 
 
@@ -244,7 +248,8 @@ def test_the_gate_opens_for_a_good_simulator(report, markov_model):
             dict(reader_em_useful_min=0.5, reader_em_noisy_max=0.1),
             r"below 0\.5; the reader's EM on noisy .* fine-tune it further",
         ),
-        (dict(form="chat"), "asked in the form 'chat'; make a new report"),
+        ({"simulator.form": "chat"}, "nothing there has form='chat'; make a new report"),
+        ({"simulator.temperature": 0.9, "topk": 3}, r"there has topk=3, temperature=0\.9; make"),
     ],
 )
 def test_the_gate_says_what_fails(report, markov_model, change, told):
@@ -266,7 +271,7 @@ def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path):
     with pytest.raises(UserError, match="holds no .safetensors file"):
         _check(report, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"retrained")
-    with pytest.raises(UserError, match="is not about the weights in"):
+    with pytest.raises(UserError, match="not about this simulator: nothing there has weights="):
         _check(report, tmp_path)
 
 

@@ -16,7 +16,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.text import prompts
 
 LABELS = ("useful", "noisy")
-_TEXTS = ("id", "query", "question", "golden_answer", "label")
+_TEXTS = ("id", "query", "question", "label")
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _ALL = 1_000_000  # documents; `cut_documents` wants a limit
 
@@ -35,7 +35,8 @@ class Pair:
     Attributes:
       id: "EPISODE/TURN" of the search; FILE/ROW of a chat.
       documents: best first.
-      question: what the searching agent had to answer, with one of its gold answers.
+      question: what the searching agent had to answer.
+      golden_answers: its gold answers, the first of which the simulator is told; a chat has one.
       label: "useful" or "noisy".
       last: whether it was its episode's last search; True where that is not known.
       prompt: the prompt of a chat row as it is written there; "" for our own pairs.
@@ -45,7 +46,7 @@ class Pair:
     query: str
     documents: tuple[str, ...]
     question: str
-    golden_answer: str
+    golden_answers: tuple[str, ...]
     label: str
     last: bool
     prompt: str = ""
@@ -104,7 +105,7 @@ def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
             documents = documents[:topk]
             noisy = pair.label == "noisy"
             prompt = prompts.simulator_prompt(
-                pair.question, pair.golden_answer, pair.query, noisy, "finetuned", topk
+                pair.question, pair.golden_answers[0], pair.query, noisy, "finetuned", topk
             )
         completion = " " + prompts.format_documents(documents)
         examples.append([Segment(prompt, False), Segment(completion, True)])
@@ -160,13 +161,20 @@ def _own(where: str, row: Mapping) -> Pair:
             raise UserError(f"{where}: key {key!r} is missing or empty; it must be a text")
     if row["label"] not in LABELS:
         raise UserError(f"{where}: key 'label' is {row['label']!r}; use {' or '.join(LABELS)}")
-    documents = row["documents"]
-    if not isinstance(documents, list) or not all(isinstance(d, str) for d in documents):
-        raise UserError(f"{where}: key 'documents' must be a list of texts")
+    for key in ("documents", "golden_answers"):
+        if not isinstance(row.get(key), list) or not all(isinstance(t, str) for t in row[key]):
+            raise UserError(f"{where}: key {key!r} must be a list of texts")
+    if not row["golden_answers"]:
+        raise UserError(f"{where}: key 'golden_answers' is empty; give at least one")
     if not isinstance(row.get("last"), bool):
         raise UserError(f"{where}: key 'last' must be true or false")
     texts = {key: row[key] for key in _TEXTS}
-    return Pair(**texts, documents=tuple(documents), last=row["last"])
+    return Pair(
+        **texts,
+        documents=tuple(row["documents"]),
+        golden_answers=tuple(row["golden_answers"]),
+        last=row["last"],
+    )
 
 
 def _chat(path: Path, number: int, row: Mapping) -> Pair:
@@ -202,7 +210,7 @@ def _chat(path: Path, number: int, row: Mapping) -> Pair:
         query=match["query"],
         documents=tuple(documents),
         question=match["question"],
-        golden_answer=match["answer"],
+        golden_answers=(match["answer"],),
         label=match["label"].lower(),
         last=True,
         prompt=prompt,

@@ -113,7 +113,7 @@ class Generator:
         if max_tokens > config.max_positions:
             raise UserError(
                 f"max_tokens={max_tokens} is beyond the model's {config.max_positions} positions; "
-                "lower config.rollout's token limits"
+                "lower the generator's max_tokens"
             )
         self.config = config
         self.slots = slots
@@ -322,7 +322,7 @@ class Generator:
         if cached_tokens + new_tokens > self.max_tokens - 1:
             raise UserError(
                 f"{cached_tokens + new_tokens + 1} tokens do not fit a slot of "
-                f"{self.max_tokens}; raise config.rollout's token limits or shorten the input"
+                f"{self.max_tokens}; raise the generator's max_tokens or shorten the input"
             )
 
     def _append(self, slots: Sequence[int], rows: list[list[int]]) -> None:

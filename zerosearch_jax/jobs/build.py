@@ -39,7 +39,15 @@ from zerosearch_jax.search.web import (
 )
 from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
 
-ENGINES = ("bm25", "noisy_bm25", "simulated", "retriever", "web", "recorded_web")
+# Engine → the keys that its section of a config has to have, beside `engine` and `topk`.
+ENGINES = {
+    "bm25": ("corpus",),
+    "noisy_bm25": ("corpus", "noise"),
+    "simulated": ("simulator", "remote"),
+    "retriever": ("remote",),
+    "web": ("web", "remote"),
+    "recorded_web": ("web",),
+}
 WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}  # environment variables
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -113,8 +121,18 @@ def make_engine(
     service, and "recorded_web", what such a service once answered.
 
     Raises:
-      UserError: unknown engine, or a web service without its key in the environment.
+      UserError: unknown engine, a section of the config that lacks what the engine needs, or a
+        web service without its key in the environment.
     """
+    if config.engine not in ENGINES:
+        raise UserError(f"engine is {config.engine!r}; choose one of {', '.join(ENGINES)}")
+    lacking = [key for key in ENGINES[config.engine] if key not in config]
+    if lacking:
+        known = [name for name, keys in ENGINES.items() if all(key in config for key in keys)]
+        raise UserError(
+            f"engine={config.engine} needs {' and '.join(lacking)} beside it, which this section "
+            f"of the config file lacks; add it there or choose one of {', '.join(known)}"
+        )
     if config.engine == "bm25":
         return BM25Engine(load_passages(config.corpus), topk=config.topk)
     if config.engine == "simulated":
@@ -136,9 +154,7 @@ def make_engine(
             topk=config.topk,
             blocked_domains=tuple(config.web.blocked_domains),
         )
-    if config.engine == "web":
-        return web_engine(config)
-    raise UserError(f"engine is {config.engine!r}; choose one of {', '.join(ENGINES)}")
+    return web_engine(config)
 
 
 def web_engine(config: ConfigDict) -> WebEngine:

@@ -138,7 +138,7 @@ def judge(cells: Sequence[dict]) -> list[dict]:
     """One row for each of `CLAIMS`, over the seeds that both of its arms have.
 
     Args:
-      cells: the miniature job's `cell.json`; of them "arm", "seed", "em" and "noise" are read.
+      cells: what `miniature.cell` reads; of them "arm", "seed", "em" and "noise" are read.
 
     Returns:
       Rows with "claim", "text", "kind", "arm", "against", "noise", "seeds" (list), "means" (of arm

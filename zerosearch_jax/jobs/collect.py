@@ -23,6 +23,7 @@ from zerosearch_jax.data.records import Records, replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs import build
+from zerosearch_jax.jobs.evaluate import FIGURES_DEPEND_ON
 from zerosearch_jax.jobs.judge import agreement, check_judge, make_judge
 from zerosearch_jax.jobs.scores import episode_figures
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -215,7 +216,9 @@ def collect_settings(config: ConfigDict) -> dict[str, object]:
     return {
         "seed": config.seed,
         "policy.model": config.policy.model,
+        "policy.generator": {key: config.policy.generator[key] for key in FIGURES_DEPEND_ON},
         "search": config.search.to_dict(),
+        "rollout.stop_on_failure": config.rollout.stop_on_failure,
         "data.source": config.data.source,
         "data.split": config.data.split,
         "limits": config.limits.to_dict(),
@@ -320,7 +323,7 @@ def extract(
       last_only: of each episode only the last search is taken. The rule calls every search of a
         right episode useful, also those that found nothing; this is stricter.
       balance: cut the more frequent label of each part to the size of the other, by a hash.
-      heldout_share: of the gold answers, chosen by a hash; all pairs of one answer go together,
+      heldout_share: of the (first) gold answers, chosen by a hash; all pairs of one go together,
         so that a question that asks the same in other words is not trained on either.
     """
     filters = {
@@ -343,7 +346,7 @@ def extract(
     counts["without repetitions"] = _by_label(different.values())
     parts: dict[str, list[Pair]] = {"train": [], "held out": []}
     for pair in different.values():
-        heldout = keyed_hash(f"{seed}/heldout/{pair.golden_answer}") < heldout_share * 2**64
+        heldout = keyed_hash(f"{seed}/heldout/{pair.golden_answers[0]}") < heldout_share * 2**64
         parts["held out" if heldout else "train"].append(pair)
     if balance:
         parts = {name: balanced(pairs, seed) for name, pairs in parts.items()}
@@ -363,7 +366,7 @@ def _pair(episode: Mapping, search: Mapping, labels: Mapping[str, str | None]) -
         query=search["query"],
         documents=tuple(search["documents"]),
         question=episode["question"],
-        golden_answer=episode["golden_answers"][0],
+        golden_answers=tuple(episode["golden_answers"]),
         label=labels[id_] or "",
         last=search is episode["searches"][-1],
     )

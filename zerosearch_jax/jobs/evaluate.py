@@ -27,6 +27,8 @@ from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 
+FIGURES_DEPEND_ON = ("dtype", "int8_weights", "max_tokens")  # of a generator
+
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Evaluates `config.policy.model`; writes `workdir/evaluation.json`, then prints a table and
@@ -73,6 +75,7 @@ def cells(config: ConfigDict) -> list[dict]:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
             settings = dict(seed=config.seed, limits=config.limits.to_dict())
+            settings |= {key: config.policy.generator[key] for key in FIGURES_DEPEND_ON}
             if engine != "none":
                 settings["engine"] = config.engines[engine].to_dict()
             if method == "search_o1":
@@ -178,7 +181,8 @@ def evaluate_policy(
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]]:
-    """EM and F1 with their 95% intervals, number of questions, searches per episode."""
+    """EM and F1 with their 95% intervals, number of questions, searches per episode, and the share
+    of the searches that failed: the policy was told so, and the figures are of that."""
     matches = answer_scores(trajectories, "em")
     figures = episode_figures(trajectories)
     return {
@@ -188,6 +192,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
         "f1_interval": list(bootstrap_interval(answer_scores(trajectories, "f1"))),
         "questions": len(matches),
         "searches_per_episode": figures["searches_per_episode"],
+        "failed_search_ratio": figures["failed_search_ratio"],
     }
 
 
@@ -203,6 +208,8 @@ def text_table(table: dict[str, dict], title: str) -> str:
             f"  {row['f1']:.3f}  [{f1_low:.3f}, {f1_high:.3f}]"
             f"  {row['searches_per_episode']:8.2f}  {row['questions']:9d}"
         )
+        if row["failed_search_ratio"]:
+            lines.append(f"{'':{width}}  {row['failed_search_ratio']:.1%} of its searches failed")
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,8 @@ def check_judge(config: ConfigDict) -> None:
             f"config.judge.kind={config.kind} needs config.judge.model: "
             "a model directory, or the name that the server knows"
         )
+    if config.kind == "server" and not config.url:
+        raise UserError("config.judge.kind=server needs config.judge.url, say http://HOST:PORT")
     if config.batch < 1:
         raise UserError(f"config.judge.batch={config.batch}: it must be at least 1")
     if config.server.key_variable and config.server.key_variable not in os.environ:

@@ -105,7 +105,7 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
         found.append(stage(f"methods-{name}", "methods", "evaluation.txt", **changes))
     changes = {"policy.model": root / "sft/model", "methods": "('direct',)"}
     found.append(stage("methods-sft", "methods", "evaluation.txt", ["sft"], **changes))
-    for arm in config.noise_arms:
+    for arm in (arm for arm in config.noise_arms if arm in config.arms):
         for seed in config.seeds:
             cell = f"{arm}-{seed}"
             changes = {"policy.model": root / cell / "policy"}
@@ -200,9 +200,11 @@ def write_report(config: ConfigDict, root: Path, log: Records) -> None:
         for arm in (*config.arms, *config.baselines)
         if (root / f"{arm}-{seed}" / "summary.json").exists()
     ]
+    finished = {cell["arm"]: cell["seed"] for cell in cells}  # a seed of each
     bases = [
-        base_cell(root, name, arm)
+        base_cell(root / f"{arm}-{finished[arm]}", name)
         for name, arm in (("base", "zerosearch"), ("instruct_base", "instruct"))
+        if arm in finished
     ]
     rows = claims.judge(cells + bases)
     (root / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -220,8 +222,7 @@ def write_report(config: ConfigDict, root: Path, log: Records) -> None:
             arm: [c["curve"] for c in cells if c["arm"] == arm] for arm in config.arms
         },
         provenance=dict(
-            command=f"python -m zerosearch_jax.main --config={config.recipe}"
-            + (f":{config.prefix.rstrip('/')}" if config.prefix else ""),
+            command=f"python -m zerosearch_jax.main {' '.join(config_flags(config))}",
             commit=commit(),
             seeds=list(config.seeds),
             cores=len(os.sched_getaffinity(0)),
@@ -232,6 +233,15 @@ def write_report(config: ConfigDict, root: Path, log: Records) -> None:
     for row in rows:
         print(f"({row['claim']}) {row['text']}: {row['verdict']}")
     print(f"written to {path}")
+
+
+def config_flags(config: ConfigDict) -> list[str]:
+    """The flags that give this config: its file, and what was overridden."""
+    preset = config.prefix.rstrip("/")
+    spec = f"{config.recipe}:{preset}" if preset else config.recipe
+    given, default = config.to_dict(), config_check.load(spec).to_dict()
+    changed = [key for key in given if given[key] != default[key]]
+    return [f"--config={spec}", *(f'--config.{key}="{given[key]}"' for key in changed)]
 
 
 def busy_seconds(log: Records) -> float:
@@ -261,9 +271,8 @@ def cell(root: Path, arm: str, seed: int) -> dict:
     }
 
 
-def base_cell(root: Path, name: str, arm: str) -> dict:
-    """A start policy as a cell; `arm` started from it."""
-    folder = next(root.glob(f"{arm}-*"))
+def base_cell(folder: Path, name: str) -> dict:
+    """A start policy as a cell; the run in `folder` started from it."""
     return {"arm": name, "seed": 0, **_answers(folder, "base")}
 
 

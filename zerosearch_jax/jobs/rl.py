@@ -200,8 +200,7 @@ def check_simulator(config: ConfigDict) -> None:
     if config.search.engine == "simulated" and simulator.gate.report:
         simulator_gate.check(
             simulator.gate.report,
-            model=simulator.model,
-            form=simulator.form,
+            simulator_gate.asked_of(config.search),
             reader_em_useful_min=simulator.gate.useful_min,
             reader_em_noisy_max=simulator.gate.noisy_max,
         )

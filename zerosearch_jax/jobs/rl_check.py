@@ -48,6 +48,11 @@ def check(config: ConfigDict) -> None:
             "training without search; name an engine or set it",
         ),
         (
+            config.eval.search.engine == "simulated",
+            "eval.search.engine=simulated: what a policy learned from a simulator is judged with a "
+            "real engine; choose another",
+        ),
+        (
             simulator.devices != 0 and (config.search.engine != "simulated" or simulator.url),
             "search.simulator.devices sets devices apart for a simulator that runs here "
             "(search.engine=simulated without simulator.url); set it to 0",

@@ -5,12 +5,15 @@ checkpoint now and then; with patience the run stops when that loss does not fal
 end a Hugging Face directory that every other job can load.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
@@ -58,8 +61,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     checkpoints = Checkpoints(workdir / "checkpoints")
     first = checkpoints.latest_step() or 0
     kept = {"skipped_in_a_row": 0}
+    data = digest(train)
     if first:
         state, kept = checkpoints.restore(first, learner.abstract_state())
+        if kept["examples"] != data:
+            raise UserError(
+                f"{workdir} was begun with other training examples than config.data now gives; "
+                "give another --workdir, or remove it to begin anew"
+            )
+        print(f"resuming after step {first}")
     guard = NonFiniteGuard(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -90,7 +100,8 @@ def run(config: ConfigDict, workdir: str) -> None:
             progress.update(done, figures)
             last = done == config.sft.steps or guard.exhausted or (best and best.is_old(done))
             if done % config.sft.checkpoint_every == 0 or last:
-                checkpoints.save(done, state, {"skipped_in_a_row": guard.in_a_row})
+                kept = {"skipped_in_a_row": guard.in_a_row, "examples": data}
+                checkpoints.save(done, state, kept)
             if guard.exhausted:
                 guard.stop(step)
     if best:
@@ -103,6 +114,14 @@ def run(config: ConfigDict, workdir: str) -> None:
     save_params(workdir / "model", trained, model_config, eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(workdir / "model")
     print(f"model written to {workdir / 'model'}")
+
+
+def digest(sequences: Sequence[TokenSequence]) -> str:
+    """Tells training sets apart: a hash of all tokens and their weights, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for sequence in sequences:
+        found.update(np.array([sequence.tokens, sequence.mask], np.float64).tobytes())
+    return found.hexdigest()
 
 
 class Best:

@@ -5,16 +5,25 @@ It reads reports of `jobs/simulator_report.py` and weights, and runs no model.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
 
 
+def asked_of(search: ConfigDict) -> dict[str, object]:
+    """What a report is about: the weights and how they are asked, of a `search` section."""
+    simulator = search.simulator
+    how = {k: simulator[k] for k in ("form", "temperature", "top_k", "top_p", "max_new_tokens")}
+    return {"weights": weights_sha256(simulator.model), "topk": search.topk, **how}
+
+
 def check(
     report_path: str | Path,
+    asked: Mapping[str, object],
     *,
-    model: str | Path,
-    form: str,
     reader_em_useful_min: float,
     reader_em_noisy_max: float,
 ) -> None:
@@ -24,12 +33,13 @@ def check(
 
     Args:
       report_path: `report.json` of the report job.
-      model, form: the simulator that is about to be used.
+      asked: `asked_of` the simulator that is about to be used.
       reader_em_useful_min: least exact match of the reader on useful documents, 0-1.
       reader_em_noisy_max: greatest on noisy ones, 0-1.
 
     Raises:
-      UserError: no such report, it is of other weights or of another form, or a figure fails.
+      UserError: no such report, it is of other weights or of another way to ask them, or a
+        figure fails.
     """
     try:
         report = json.loads(Path(report_path).read_text(encoding="utf-8"))
@@ -46,14 +56,18 @@ def check(
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{report_path}: not a report of configs/simulator_report.py") from error
-    found = {"form": form, "weights": weights_sha256(model)}
-    names = [name for name, one in simulators.items() if found.items() <= one.items()]
-    if not names:
+    others = {
+        name: [f"{key}={value!r}" for key, value in asked.items() if one.get(key) != value]
+        for name, one in simulators.items()
+    }
+    name = min(others, key=lambda name: len(others[name]), default=None)
+    if name is None or others[name]:
         raise UserError(
-            f"{report_path} is not about the weights in {model} asked in the form {form!r}; make "
-            "a new report with configs/simulator_report.py"
+            f"{report_path} is not about this simulator: nothing there has "
+            f"{', '.join(others.get(name, ['simulators']))}; make a new report with "
+            "configs/simulator_report.py"
         )
-    useful, noisy = em[names[0], "useful"], em[names[0], "noisy"]
+    useful, noisy = em[name, "useful"], em[name, "noisy"]
     failures = []
     if useful < reader_em_useful_min:
         failures.append(
@@ -67,7 +81,7 @@ def check(
         )
     if failures:
         raise UserError(
-            f"simulator {names[0]} fails its gate: {'; '.join(failures)} ({report_path}); "
+            f"simulator {name} fails its gate: {'; '.join(failures)} ({report_path}); "
             "fine-tune it further or on more pairs, or move simulator.gate.useful_min and noisy_max"
         )
 

@@ -24,7 +24,7 @@ from zerosearch_jax.jobs import build
 from zerosearch_jax.jobs.markdown import table
 from zerosearch_jax.jobs.reader import Reader, make_reader
 from zerosearch_jax.jobs.scores import wilson_interval
-from zerosearch_jax.jobs.simulator_gate import weights_sha256
+from zerosearch_jax.jobs.simulator_gate import asked_of
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
 
@@ -39,9 +39,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     for name, search in config.simulators.items():
         if search.engine != "simulated":
             raise UserError(f"config.simulators.{name}.engine is {search.engine!r}, not simulated")
-    weights = {
-        name: weights_sha256(search.simulator.model) for name, search in config.simulators.items()
-    }
+    asked = {name: asked_of(search) for name, search in config.simulators.items()}
     pairs = held_out(config.pairs, config.limit, config.seed)
     print(f"{len(pairs)} held-out searches", flush=True)
     reader = make_reader(config.reader, config.mesh)
@@ -73,11 +71,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         "pairs": config.pairs,
         "reader": config.reader.model,
         "simulators": {
-            name: {
-                "model": search.simulator.model,
-                "form": search.simulator.form,
-                "weights": weights[name],
-            }
+            name: {"model": search.simulator.model} | asked[name]
             for name, search in config.simulators.items()
         },
         "rows": rows,
@@ -125,7 +119,7 @@ def ask(engine: SearchEngine, pairs: Sequence[Pair], label: str) -> list[tuple[s
             turn=LABELS.index(label),  # a draw of its own for either label
             query=pair.query,
             question=pair.question,
-            golden_answers=(pair.golden_answer,),
+            golden_answers=pair.golden_answers,
             noisy=label == "noisy",
         )
         for i, pair in enumerate(pairs)
@@ -164,9 +158,9 @@ def source_row(
       documents_15_to_60_words: share of the documents.
       word_jsd_bits, length_jsd_bits: see `divergences`; None here.
     """
-    matches = sum(exact_match(answer, [pair.golden_answer]) for pair, _, answer in found)
+    matches = sum(exact_match(answer, pair.golden_answers) for pair, _, answer in found)
     held = sum(
-        any(mentions(document, pair.golden_answer) for document in documents)
+        any(mentions(document, gold) for document in documents for gold in pair.golden_answers)
         for pair, documents, _ in found
     )
     counts = [len(documents) for _, documents, _ in found]
@@ -233,7 +227,7 @@ def share(part: float, whole: int) -> float | None:
 def examples(pairs: Sequence[Pair], documents: Mapping[str, Documents]) -> list[dict[str, str]]:
     """The first pairs with the first document of either kind that the simulator wrote."""
     return [
-        {"query": pair.query, "gold": pair.golden_answer}
+        {"query": pair.query, "gold": pair.golden_answers[0]}
         | {label: documents[label][i][0] if documents[label][i] else "–" for label in LABELS}
         for i, pair in enumerate(pairs[:EXAMPLES])
     ]
@@ -244,7 +238,8 @@ def markdown(report: Mapping) -> str:
     parts = ["# Simulator report"]
     parts.append(f"Reader: `{report['reader']}`. Held-out searches: `{report['pairs']}`.")
     parts += [
-        f"- {name}: `{one['model']}`, form {one['form']}, sha256 {one['weights'][:12]}"
+        f"- {name}: `{one['model']}`, form {one['form']}, temperature {one['temperature']}, "
+        f"sha256 {one['weights'][:12]}"
         for name, one in report["simulators"].items()
     ]
     parts.append(table(report["rows"]))
@@ -252,8 +247,9 @@ def markdown(report: Mapping) -> str:
         "label: the kind of documents that was asked for; queries: how the engine's own documents "
         "for the same searches were labelled. reader_em: exact match of a fixed reader that "
         "answers from the documents, with its 95% Wilson interval. *engine*: the real engine's "
-        "documents. *none*: the reader is told that nothing was found. *jsd*: Jensen-Shannon "
-        "divergence from the engine's documents for the same searches, of words and of lengths."
+        "documents; where the labels are this reader's own verdicts on them, its figures there "
+        "say no more than that. *none*: the reader is told that nothing was found. *jsd*: "
+        "Jensen-Shannon divergence from the engine's documents for the same searches, of words and of lengths."
     )
     for name, rows in report["examples"].items():
         parts += [f"## Examples: {name}", table(rows)]

@@ -312,7 +312,7 @@ class Rollouts:
         room = self.limits.observation_tokens - len(opening) - len(closing)
         if room < 0:
             raise UserError(
-                f"config.rollout.observation_tokens={self.limits.observation_tokens} has no room "
+                f"observation_tokens={self.limits.observation_tokens} has no room "
                 f"for the information tags ({len(opening) + len(closing)} tokens); raise it"
             )
         return opening + encode(self.tokenizer, text)[:room] + closing

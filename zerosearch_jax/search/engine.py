@@ -17,9 +17,10 @@ class SearchRequest:
       episode: number of the episode, unique within a run.
       turn: number of the episode's turn, from 0; (episode, turn) identifies the request.
       query: what the policy wrote between the search tags, stripped.
-      question: the question the episode answers. Only simulated engines may read it.
-      golden_answers: its gold answers. Only simulated engines may read them.
-      noisy: whether the curriculum drew a noisy search. Only simulated engines may read it.
+      question: the question the episode answers, for simulated engines and refinement.
+      golden_answers: its gold answers, for simulated engines and to keep them out of noise. A
+        real engine reads neither.
+      noisy: whether the curriculum drew a noisy search, for simulated engines.
     """
 
     episode: int
