@@ -1,11 +1,12 @@
 """Reads a config file and its `--config.a.b=…` overrides; a slip of the pen gets one clear line.
 
 `ml_collections.config_flags` does the overriding; this adds what it lacks: the nearest right
-key, the presets, the file that is not there. Only `main` uses it; it knows no key by name.
+key, the presets, the file that is not there. It knows no key by name.
 """
 
 import difflib
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,28 @@ def check_key(key: str, config: Mapping[str, Any]) -> None:
         node = node[name]
 
 
+def keep(config: ConfigDict, path: Path) -> list[str]:
+    """Writes the config to `path` as JSON.
+
+    Returns:
+      What differs from the one that stood there, "rl.kl: 0.01 → 0.1" each; nothing without one.
+    """
+    now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
+    differences = []
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        were, are = dict(_leaves(before)), dict(_leaves(now))
+        differences = [
+            f"{key}: {were.get(key, 'absent')!r} → {are.get(key, 'absent')!r}"
+            for key in dict.fromkeys([*were, *are])
+            if were.get(key, "absent") != are.get(key, "absent")
+        ]
+    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    return differences
+
+
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:
-    paths = list(_leaves(config))
+    paths = [path for path, _ in _leaves(config)]
     last = key.rpartition(".")[2]
 
     def likeness(path: str) -> float:
@@ -89,12 +110,12 @@ def _suggestion(key: str, config: Mapping[str, Any]) -> str:
     return f"; the sections are {', '.join(config)}"
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
 def config_argument(argv: Sequence[str]) -> str:

@@ -144,6 +144,7 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(finished, rl_conf
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step 2" in resumed.stdout
+    assert "another config" not in resumed.stdout
     policy = Path("policy", "model.safetensors")
     assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
     assert [_without_clocks(r) for r in _rows(tmp_path)] == [

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_check
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import replace_text
@@ -92,6 +93,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     if first:
         state, kept = checkpoints.restore(first, learner.abstract_state())
         print(f"resuming after step {first}")
+    writes = jax.process_index() == 0  # of several processes only the first
+    if writes:
+        for difference in config_check.keep(config, workdir / "config.json"):
+            print(f"this directory was begun with another config.{difference}")
     kl_coef = kept["kl_coef"] if config.rl.kl_target else config.rl.kl
     guard = NonFiniteGuard(workdir, config.rl.nonfinite_limit, kept["skipped_in_a_row"])
     watch = CollapseWatch(window=config.watch.window)
@@ -106,7 +111,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     )
     watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
     clock.take()
-    writes = jax.process_index() == 0  # of several processes only the first
     with (
         closing(Recorder(workdir, writes, first_step=first + 1)) as recorder,
         closing(Progress(config.rl.steps, first)) as progress,

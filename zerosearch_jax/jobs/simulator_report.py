@@ -249,7 +249,8 @@ def markdown(report: Mapping) -> str:
         "answers from the documents, with its 95% Wilson interval. *engine*: the real engine's "
         "documents; where the labels are this reader's own verdicts on them, its figures there "
         "say no more than that. *none*: the reader is told that nothing was found. *jsd*: "
-        "Jensen-Shannon divergence from the engine's documents for the same searches, of words and of lengths."
+        "Jensen-Shannon divergence from the engine's documents for the same searches, of words "
+        "and of lengths."
     )
     for name, rows in report["examples"].items():
         parts += [f"## Examples: {name}", table(rows)]
