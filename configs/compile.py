@@ -66,7 +66,8 @@ def get_config() -> ConfigDict:
             topology="v5e:8x8",  # of each slice
             slices=1,  # what they send each other is counted as if it went over the chips' links
             mesh=chosen,
-            simulator_mesh=dict(chosen),
+            simulator_mesh=dict(chosen),  # of its tensor: search.simulator.tensor in a run
+            int8_simulator=False,  # search.simulator.generator.int8_weights in a run
             # In proportion to the mesh: rows and slots of each data × fsdp part.
             rows_each=1,
             slots_each=10,

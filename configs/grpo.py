@@ -86,6 +86,7 @@ def embedded() -> ConfigDict:
                     url="",  # of a server that speaks OpenAI's chat completions, in its place
                     gate=dict(report="", useful_min=0.0, noisy_max=1.0),
                     devices=0,  # of each process, the simulator's alone; 0: shares the policy's
+                    tensor=0,  # devices of one replica of it; 0: mesh.tensor
                     form="finetuned",
                     temperature=0.4,  # the paper's 0.8 makes a tiny one miscopy the answer
                     top_k=0,

@@ -1,4 +1,4 @@
-"""The paper in miniature: every stage from the base models on, and its claims tested (FACTS §4).
+"""The paper in miniature: every stage from the base models on, and its claims tested.
 
   make miniature                       # all of it, on 2 CPU cores
   make miniature CONFIG_SIZE=:quick    # each stage once and small: no verdicts to rely on

@@ -5,8 +5,8 @@
 The presets are those of grpo.py; what differs: BM25 in the simulator's place, the EM reward, in
 the paper presets 3 documents a search and 4 searches. The paper's engine is E5 over Wikipedia
 2018, its main algorithm PPO with 512 questions a step; here GRPO and its batch stay, so that the
-engine and the reward are all that differs. BM25 knows the embedded world alone: the paper presets
-need an engine that knows their questions.
+engine and the reward are all that differs. BM25 searches the embedded world unless search.corpus
+names a file: the paper presets need passages that answer their questions.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Several processes of one job on this machine, each with its own fake CPU devices.
 #
-#   bash launch/local.sh --processes 2 --devices-per-process 4 -- --config=configs/grpo.py
+#   bash launch/local.sh --processes 2 --devices-per-process 4 -- --config=configs/grpo.py \
+#     --config.mesh.data=8 --config.learner.rows=8 --workdir=runs/local8
 #
 #   --processes N             how many processes
 #   --devices-per-process K   CPU devices that each of them sees (default 1)

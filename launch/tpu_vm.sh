@@ -2,7 +2,8 @@
 # A run on Cloud TPU VMs: every worker of a slice, or of several slices, runs the same command.
 #
 #   bash launch/tpu_vm.sh [PHASE] --name NAME --project PROJECT --zone ZONE --accelerator v6e-64 \
-#     --repo URL --bucket BUCKET -- --config=configs/grpo.py:qwen2.5-3b --workdir=/gcs/BUCKET/run1
+#     --repo URL --bucket BUCKET -- --config=configs/grpo.py:qwen2.5-3b --workdir=/gcs/BUCKET/run1 \
+#     --config.mesh.data=8 … (launch/README.md has all of it)
 #
 # Phases; without one: create, wait, setup, run.
 #   create    ask for the TPU: v6e and v5p at once, v5e and several slices by a queued resource

@@ -109,6 +109,22 @@ def test_disjoint_meshes_that_cannot_be_are_refused(devices):
         local_meshes(make_mesh(2, 2, 2), devices)
 
 
+def test_a_simulator_may_need_larger_or_smaller_groups_than_the_policy():
+    mesh = make_mesh(1, 4, 2)
+    for tensor in (1, 4):
+        policy, simulator = local_meshes(mesh, 0, tensor)
+        assert policy == mesh
+        assert dict(simulator.shape) == {"data": 8 // tensor, "fsdp": 1, "tensor": tensor}
+        np.testing.assert_array_equal(simulator.devices.reshape(-1), mesh.devices.reshape(-1))
+    policy, simulator = local_meshes(mesh, 4, 4)
+    assert dict(policy.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert simulator.devices.shape == (1, 1, 4)
+    assert not {*policy.devices.flat} & {*simulator.devices.flat}
+    for devices, tensor in ((0, 3), (4, 8), (0, -1)):
+        with pytest.raises(UserError, match=f"simulator.tensor={tensor} does not divide"):
+            local_meshes(mesh, devices, tensor)
+
+
 class _Device:
     def __init__(self, number, process_index):
         self.id, self.process_index = number, process_index

@@ -329,7 +329,7 @@ def test_warm_up_and_cosine():
         rtol=1e-6,
     )
     np.testing.assert_allclose([constant(0.3)(i) for i in (0, 5, 10, 99)], 0.3, rtol=1e-6)
-    # The paper's: a warm-up of 0.95 of the steps, then constant (FACTS §3).
+    # The paper's: a warm-up of 0.95 of the steps, then constant.
     paper = warmup_cosine(1e-6, warmup_steps=193, total_steps=203, final_fraction=1.0)
     rates = [paper(i) for i in (0, 95, 192, 193, 202)]
     np.testing.assert_allclose(rates, [1e-6 / 193, 96e-6 / 193, 1e-6, 1e-6, 1e-6], rtol=1e-5)

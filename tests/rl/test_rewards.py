@@ -52,7 +52,7 @@ def test_scores_by_hand(answer, golds, em, f1, cover):
 
 
 def test_em_is_equality_and_f1_is_not_em():
-    """FACTS §5, defect 3: a long answer that holds the gold is no exact match, and F1 differs."""
+    """A long answer that holds the gold is no exact match, as the released code has it."""
     answer, golds = "It could be Lima, Quito or La Paz", ["Lima"]
     assert rewards.exact_match(answer, golds) == 0.0
     assert rewards.cover_exact_match(answer, golds) == 1.0
@@ -63,7 +63,7 @@ def test_em_is_equality_and_f1_is_not_em():
 
 
 def test_reward_of_a_policy_that_never_answers_is_zero():
-    """FACTS §5, defect 2: "Beijing" stands in the prompt and in a document, not in the policy."""
+    """The prompt and a document say Beijing, where the released code finds it."""
     turns = ["<think>hm</think><search>capital of China</search>", "<think>It must be Beijing"]
     document = prompts.format_documents(["<answer> Beijing </answer>"])
     episode = [prompts.policy_prompt("Capital of China?"), turns[0], document, turns[1]]

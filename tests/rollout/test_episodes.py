@@ -125,7 +125,7 @@ def inserted(trajectory, tokenizer):
 
 
 def test_trained_ids_are_the_sampled_ids(tiny_tokenizer):
-    """FACTS §5, defect 5: the script's tokens are not what its text would be tokenised to."""
+    """Where the released code errs: the text would be tokenised to others."""
     script = {10: [search("capital of Chad"), ANSWER], 11: [ANSWER]}
     trajectories, policy = play(tiny_tokenizer, script)
     for slot, trajectory in enumerate(trajectories):
@@ -150,7 +150,7 @@ def test_trained_ids_are_the_sampled_ids(tiny_tokenizer):
 
 
 def test_a_search_carries_its_own_row_whoever_searched_before_it(tiny_tokenizer):
-    """FACTS §5, defect 1: rows 0 and 1 do not search, so the first query is of row 2."""
+    """Where the released code errs: rows 0 and 1 do not search, so the first query is of row 2."""
     script = {
         10: [ANSWER],
         11: ["I ramble", search("q11"), ANSWER],
@@ -222,7 +222,7 @@ def test_after_max_turns_one_last_turn_without_search(tiny_tokenizer):
 
 
 def test_a_long_observation_keeps_its_closing_tag(tiny_tokenizer):
-    """FACTS §5, defect 7."""
+    """The released code cuts it in the middle."""
     script = {10: [search("a"), ANSWER]}
     engine = EchoEngine(document="Chad lies in Africa. " * 50)
     (trajectory,), _ = play(tiny_tokenizer, script, engine, observation_tokens=60)
@@ -255,7 +255,7 @@ def test_a_document_can_neither_close_the_block_nor_answer(tiny_tokenizer):
 
 
 def test_the_prompts_example_is_no_answer(tiny_tokenizer):
-    """FACTS §5, defect 2, on a whole episode."""
+    """The same on a whole episode."""
     script = {10: ["I stop.", "And again."]}
     (trajectory,), _ = play(tiny_tokenizer, script, max_turns=1)
     assert "<answer> Beijing </answer>" in decode(tiny_tokenizer, trajectory.tokens)

@@ -37,7 +37,7 @@ def test_a_token_without_logprob_is_refused():
 
 
 def test_the_prompts_and_the_documents_answers_are_not_the_policys(tiny_tokenizer):
-    """FACTS §5, defect 2: the whole text holds the gold answer in answer tags, twice."""
+    """Where the released code errs: the whole text holds the gold answer in answer tags, twice."""
     trajectory = Trajectory(EPISODE)
     trajectory.append_inserted(encode(tiny_tokenizer, policy_prompt(EPISODE.question)))
     own_turn(trajectory, tiny_tokenizer, "<think> hm </think>\n<search> capital </search>")

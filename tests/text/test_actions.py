@@ -72,7 +72,7 @@ def test_an_answer_cannot_straddle_turns():
 
 
 def test_neither_prompt_nor_document_can_answer():
-    """FACTS §5, defect 2: reading the whole episode finds answers that the policy never gave."""
+    """Where the released code errs: the whole episode holds answers that are not the policy's."""
     prompt = prompts.policy_prompt("What is the capital of Peru?")
     turns = ["<think>hm</think><search>Peru</search>", "<think>I do not know."]
     document = prompts.information_block(prompts.format_documents(["<answer>Lima</answer>"]))

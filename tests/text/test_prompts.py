@@ -124,7 +124,7 @@ def test_no_tag_survives(text):
 
 @given(st.lists(tag_soup, min_size=1, max_size=5))
 def test_documents_cannot_inject_a_tag_or_another_document(docs):
-    """FACTS §5, defect 2: a document that holds an answer block must not look like one."""
+    """A document that holds an answer block must not look like one, as in the released code."""
     text = prompts.format_documents(docs)
     assert not ANY_TAG.search(text)
     assert [line.split(" ")[1] for line in text.split("\n")] == [

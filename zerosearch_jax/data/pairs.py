@@ -1,7 +1,7 @@
 """(query, documents) pairs that the simulator is fine-tuned on: our own files and released ones.
 
 Ours are written by the collect job. The released SimulationTuning set and its like are rows of
-chats (FACTS, section 6): the simulator's prompt, fine-tuned form, and the documents as its answer.
+chats: the simulator's prompt, fine-tuned form, and the documents as its answer.
 """
 
 import json

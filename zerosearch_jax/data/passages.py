@@ -12,7 +12,7 @@ from zerosearch_jax.errors import UserError
 def load_passages(source: str) -> list[Passage]:
     """The passages of "world", of "made_up:COUNT:SEED" or of a .jsonl file.
 
-    A file's rows are `{"id", "contents"}` as Search-R1's corpora have them (FACTS §6): the first
+    A file's rows are `{"id", "contents"}` as Search-R1's corpora have them: the first
     line of the contents is the title, in quotation marks or not, the rest the text. The title is
     searched, too, and shown: a passage's text is "Title: text".
 

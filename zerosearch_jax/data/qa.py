@@ -1,7 +1,7 @@
 """Questions with gold answers, from wherever they come, as one kind of row.
 
 Sources: "world" (the embedded world), "made_up:COUNT:SEED" (a world of what does not exist),
-FlashRAG .jsonl, ZeroSearch_dataset .parquet, DPR .tsv and .csv (FACTS, section 6). Questions are
+FlashRAG .jsonl, ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are
 passed on as they are written. No prompts here.
 """
 

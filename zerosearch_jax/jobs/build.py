@@ -210,7 +210,7 @@ def make_texts(
             workers=config.remote.workers,
             seed=seed,
         )
-    _, mesh = local_meshes(make_mesh(**mesh_config), simulator.devices)
+    _, mesh = local_meshes(make_mesh(**mesh_config), simulator.devices, simulator.tensor)
     model = load_model(simulator.model, mesh, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
     # The text is cut before a document too many, so generation stops where that would begin.

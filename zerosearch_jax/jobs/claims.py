@@ -18,7 +18,7 @@ UNTRAINED = ("base", "instruct_base")  # a policy before training: its one cell 
 
 @dataclass(frozen=True)
 class Claim:
-    """One comparison of exact match (FACTS §4, claims a to e).
+    """One comparison of exact match of the paper's, a to e.
 
     Attributes:
       name: the claim's letter, with a number where it takes several comparisons.

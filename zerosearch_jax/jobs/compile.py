@@ -36,7 +36,7 @@ from zerosearch_jax.rollout.episodes import STOP_STRINGS
 INTS = ("tokens", "targets", "positions", "segment_ids")
 FLOATS = ("mask", "old_logprobs", "sampler_logprobs", "correct")  # columns of every batch
 OF_UPDATES = ("ref_logprobs", "weights", "advantages")
-MOST_TENSOR = 8  # chips that share one layer by default
+MOST_TENSOR = 4  # chips of a host: a generator lives on those of one process
 GIB = 2**30
 
 
@@ -93,6 +93,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         what would make it fit.
     """
     rl = config_check.load(f"{config.recipe}:{config.preset}").unlock()
+    rl.search.simulator.generator.int8_weights = config.int8_simulator
     chip = chip_of(config.topology)
     devices = topology_devices(config.topology, config.slices)
     sizes = Sizes(config, rl, len(devices))
@@ -414,7 +415,7 @@ def advice(config: ConfigDict, sizes: Sizes, resident: dict[str, int], row: Row)
         mesh = sizes.mesh | {"fsdp": sizes.mesh["fsdp"] * times}
         return f"{times} times the chips do, with config.mesh {_mesh(mesh)}"
     return (
-        f"of that {whole / GIB:.1f} GiB are the generators': give int8 weights, fewer slots_each "
+        f"of that {whole / GIB:.1f} GiB are the generators': give int8_simulator, fewer slots_each "
         "or shorter max_tokens, or more tensor in config.simulator_mesh"
     )
 

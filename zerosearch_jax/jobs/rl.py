@@ -58,7 +58,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     check_simulator(config)
 
     mesh = make_mesh(**config.mesh)
-    policy_mesh, _ = local_meshes(mesh, config.search.simulator.devices)
+    simulator = config.search.simulator
+    policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
     policy = build.load_model(config.policy.model, mesh, "float32")
     epochs = Epochs(
         load_qa(config.data.source, config.data.train_split, config.data.train_limit),

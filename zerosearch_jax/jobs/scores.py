@@ -13,7 +13,8 @@ from zerosearch_jax.rollout.trajectory import Trajectory
 def reward_of(trajectory: Trajectory, step: int, reward: ConfigDict) -> float:
     """The episode's reward in training step `step` (from 0), by a config's `reward` section.
 
-    It reads the policy's own turns and last answer alone (FACTS §5, defect 2).
+    It reads the policy's own turns and last answer alone; the released code finds answers in
+    documents, too.
     """
     return rewards.episode_reward(
         reward.rule,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -72,22 +73,26 @@ def make_mesh(
     return Mesh(placed, AXES, axis_types=types)
 
 
-def local_meshes(mesh: Mesh, simulator_devices: int = 0) -> tuple[Mesh, Mesh]:
+def local_meshes(
+    mesh: Mesh, simulator_devices: int = 0, simulator_tensor: int = 0
+) -> tuple[Mesh, Mesh]:
     """The meshes of this process's generators, the policy's and the simulator's.
 
     They hold this process's own devices of `mesh`, whole groups of its tensor axis; each group is
-    a replica. One process that shares its devices uses `mesh` itself.
+    a replica. One process's policy that shares its devices uses `mesh` itself.
 
     Args:
       simulator_devices: so many of each process's devices are the simulator's alone, the last
         ones; 0: policy and simulator both use all, in turns.
+      simulator_tensor: devices of one replica of the simulator; 0: as many as of the policy.
 
     Raises:
-      UserError: a group spans processes, a process has no group, or one of the two has no devices.
+      UserError: a group spans processes, a process has no group, or one of the two has no devices
+        or not whole groups of them.
     """
-    if jax.process_count() == 1 and simulator_devices == 0:
-        return mesh, mesh
     tensor = mesh.shape["tensor"]
+    simulator_tensor = simulator_tensor or tensor
+    alone = jax.process_count() == 1
     groups = mesh.devices.reshape(-1, tensor)
     owners = [{device.process_index for device in group} for group in groups]
     if any(len(owner) > 1 for owner in owners):
@@ -101,18 +106,29 @@ def local_meshes(mesh: Mesh, simulator_devices: int = 0) -> tuple[Mesh, Mesh]:
             f"the mesh of {mesh.size} devices leaves out process {min(idle)}; raise config.mesh's "
             f"sizes to all {jax.device_count()} devices, say with --config.mesh.data"
         )
-    own = groups[[owner == {jax.process_index()} for owner in owners]]
+    own = groups[[owner == {jax.process_index()} for owner in owners]].reshape(-1)
     if simulator_devices % tensor or not 0 <= simulator_devices < own.size:
         raise UserError(
             f"config.search.simulator.devices={simulator_devices} must be a multiple of "
             f"config.mesh.tensor={tensor} below the {own.size} devices of a process"
         )
-    policys = len(own) - simulator_devices // tensor
-    first, last = (own[:policys], own[policys:]) if simulator_devices else (own, own)
-    of_policy, of_simulator = (
-        Mesh(part[:, None], AXES, axis_types=(AxisType.Auto,) * 3) for part in (first, last)
-    )
-    return of_policy, of_simulator
+    policys, simulators = own, own
+    if simulator_devices:
+        policys, simulators = own[:-simulator_devices], own[-simulator_devices:]
+    if simulator_tensor < 0 or simulators.size % simulator_tensor:
+        raise UserError(
+            f"config.search.simulator.tensor={simulator_tensor} does not divide the simulator's "
+            f"{simulators.size} devices of a process; choose a size that does"
+        )
+    whole = alone and not simulator_devices
+    if whole and simulator_tensor == tensor:
+        return mesh, mesh
+    return mesh if whole else _replicas(policys, tensor), _replicas(simulators, simulator_tensor)
+
+
+def _replicas(devices: np.ndarray, tensor: int) -> Mesh:
+    grid = devices.reshape(-1, 1, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(axes: Sequence[str], rules: Rules = TRAIN_RULES) -> PartitionSpec:

@@ -1,6 +1,6 @@
 """What an episode is worth: the policy's final answer against the gold answers.
 
-Every score is named for what it computes (FACTS §5, defect 3: the released "EM" is substring
+Every score is named for what it computes (the released "EM" is substring
 containment and its validation "F1" a copy of it). Nothing here ever sees a prompt or a
 document: scores take the answer that `text.actions.final_answer` found in the policy's own
 turns, the format takes those turns (defect 2). This module must not know tokens, engines or jax.

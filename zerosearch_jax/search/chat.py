@@ -1,4 +1,4 @@
-"""The simulator behind an OpenAI-compatible server (vLLM, SGLang, or ours), FACTS §6."""
+"""The simulator behind an OpenAI-compatible server (vLLM, SGLang, or ours)."""
 
 import hashlib
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import Protocol
 @dataclass(frozen=True)
 class SearchRequest:
     """One search of one episode. It carries everything an engine may need, so that a query
-    can never be paired with another row's question (FACTS §5, defect 1).
+    can never be paired with another row's question (in the released code it can).
 
     Attributes:
       episode: number of the episode, unique within a run.

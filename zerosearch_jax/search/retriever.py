@@ -1,4 +1,4 @@
-"""Passage retrievers behind HTTP, in the two dialects that others already serve (FACTS §6)."""
+"""Passage retrievers behind HTTP, in the two dialects that others already serve."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Web search: live through Serper or SerpAPI (FACTS §6), or from a recording of Serper's replies.
+"""Web search: live through Serper or SerpAPI, or from a recording of Serper's replies.
 
 Results are filtered before they become documents: a page that publishes the benchmark's answers
 would turn a test of searching into a test of finding that page. (Training on the live web:

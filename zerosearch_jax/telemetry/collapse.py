@@ -1,9 +1,9 @@
 """Watches an RL run's figures for the early warnings of a collapse.
 
-A collapse announces itself in an order (FACTS §7): correct episodes become less likely while the
-reward still rises; the entropy accelerates; the gradient norm surges; the reward drops. Each
-warning is a comparison of windows of steps. The thresholds are heuristics: a warning is a reason
-to look at the curves, not a proof, and its absence promises nothing.
+A collapse announces itself in an order (arXiv 2512.04220): correct episodes become less likely
+while the reward still rises; the entropy accelerates; the gradient norm surges; the reward drops.
+Each warning is a comparison of windows of steps. The thresholds are heuristics: a warning is a
+reason to look at the curves, not a proof, and its absence promises nothing.
 
 This module knows the glossary's names and plain numbers; it knows no config and stops no run.
 """

@@ -21,7 +21,10 @@ RL_METRICS: dict[str, str] = {
     "reward": "mean reward of the step's episodes, as the config's reward function gives it",
     "p_noisy": "probability that the curriculum makes a search of this step noisy, 0–1",
     "noisy_ratio": "share of this step's searches that were noisy, 0–1",
-    "zero_variance_groups": "share of groups whose episodes all got one reward: no signal, 0–1",
+    "zero_variance_groups": (
+        "share of groups whose episodes all got one reward: no signal; always 1 of single "
+        "episodes, 0–1"
+    ),
     "sampling_rounds": "rounds of questions that the step played (dynamic sampling)",
     "kl": (
         "mean over policy tokens of the estimate of KL(policy ‖ reference), k3 unless the config "

@@ -2,8 +2,8 @@
 
 It is given only text that the policy itself wrote, one turn at a time, never the prompt and
 never a document: the prompt's own `<answer> Beijing </answer>` and an `<answer>` inside a
-document cannot be read as the policy's (FACTS §5, defect 2). This module must not know tokens,
-prompts or engines.
+document cannot be read as the policy's (in the released code it can). This module must not know
+tokens, prompts or engines.
 
 Grammar of a turn. Generation stops at the first `</search>` or `</answer>`, so the closing tag
 ends the text, save for the spare bytes of the token that completed it ('>\\n'); these are
