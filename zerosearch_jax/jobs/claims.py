@@ -18,7 +18,7 @@ UNTRAINED = ("base", "instruct_base")  # a policy before training: its one cell 
 
 @dataclass(frozen=True)
 class Claim:
-    """One comparison of exact match of the paper's, a to e.
+    """One of the paper's claims, a to e, as a comparison of exact match.
 
     Attributes:
       name: the claim's letter, with a number where it takes several comparisons.
