@@ -14,7 +14,7 @@ has not been run: it needs a GPU of 80 GB, and the figure of its dense bfloat16 
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax import config_check
 
 
 def rollout() -> ConfigDict:
@@ -192,9 +192,4 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`."""
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/bench.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset]()
+    return config_check.choose(PRESETS, preset, __file__)()

@@ -25,7 +25,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check
-from zerosearch_jax.errors import UserError
 
 
 def embedded() -> ConfigDict:
@@ -135,9 +134,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/collect.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset]()
+    return config_check.choose(PRESETS, preset, __file__)()

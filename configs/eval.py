@@ -17,23 +17,19 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from zerosearch_jax import config_check
-from zerosearch_jax.errors import UserError
-
-PRESETS = ("", "simulated", "retriever", "web")
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/eval.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
     training = config_check.load(str(Path(__file__).with_name("grpo.py")))
-    engines = dict(bm25=dict(engine="bm25", topk=2, corpus="world"))
-    if preset == "simulated":
-        engines[preset] = training.search.to_dict()
-    elif preset:  # in the place of BM25, which knows the embedded world
-        engines = {preset: training.eval.search.to_dict() | dict(engine=preset)}
+    bm25 = dict(engine="bm25", topk=2, corpus="world")
+    server = training.eval.search.to_dict()  # in the place of BM25, which knows the embedded world
+    presets = {
+        "": dict(bm25=bm25),
+        "simulated": dict(bm25=bm25, simulated=training.search.to_dict()),
+        "retriever": dict(retriever=server | dict(engine="retriever")),
+        "web": dict(web=server | dict(engine="web")),
+    }
+    engines = config_check.choose(presets, preset, __file__)
     return ConfigDict(
         dict(
             job="evaluate",

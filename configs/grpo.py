@@ -33,7 +33,7 @@ world judges them on its questions. That watches a run; it cannot stand beside t
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax import config_check
 
 
 def embedded() -> ConfigDict:
@@ -337,9 +337,4 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/grpo.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset]()
+    return config_check.choose(PRESETS, preset, __file__)()

@@ -23,16 +23,11 @@ one checkpoint, parameters and Adam's moments, has 1.6 GB.
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax import config_check
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/sft_policy.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset](reader()).lock()
+    return config_check.choose(PRESETS, preset, __file__)(reader()).lock()
 
 
 def reader() -> ConfigDict:

@@ -18,7 +18,7 @@ Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax import config_check
 
 
 def embedded() -> ConfigDict:
@@ -93,9 +93,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/sft_simulator.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset]()
+    return config_check.choose(PRESETS, preset, __file__)()

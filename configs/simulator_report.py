@@ -18,7 +18,6 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check
-from zerosearch_jax.errors import UserError
 
 READER = "zerosearch_jax/assets/reader"
 
@@ -96,9 +95,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    if preset not in PRESETS:
-        raise UserError(
-            f"configs/simulator_report.py has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, PRESETS))}"
-        )
-    return PRESETS[preset]()
+    return config_check.choose(PRESETS, preset, __file__)()

@@ -5,7 +5,6 @@ import types
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from zerosearch_jax import config_check, main
 from zerosearch_jax.errors import UserError
@@ -161,18 +160,3 @@ def test_jobs_that_only_one_process_can_run_refuse_others(job, capsys):
     Path("configs/grpo.py").write_text(CONFIG.replace('"job": "rl"', '"job": "sft"'))
     error = _refusal(capsys, "--config=configs/grpo.py", "--distributed")
     assert "--distributed is not for config.job=sft" in error
-
-
-def test_a_kept_config_tells_what_has_changed_since(tmp_path):
-    config = ConfigDict(dict(rl=dict(kl=0.01, sizes=(1, 2)), seed=0))
-    path = tmp_path / "config.json"
-    assert config_check.keep(config, path) == config_check.keep(config, path) == []
-    config.rl.kl = 0.1
-    config.rl.steps = 3
-    del config["seed"]
-    assert config_check.keep(config, path) == [
-        "rl.kl: 0.01 → 0.1",
-        "seed: 0 → 'absent'",
-        "rl.steps: 'absent' → 3",
-    ]
-    assert config_check.keep(config, path) == []

@@ -6,7 +6,6 @@ key, the presets, the file that is not there. It knows no key by name.
 
 import difflib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +63,20 @@ def load(spec: str) -> ConfigDict:
         raise UserError(f"--config={spec}: {error}") from error
 
 
+def choose(presets: Mapping[str, Any], preset: str, path: str) -> Any:
+    """The entry of `presets` that the config file at `path` was asked for.
+
+    Raises:
+      UserError: there is none; it names those that there are.
+    """
+    if preset not in presets:
+        raise UserError(
+            f"configs/{Path(path).name} has no preset {preset!r}; "
+            f"the presets are {', '.join(filter(None, presets))}"
+        )
+    return presets[preset]
+
+
 def check_key(key: str, config: Mapping[str, Any]) -> None:
     """Raises UserError with the nearest right key when the nested `config` has no `key` ("a.b")."""
     node: Any = config
@@ -74,24 +87,14 @@ def check_key(key: str, config: Mapping[str, Any]) -> None:
         node = node[name]
 
 
-def keep(config: ConfigDict, path: Path) -> list[str]:
-    """Writes the config to `path` as JSON.
-
-    Returns:
-      What differs from the one that stood there, "rl.kl: 0.01 → 0.1" each; nothing without one.
-    """
-    now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
-    differences = []
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        were, are = dict(_leaves(before)), dict(_leaves(now))
-        differences = [
-            f"{key}: {were.get(key, 'absent')!r} → {are.get(key, 'absent')!r}"
-            for key in dict.fromkeys([*were, *are])
-            if were.get(key, "absent") != are.get(key, "absent")
-        ]
-    path.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-    return differences
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs as JSON gives them back: "rl.kl: 0.01 → 0.1" each."""
+    were, are = dict(_leaves(before)), dict(_leaves(now))
+    return [
+        f"{key}: {were.get(key, 'absent')!r} → {are.get(key, 'absent')!r}"
+        for key in dict.fromkeys([*were, *are])
+        if were.get(key, "absent") != are.get(key, "absent")
+    ]
 
 
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from zerosearch_jax import config_check
@@ -581,3 +582,25 @@ def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
     config.search.engine = "simulated"
     with pytest.raises(UserError, match="no/report.json: cannot be read"):
         rl.check_simulator(config)
+
+
+def test_a_kept_config_tells_what_has_changed_since(tmp_path, capsys):
+    config = ConfigDict(dict(rl=dict(kl=0.01, sizes=(1, 2)), seed=0))
+    path = tmp_path / "config.json"
+    rl.keep_config(config, path)
+    rl.keep_config(config, path)
+    assert capsys.readouterr().out == ""
+    config.rl.kl = 0.1
+    config.rl.steps = 3
+    del config["seed"]
+    rl.keep_config(config, path)
+    told = capsys.readouterr().out.splitlines()
+    assert [
+        line.removeprefix("this directory was begun with another config.") for line in told
+    ] == [
+        "rl.kl: 0.01 → 0.1",
+        "seed: 0 → 'absent'",
+        "rl.steps: 'absent' → 3",
+    ]
+    rl.keep_config(config, path)
+    assert capsys.readouterr().out == ""

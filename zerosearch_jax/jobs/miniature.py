@@ -87,9 +87,11 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
     ]
     simulated = {"search.simulator.model": weights}
     simulated["search.simulator.gate.report"] = root / "simulator_report/report.json"
+    arms = (*config.arms, *config.baselines)
+    tuned_arms = {arm for arm in arms if uses_the_tuned_simulator(config, arm)}
     for seed in config.seeds:
-        for arm in (*config.arms, *(config.baselines if seed in config.baseline_seeds else ())):
-            tuned = uses_the_tuned_simulator(config, arm)
+        for arm in arms if seed in config.baseline_seeds else config.arms:
+            tuned = arm in tuned_arms
             found.append(
                 stage(
                     f"{arm}-{seed}",

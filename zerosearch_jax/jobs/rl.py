@@ -96,8 +96,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         print(f"resuming after step {first}")
     writes = jax.process_index() == 0  # of several processes only the first
     if writes:
-        for difference in config_check.keep(config, workdir / "config.json"):
-            print(f"this directory was begun with another config.{difference}")
+        keep_config(config, workdir / "config.json")
     kl_coef = kept["kl_coef"] if config.rl.kl_target else config.rl.kl
     guard = NonFiniteGuard(workdir, config.rl.nonfinite_limit, kept["skipped_in_a_row"])
     watch = CollapseWatch(window=config.watch.window)
@@ -197,6 +196,15 @@ def run(config: ConfigDict, workdir: str) -> None:
         engine_name=judge.name if judge else "none",
         began=began,
     )
+
+
+def keep_config(config: ConfigDict, path: Path) -> None:
+    """Writes the config to `path` as JSON; prints what differs from the one that stood there."""
+    now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
+    if path.exists():
+        for difference in config_check.differences(json.loads(path.read_text()), now):
+            print(f"this directory was begun with another config.{difference}")
+    replace_text(path, json.dumps(now, indent=1) + "\n")
 
 
 def check_simulator(config: ConfigDict) -> None:

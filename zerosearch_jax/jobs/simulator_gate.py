@@ -60,12 +60,12 @@ def check(
         name: [f"{key}={value!r}" for key, value in asked.items() if one.get(key) != value]
         for name, one in simulators.items()
     }
-    name = min(others, key=lambda name: len(others[name]), default=None)
-    if name is None or others[name]:
+    name = min(others, key=lambda name: len(others[name]), default="")
+    lacking = others.get(name, ["any simulator"])
+    if lacking:
         raise UserError(
             f"{report_path} is not about this simulator: nothing there has "
-            f"{', '.join(others.get(name, ['simulators']))}; make a new report with "
-            "configs/simulator_report.py"
+            f"{', '.join(lacking)}; make a new report with configs/simulator_report.py"
         )
     useful, noisy = em[name, "useful"], em[name, "noisy"]
     failures = []

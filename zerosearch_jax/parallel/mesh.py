@@ -92,7 +92,6 @@ def local_meshes(
     """
     tensor = mesh.shape["tensor"]
     simulator_tensor = simulator_tensor or tensor
-    alone = jax.process_count() == 1
     groups = mesh.devices.reshape(-1, tensor)
     owners = [{device.process_index for device in group} for group in groups]
     if any(len(owner) > 1 for owner in owners):
@@ -120,7 +119,7 @@ def local_meshes(
             f"config.search.simulator.tensor={simulator_tensor} does not divide the simulator's "
             f"{simulators.size} devices of a process; choose a size that does"
         )
-    whole = alone and not simulator_devices
+    whole = jax.process_count() == 1 and not simulator_devices
     if whole and simulator_tensor == tensor:
         return mesh, mesh
     return mesh if whole else _replicas(policys, tensor), _replicas(simulators, simulator_tensor)
