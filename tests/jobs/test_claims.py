@@ -30,10 +30,11 @@ MATCHES = st.tuples(st.integers(1, 4), st.integers(1, 12)).flatmap(
 
 def test_mean_interval_by_hand():
     # 4.302653 is the 97.5% quantile of Student's t with 2 degrees of freedom (any table).
-    mean, low, high = mean_interval([0.2, 0.4, 0.6])
-    assert mean == pytest.approx(0.4)
-    assert high - mean == pytest.approx(4.302653 * 0.2 / 3**0.5, rel=1e-6)
+    mean, low, high = mean_interval([0.4, 0.5, 0.6])
+    assert mean == pytest.approx(0.5)
+    assert high - mean == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     assert mean - low == pytest.approx(high - mean)
+    assert mean_interval([0.1, 0.5, 0.9])[1:] == (0.0, 1.0)  # wider than where scores can be
     assert mean_interval([0.3]) == (0.3, None, None)
     with pytest.raises(ValueError, match="S >= 1"):
         mean_interval([])

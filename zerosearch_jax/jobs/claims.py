@@ -74,8 +74,8 @@ def mean_interval(
 ) -> tuple[float, float | None, float | None]:
     """Mean over seeds and its 95% interval by Student's t (S - 1 degrees of freedom).
 
-    The interval is of the mean over training seeds, on the test questions as they are. It is not
-    cut at 0 and 1. One seed has no interval: None, None. Raises ValueError on no seeds.
+    The scores are in [0, 1], and so is the interval: of the mean over training seeds, on the test
+    questions as they are. One seed has none: None, None. Raises ValueError on no seeds.
     """
     means = np.asarray(per_seed_means, np.float64)
     if means.ndim != 1 or means.size == 0:
@@ -85,7 +85,7 @@ def mean_interval(
         return mean, None, None
     error = means.std(ddof=1) / np.sqrt(means.size)
     half = float(stats.t.ppf(0.975, means.size - 1) * error)
-    return mean, mean - half, mean + half
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def paired_difference(
