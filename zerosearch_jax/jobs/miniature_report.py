@@ -157,8 +157,9 @@ def _draw_training(axes, curves: Mapping[str, Sequence[Sequence[Mapping]]]) -> N
 
 
 def _draw_noise(axes, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
-    for schedule, by_noise in curves.items():
-        points = sorted((float(noise), *figures) for noise, figures in by_noise.items())
+    for i, (schedule, by_noise) in enumerate(curves.items()):
+        aside = 0.012 * (i - (len(curves) - 1) / 2)  # bars stand beside one another
+        points = sorted((float(noise) + aside, *figures) for noise, figures in by_noise.items())
         noise, means, _, _ = zip(*points, strict=True)
         (line,) = axes.plot(noise, means, marker="o", label=schedule)
         for x, _, low, high in points:
