@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
             programs=(
                 "learner step",
                 "reference log-probs",
-                "policy weights",
+                "policy weights, a layer",  # to the generator, after every step
                 "policy prefill",
                 "policy decode",
                 "simulator prefill",

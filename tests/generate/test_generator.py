@@ -13,7 +13,7 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.models.decode_weights import SUMMED_AXES, output_major
-from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
+from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 
 MAX_TOKENS = 64
@@ -57,6 +57,10 @@ def naive(tiny_config, tiny_params):
     return run
 
 
+def load(generator, params):
+    generator.load(jax.device_put(params, param_shardings(params, generator.mesh)))
+
+
 @pytest.fixture(scope="module")
 def make_generator(tiny_config, tiny_params):
     def make(stops=(), **options):
@@ -73,7 +77,7 @@ def make_generator(tiny_config, tiny_params):
             burst_tokens=3,
         )
         generator = Generator(tiny_config, **(settings | options))
-        generator.load(tiny_params)
+        load(generator, tiny_params)
         return generator
 
     return make
@@ -233,8 +237,8 @@ def test_a_prompt_is_prefilled_once_whoever_else_begins_with_it(make_generator, 
 def test_new_weights_forget_the_prompts_of_the_old(make_generator, naive, tiny_params):
     generator = make_generator()
     generator.start([0], [PROMPTS[1]])
-    generator.load(jax.tree.map(lambda x: 0.5 * x, tiny_params))
-    generator.load(tiny_params)
+    load(generator, jax.tree.map(lambda x: 0.5 * x, tiny_params))
+    load(generator, tiny_params)
     generator.start([0, 1], [PROMPTS[1]] * 2)
     assert generator.prefilled_tokens == 2 * (len(PROMPTS[1]) - 1)
 
@@ -366,7 +370,7 @@ def test_int8_weights_sample_like_the_rounded_model(make_generator, tiny_params)
         return jnp.moveaxis(restored, tuple(inner), summed)
 
     exact = make_generator()
-    exact.load(jax.tree_util.tree_map_with_path(rounded, tiny_params))
+    load(exact, jax.tree_util.tree_map_with_path(rounded, tiny_params))
     for mesh in (make_mesh(), make_mesh(data=2, tensor=2)):
         coarse = make_generator(int8_weights=True, mesh=mesh)
         for generator in (exact, coarse):

@@ -7,6 +7,7 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.generate.texts import TextGenerator
+from zerosearch_jax.models.transformer import param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import decode, encode, token_bytes
 
@@ -25,7 +26,7 @@ def texts(tiny_config, tiny_params, tiny_tokenizer):
         prefill_buckets=(32,),
         window_tokens=64,
     )
-    generator.load(tiny_params)
+    generator.load(jax.device_put(tiny_params, param_shardings(tiny_params, generator.mesh)))
     return TextGenerator(
         generator, tiny_tokenizer, sampling=Sampling(), max_new_tokens=6, key=jax.random.key(2)
     )

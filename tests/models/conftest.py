@@ -1,6 +1,9 @@
 """Tiny random models, written by `transformers` as Hugging Face directories."""
 
+import jax
 import pytest
+
+from zerosearch_jax.models.transformer import join_layers, split_layers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -71,3 +74,18 @@ def hf_models(tmp_path_factory):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def unstacked():
+    """Of stacked training parameters the same as a list of layers."""
+
+    def unstack(params, num_layers):
+        rest, layers = split_layers(params)
+        return join_layers(rest, (_layer(layers, i) for i in range(num_layers)))
+
+    return unstack
+
+
+def _layer(layers, index):
+    return jax.tree.map(lambda x: x[index], layers)

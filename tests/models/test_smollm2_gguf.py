@@ -16,7 +16,7 @@ from zerosearch_jax.models.smollm2_gguf import (
     unpermute,
     write_tokenizer,
 )
-from zerosearch_jax.models.transformer import abstract_model, empty_cache, unstack_layers
+from zerosearch_jax.models.transformer import abstract_model, empty_cache
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, load_tokenizer, token_bytes
@@ -129,7 +129,7 @@ def greedy(reference, ids):
 
 
 @pytest.mark.slow
-def test_real_greedy_tokens_agree(real):
+def test_real_greedy_tokens_agree(real, unstacked):
     """Ours, through the KV cache, up to where the two best logits are closer than NEAR_TIE."""
     config, params, tokenizer, reference = real
     graphdef, _ = abstract_model(config, stacked=False)
@@ -149,10 +149,10 @@ def test_real_greedy_tokens_agree(real):
     slots = max(map(len, rows))
     tokens = np.array([row + [0] * (slots - len(row)) for row in rows])
     cache = empty_cache(config, len(rows), slots, jnp.float32)
-    unstacked = unstack_layers(params, config.num_layers)
+    layered = unstacked(params, config.num_layers)
     choices, gaps = [], []
     for position in range(slots):
-        choice, gap, cache = step(unstacked, jnp.asarray(tokens[:, position]), position, cache)
+        choice, gap, cache = step(layered, jnp.asarray(tokens[:, position]), position, cache)
         choices.append(np.asarray(choice))
         gaps.append(np.asarray(gap))
     for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):

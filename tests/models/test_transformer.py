@@ -15,7 +15,6 @@ from zerosearch_jax.models.transformer import (
     append_to_cache,
     empty_cache,
     param_shardings,
-    unstack_layers,
 )
 from zerosearch_jax.parallel.mesh import make_mesh
 
@@ -92,17 +91,17 @@ def test_later_tokens_do_not_change_earlier_logits(full_logits):
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 0.1
 
 
-def test_cached_decoding_equals_the_full_forward(params, full_logits):
+def test_cached_decoding_equals_the_full_forward(params, full_logits, unstacked):
     """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full."""
     lengths, total = np.array([5, 9, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)
     graphdef, _ = abstract_model(CONFIG, stacked=False)
-    unstacked = unstack_layers(params, CONFIG.num_layers)
+    layered = unstacked(params, CONFIG.num_layers)
 
     @jax.jit
     def run(chunk, past, past_length, recent, at):
-        model = nnx.merge(graphdef, unstacked)
+        model = nnx.merge(graphdef, layered)
         hidden, recent = model.cached(chunk, past, past_length, recent, at)
         return model.logits(hidden), recent
 
@@ -180,9 +179,9 @@ def test_remat_does_not_change_gradients(params):
             np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_unstacked_parameters_fit_the_unstacked_model(params):
+def test_unstacked_parameters_fit_the_unstacked_model(params, unstacked):
     _, wanted = abstract_model(CONFIG, stacked=False)
-    given = unstack_layers(params, CONFIG.num_layers)
+    given = unstacked(params, CONFIG.num_layers)
     assert jax.tree.map(lambda x: x.shape, given) == jax.tree.map(lambda x: x.shape, wanted)
     np.testing.assert_array_equal(given["layers"][2]["q"][...], params["layers"]["q"][...][2])
 

@@ -12,7 +12,7 @@ from flax import nnx
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
-from zerosearch_jax.models.transformer import abstract_model, init_params
+from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.experience import with_scores, with_weights
@@ -407,7 +407,7 @@ def test_sampler_and_learner_agree(sgd, tiny_config, params0):
         prefill_buckets=(8,),
         window_tokens=32,
     )
-    generator.load(params0)
+    generator.load(jax.device_put(params0, param_shardings(params0, generator.mesh)))
     prompts = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10]]
     generator.start(range(4), prompts)
     tempered = Sampling(temperature=LOSS.temperature)

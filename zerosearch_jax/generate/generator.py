@@ -16,7 +16,7 @@ leave it, so its programs hold no collectives but those of the tensor axis.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -35,8 +35,9 @@ from zerosearch_jax.models.transformer import (
     append_to_cache,
     cache_shardings,
     empty_cache,
+    join_layers,
     param_shardings,
-    unstack_layers,
+    split_layers,
 )
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.parallel.device_clock import DeviceClock
@@ -134,12 +135,9 @@ class Generator:
         self._decode_rows.append(self._slots_each)
         self._burst = min(burst_tokens, max_tokens)
         self._window_tokens = window_tokens
-        self._layout_on = partial(_layout, config, dtype=dtype, int8_weights=int8_weights)
-        convert, _, shardings = self._layout_on(mesh)
-        # Jitted here and not in `load`, which would compile it anew at every call.
-        self._convert = jax.jit(convert, out_shardings=shardings)
-        self._shardings = shardings
-        self._gathers: dict[jax.sharding.Mesh, Any] = {}  # `convert` on the parameters' own mesh
+        # Jitted once a mesh and not in `load`, which would compile them anew at every call.
+        self._parts_on = lru_cache(partial(_parts, config, dtype=dtype, int8_weights=int8_weights))
+        self._rest, self._layer = self._parts_on(mesh)
         self._whole = mesh_lib.replicated(mesh)
         self._by_row = mesh_lib.sharding_of_rows(mesh)
         self._table = jax.device_put(stop_table, self._whole)
@@ -151,29 +149,29 @@ class Generator:
         self._stopped: dict[int, Generation] = {}  # full before they began
 
     def load(self, params: nnx.State) -> None:
-        """Takes over a copy of stacked training parameters, resharded and cast.
+        """Takes over a copy of stacked training parameters, cast and resharded layer by layer.
 
-        Those on the devices of several processes are gathered by one program on these devices,
-        which every process must run; each device's result is what it holds here, so no more is
-        moved (see `parallel.mesh.local_meshes`).
+        A layer is gathered by a program on the devices that hold the parameters (every one of
+        their processes must run it), in the layout of the generator; of its results those on the
+        generator's devices stay, and nothing is moved again (see `parallel.mesh.local_meshes`).
+        So beside old parameters and new weights a device holds one layer at a time.
+
+        Args:
+          params: on a mesh whose devices include this one's, in the same groups along `tensor`.
         """
         self._params = None  # the old ones' room is the new ones'
+        rest, layers = split_layers(params)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
         with self.clock.working():
-            leaf = jax.tree.leaves(params)[0]
-            if jax.process_count() == 1 or leaf.is_fully_addressable:
-                shardings = param_shardings(params, self.mesh, mesh_lib.GENERATE_RULES)
-                self._params = self._convert(jax.device_put(params, shardings))
-            else:
-                gathered = self._gather(leaf.sharding.mesh)(params)
-                self._params = jax.tree.map(_own_shards, gathered, self._shardings)
+            of_rest, of_layer = self._parts_on(mesh)
+            taken = [
+                jax.tree.map(_own_shards, of_layer.convert(layers, i), self._layer.shardings)
+                for i in np.arange(self.config.num_layers, dtype=np.int32)
+            ]
+            rest = jax.tree.map(_own_shards, of_rest.convert(rest), self._rest.shardings)
+            self._params = join_layers(rest, taken)
             jax.block_until_ready(self._params)
         self._prompts.clear()
-
-    def _gather(self, mesh: jax.sharding.Mesh) -> Any:
-        if mesh not in self._gathers:
-            convert, _, shardings = self._layout_on(mesh)
-            self._gathers[mesh] = jax.jit(convert, out_shardings=shardings)
-        return self._gathers[mesh]
 
     @property
     def weight_bytes(self) -> int:
@@ -454,16 +452,47 @@ def _own_shards(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
-def _layout(config: ModelConfig, mesh: jax.sharding.Mesh, *, dtype, int8_weights: bool):
-    """How training parameters become a generator's, and what these are: shapes, shardings."""
+@dataclass(frozen=True)
+class _Part:
+    """A part of a generator's weights: its shapes with their shardings on one mesh.
 
-    def convert(params):
+    Attributes:
+      convert: jitted, makes it of training parameters on that mesh.
+    """
+
+    weights: nnx.State
+    convert: Any
+
+    @property
+    def shardings(self) -> nnx.State:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.weights)
+
+
+def _parts(
+    config: ModelConfig, mesh: jax.sharding.Mesh, *, dtype, int8_weights: bool
+) -> tuple[_Part, _Part]:
+    """What is no layer's, and one layer: the index of that of stacked parameters is given."""
+
+    def convert(params, layer=None):
+        if layer is not None:
+            take = partial(lax.dynamic_index_in_dim, index=layer, keepdims=False)
+            params = jax.tree.map(take, params)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        params = unstack_layers(params, config.num_layers)
+        # As they lay: what is gathered behind this is in `dtype`.
+        params = lax.with_sharding_constraint(params, param_shardings(params, mesh))
         return decode_weights(params, int8_weights)
 
-    shapes = jax.eval_shape(convert, abstract_model(config)[1])
-    return convert, shapes, param_shardings(shapes, mesh, mesh_lib.GENERATE_RULES)
+    def part(*stacked):
+        shapes = jax.eval_shape(convert, *stacked)
+        shardings = param_shardings(shapes, mesh, mesh_lib.GENERATE_RULES)
+        weights = jax.tree.map(
+            lambda leaf, on: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on),
+            shapes, shardings,
+        )  # fmt: skip
+        return _Part(weights, jax.jit(convert, out_shardings=shardings))
+
+    rest, layers = split_layers(abstract_model(config)[1])
+    return part(rest), part(layers, 0)
 
 
 @dataclass(frozen=True)
@@ -472,7 +501,7 @@ class AbstractGenerator:
 
     Attributes:
       params, cache: shapes and shardings of what it holds.
-      load: makes them of training parameters on a mesh of the same devices (`Generator.load`).
+      load: makes a layer's of training parameters on the same mesh (`Generator.load`).
       prefill: of the most tokens at once, behind a full window; decode: of all slots.
     """
 
@@ -503,7 +532,8 @@ def abstract_generator(
       prefill_tokens: the longest of its `prefill_buckets`.
     """
     graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
-    convert, shapes, shardings = _layout(config, mesh, dtype=dtype, int8_weights=int8_weights)
+    rest, layer = _parts(config, mesh, dtype=dtype, int8_weights=int8_weights)
+    params = join_layers(rest.weights, [layer.weights] * config.num_layers)
     fresh = partial(empty_cache, config, slots, max_tokens, dtype)
     whole, by_row = mesh_lib.replicated(mesh), mesh_lib.sharding_of_rows(mesh)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -517,7 +547,6 @@ def abstract_generator(
     def scalars(*leaves):
         return [sharded(leaf, whole) for leaf in leaves]
 
-    params = jax.tree.map(sharded, shapes, shardings)
     cache = jax.tree.map(sharded, jax.eval_shape(fresh), cache_shardings(fresh, mesh))
     options = dict(graphdef=graphdef, window=max_tokens, mesh=mesh)
     count = replicas * min(prefill_rows, slots // replicas)
@@ -536,7 +565,11 @@ def abstract_generator(
             sampling=sampling, burst=min(burst_tokens, max_tokens), everything=True, **options,
         )  # fmt: skip
 
-    load = jax.jit(convert, out_shardings=shardings).lower
+    def load(trained):
+        return layer.convert.lower(
+            split_layers(trained)[1], *scalars(jax.ShapeDtypeStruct((), jnp.int32))
+        )
+
     return AbstractGenerator(params, cache, load, prefill, decode)
 
 

@@ -30,6 +30,7 @@ from zerosearch_jax.jobs.collectives import collectives
 from zerosearch_jax.jobs.improve import objective_of
 from zerosearch_jax.jobs.markdown import table
 from zerosearch_jax.models.config import ModelConfig, from_hf
+from zerosearch_jax.models.transformer import split_layers
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rollout.episodes import STOP_STRINGS
 
@@ -331,11 +332,12 @@ def generator_programs(
         Program(f"{name} decode", generator.decode, decoded, (config.burst_tokens,), held),
     ]
     if trained is not None:
-        # Read from the learner's state; the old weights have gone.
-        held = chip_bytes(trained) + resident[f"{name} weights"]
-        moved = roofline.Work(0.0, held)
+        # Of one layer, read from the learner's state; what the others became stands beside it.
+        held = chip_bytes(split_layers(trained)[1])
+        layer = (held + chip_bytes(generator.params["layers"])) / model.num_layers
+        moved = roofline.Work(0.0, layer)
         programs.append(
-            Program(f"{name} weights", lambda: generator.load(trained), moved, (), held)
+            Program(f"{name} weights, a layer", lambda: generator.load(trained), moved, (), held)
         )
     return programs, resident
 

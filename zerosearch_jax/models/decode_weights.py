@@ -83,7 +83,7 @@ def output_major(weight: jax.Array, summed: tuple[int, ...], int8: bool) -> Outp
 
 
 def decode_weights(params: nnx.State, int8: bool) -> nnx.State:
-    """The matrices of unstacked parameters as `OutputMajor`; jit-able."""
+    """The matrices of parameters that are not stacked as `OutputMajor`; jit-able."""
     flat = {
         path: leaf.replace(output_major(leaf[...], SUMMED_AXES[path[-1]], int8))
         if path[-1] in SUMMED_AXES

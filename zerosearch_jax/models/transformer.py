@@ -9,7 +9,7 @@ H head size, F MLP, L layers, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -514,13 +514,20 @@ def param_shardings(
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=of_decode_weights)
 
 
-def unstack_layers(params: nnx.State, num_layers: int) -> nnx.State:
-    """The generation layout (a list of layers) of stacked training parameters; jit-able."""
-    flat = {}
+def split_layers(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Of training parameters what is no layer's, and the layers' stacked ones, each `[L, ...]`."""
+    rest, layers = {}, {}
     for path, leaf in nnx.to_flat_state(params):
         if path[0] == "layers":
-            for i in range(num_layers):
-                flat[("layers", i, *path[1:])] = leaf.replace(leaf[...][i])
+            layers[path[1:]] = leaf
         else:
-            flat[path] = leaf
+            rest[path] = leaf
+    return nnx.from_flat_state(rest), nnx.from_flat_state(layers)
+
+
+def join_layers(rest: nnx.State, layers: Iterable[nnx.State]) -> nnx.State:
+    """The generation layout, a list of layers."""
+    flat = dict(nnx.to_flat_state(rest))
+    for i, layer in enumerate(layers):
+        flat |= {("layers", i, *path): leaf for path, leaf in nnx.to_flat_state(layer)}
     return nnx.from_flat_state(flat)
