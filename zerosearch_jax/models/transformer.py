@@ -394,14 +394,18 @@ class Transformer(nnx.Module):
         if self.attention == "splash":
             attention = partial(splash_attention, mesh=self.mesh)
 
-        def body(x, layer):
-            x = nnx.merge(graphdef, layer)(x, angles, segment_ids, attention)
-            return self._by_row(x), None
+        def block(x, layer):
+            x = nnx.merge(graphdef, layer)(self._by_row(x), angles, segment_ids, attention)
+            return self._by_row(x)
 
         if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def body(x, layer):
+            return block(self._by_token(x), layer), None
+
         x, _ = lax.scan(body, x, stacked)
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        return rms_norm(self._by_row(x), self.final_norm[...], self.config.norm_eps)
 
     def cached(
         self,
@@ -441,6 +445,12 @@ class Transformer(nnx.Module):
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, mesh_lib.sharding_of_rows(self.mesh))
+
+    def _by_token(self, x: jax.Array) -> jax.Array:
+        """Tokens split over `tensor`, too: what is kept of each layer for the backward pass."""
+        if self.mesh is None or x.shape[1] % self.mesh.shape["tensor"]:
+            return self._by_row(x)
+        return lax.with_sharding_constraint(x, mesh_lib.sharding_of_tokens(self.mesh))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         weight = self.embedding[...]

@@ -189,6 +189,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def sharding_of_tokens(mesh: Mesh) -> NamedSharding:
+    """Of `[B, T, …]`: rows over the data axes, their tokens over `tensor`."""
+    return NamedSharding(mesh, PartitionSpec(ROWS, "tensor"))
+
+
 def sharding_of_rows(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays `[rows, ...]`: rows over the data axes."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
