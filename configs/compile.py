@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
             simulator_mesh=dict(chosen),  # of its tensor: search.simulator.tensor in a run
             int8_simulator=False,  # search.simulator.generator.int8_weights in a run
             # In proportion to the mesh: rows and slots of each data × fsdp part.
-            rows_each=1,
+            rows_each=2,
             slots_each=10,
             microbatches=0,  # 0: as many as the preset's episodes can need
             remat="full",
