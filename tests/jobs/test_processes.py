@@ -26,6 +26,7 @@ SINGLE_WRITERS = ("metrics.jsonl", "summary.json", "answers.jsonl")
 # Name → processes, devices of each, flags. Slots are of a process, rows of all of them.
 CASES = {
     "2 x 1": (2, 1, ("--config.mesh.data=2",)),
+    "4 x 1": (4, 1, ("--config.mesh.data=4",)),  # two of them have no group to play
     "2 x 2": (2, 2, ("--config.mesh.fsdp=2", "--config.mesh.data=2")),
     "2 x 2 disjoint": (
         2,
