@@ -172,13 +172,15 @@ def test_advice_names_what_makes_it_fit():
     config = _config(remat="none", rows_each=2)
     sizes = job.Sizes(config, config_check.load("configs/grpo.py:qwen2.5-7b"), 16)
     resident = {"learner state": 6 * GIB, "reference": 2 * GIB, "policy weights": 4 * GIB}
-    row = Row("learner step", False, 6 * GIB, 9 * GIB, 0, 15 * GIB, 6 * GIB, 16 * GIB,
+    row = Row("learner step", False, 6 * GIB, 9 * GIB, 0, 15 * GIB, 5 * GIB, 16 * GIB,
               0, 0, 0, 0, 0, "", {}, 0)  # fmt: skip
     assert "--config.remat=full" in job.advice(config, sizes, resident, row)
     config.remat = "full"
     assert "--config.rows_each=1" in job.advice(config, sizes, resident, row)
+    # 4 GiB too much; 8 GiB are split: over four times the chips they are 6 GiB less.
+    in_vain = replace(row, temporaries=7 * GIB)
+    assert "fsdp=16" in job.advice(config, sizes, resident, in_vain)
     config.rows_each = 1
-    # 5 GiB too much; 8 GiB are split: over four times the chips they are 6 GiB less.
     assert "fsdp=16" in job.advice(config, sizes, resident, row)
     of_generators = replace(row, name="policy decode", peak=15 * GIB, beside=12 * GIB)
     assert "int8" in job.advice(config, sizes, resident, of_generators)

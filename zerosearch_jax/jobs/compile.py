@@ -410,7 +410,8 @@ def advice(config: ConfigDict, sizes: Sizes, resident: dict[str, int], row: Row)
     over = row.peak + row.beside - row.hbm
     if row.name == "learner step" and config.remat != "full":
         return "--config.remat=full computes the layers again instead of keeping them"
-    if row.name in ("learner step", "reference log-probs") and config.rows_each > 1:
+    of_learner = row.name in ("learner step", "reference log-probs")
+    if of_learner and config.rows_each > 1 and row.temporaries / 2 > over:
         return f"--config.rows_each={config.rows_each // 2} halves a microbatch"
     times = next((n for n in (2, 4, 8, 16) if split - split / n > over), None)
     if times:
