@@ -13,7 +13,7 @@ from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import bench_decode, bench_learner, bench_peers, build
 from zerosearch_jax.models.config import from_hf, read_config
-from zerosearch_jax.models.transformer import init_params
+from zerosearch_jax.models.transformer import init_params, param_shardings
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner
@@ -51,7 +51,10 @@ def tiny():
         )
     )  # fmt: skip
     tokenizer = load_tokenizer(ROOT / "zerosearch_jax" / "assets" / "policy")
-    return build.Model(sizes, jax.jit(lambda: init_params(sizes, 0))(), tokenizer)
+    params = jax.jit(lambda: init_params(sizes, 0))()
+    return build.Model(
+        sizes, jax.device_put(params, param_shardings(params, make_mesh())), tokenizer
+    )
 
 
 def llama(directory):

@@ -1,5 +1,7 @@
 """Whole episodes of the rollout engine against a loop without cache, slots or batches."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 from zerosearch_jax import config_check
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.jobs import build
-from zerosearch_jax.models.transformer import abstract_model
+from zerosearch_jax.models.transformer import abstract_model, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode
@@ -97,7 +99,9 @@ def naive(model):
 def rollouts(model, rl_config, *, slots, decode_rows, mesh=None, **options):
     config = config_check.load(str(rl_config)).policy.generator
     config.update(dict(slots=slots, decode_rows=decode_rows, burst_tokens=5, max_tokens=MAX_TOKENS))
-    generator = build.make_generator(model, config, mesh or make_mesh(), STOP_STRINGS)
+    mesh = mesh or make_mesh()
+    params = jax.device_put(model.params, param_shardings(model.params, mesh))
+    generator = build.make_generator(replace(model, params=params), config, mesh, STOP_STRINGS)
     return Rollouts(
         generator, Library(), model.tokenizer, limits=LIMITS, sampling=SAMPLING, **options
     )
