@@ -165,10 +165,10 @@ class Generator:
         with self.clock.working():
             of_rest, of_layer = self._parts_on(mesh)
             taken = [
-                jax.tree.map(_own_shards, of_layer.convert(layers, i), self._layer.shardings)
+                jax.tree.map(_own_shards, of_layer.convert(layers, i), self._layer.weights)
                 for i in np.arange(self.config.num_layers, dtype=np.int32)
             ]
-            rest = jax.tree.map(_own_shards, of_rest.convert(rest), self._rest.shardings)
+            rest = jax.tree.map(_own_shards, of_rest.convert(rest), self._rest.weights)
             self._params = join_layers(rest, taken)
             jax.block_until_ready(self._params)
         self._prompts.clear()
@@ -446,10 +446,14 @@ class Generator:
         return places, *out
 
 
-def _own_shards(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The same array on some of its devices, which hold just what `sharding` gives them."""
-    shards = [s.data for s in array.addressable_shards if s.device in sharding.device_set]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
+def _own_shards(array: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
+    """The same array on some of its devices, which hold just what `own.sharding` gives them."""
+    shards = [s.data for s in array.addressable_shards if s.device in own.sharding.device_set]
+    return jax.make_array_from_single_device_arrays(array.shape, own.sharding, shards)
+
+
+def _sharded(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 @dataclass(frozen=True)
@@ -462,10 +466,6 @@ class _Part:
 
     weights: nnx.State
     convert: Any
-
-    @property
-    def shardings(self) -> nnx.State:
-        return jax.tree.map(lambda leaf: leaf.sharding, self.weights)
 
 
 def _parts(
@@ -485,10 +485,7 @@ def _parts(
     def part(*stacked):
         shapes = jax.eval_shape(convert, *stacked)
         shardings = param_shardings(shapes, mesh, mesh_lib.GENERATE_RULES)
-        weights = jax.tree.map(
-            lambda leaf, on: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on),
-            shapes, shardings,
-        )  # fmt: skip
+        weights = jax.tree.map(_sharded, shapes, shardings)
         return _Part(weights, jax.jit(convert, out_shardings=shardings))
 
     rest, layers = split_layers(abstract_model(config)[1])
@@ -538,16 +535,13 @@ def abstract_generator(
     whole, by_row = mesh_lib.replicated(mesh), mesh_lib.sharding_of_rows(mesh)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def sharded(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     def rows(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
 
     def scalars(*leaves):
-        return [sharded(leaf, whole) for leaf in leaves]
+        return [_sharded(leaf, whole) for leaf in leaves]
 
-    cache = jax.tree.map(sharded, jax.eval_shape(fresh), cache_shardings(fresh, mesh))
+    cache = jax.tree.map(_sharded, jax.eval_shape(fresh), cache_shardings(fresh, mesh))
     options = dict(graphdef=graphdef, window=max_tokens, mesh=mesh)
     count = replicas * min(prefill_rows, slots // replicas)
 
