@@ -21,7 +21,7 @@ from jax import lax
 
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
 from zerosearch_jax.models.decode_weights import SUMMED_AXES, OutputMajor
-from zerosearch_jax.models.splash import splash_attention
+from zerosearch_jax.models.fused_attention import cudnn_attention, splash_attention
 from zerosearch_jax.parallel import mesh as mesh_lib
 
 # Logical axes of every parameter, by its last name; `sharding` prepends "layers" when stacked.
@@ -51,7 +51,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
-ATTENTIONS = ("xla", "splash")  # kernels for whole rows
+# Kernels for whole rows: None is `packed_attention`, which needs no mesh.
+ATTENTIONS = {"xla": None, "splash": splash_attention, "cudnn": cudnn_attention}
 QUERY_BLOCK = 128  # tokens of queries that `packed_attention` scores at once
 
 # One layer's keys [B, K, H, S] and values [B, K, S, H]: both products of decoding then read
@@ -317,7 +318,7 @@ class Transformer(nnx.Module):
     """The decoder. `stacked` layers (leading axis L) for training, a list for generation.
 
     Args:
-      attention: one of `ATTENTIONS`, the kernel for whole rows; "splash" needs the mesh.
+      attention: a key of `ATTENTIONS`, the kernel for whole rows; all but "xla" need the mesh.
       mesh: keeps whole rows split over its data axes. Without it XLA may split the embedding axis
         as the parameters are and hold every row on every device. None: on one device.
     """
@@ -333,8 +334,8 @@ class Transformer(nnx.Module):
         attention: str = "xla",
         mesh: jax.sharding.Mesh | None = None,
     ):
-        if attention not in ATTENTIONS or (attention == "splash" and mesh is None):
-            raise ValueError(f"attention is {attention!r} with mesh {mesh}; see {ATTENTIONS}")
+        if attention not in ATTENTIONS or (ATTENTIONS[attention] and mesh is None):
+            raise ValueError(f"attention is {attention!r} with mesh {mesh}; see {set(ATTENTIONS)}")
         self.config = config
         self.stacked = stacked
         self.remat = remat
@@ -390,9 +391,8 @@ class Transformer(nnx.Module):
         x = self._by_row(self._embed(tokens))
         angles = self._angles(positions)
         graphdef, stacked = nnx.split(self.layers)
-        attention = packed_attention
-        if self.attention == "splash":
-            attention = partial(splash_attention, mesh=self.mesh)
+        kernel = ATTENTIONS[self.attention]
+        attention = partial(kernel, mesh=self.mesh) if kernel else packed_attention
 
         def block(x, layer):
             x = nnx.merge(graphdef, layer)(self._by_row(x), angles, segment_ids, attention)

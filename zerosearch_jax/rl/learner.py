@@ -21,6 +21,7 @@ from jax import lax
 
 from zerosearch_jax.models import lora as lora_lib
 from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.fused_attention import kernel_for
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
 from zerosearch_jax.models.value_head import init_value_head, values_of
 from zerosearch_jax.parallel import mesh as mesh_lib
@@ -73,8 +74,6 @@ class Learner:
         `compute_dtype` as `base`, and which are the reference policy, too.
       compute_dtype: of activations; what is trained is kept in float32.
       remat: a key of `models.transformer.REMAT_POLICIES`.
-      attention: a kernel of `models.transformer.ATTENTIONS`; None: splash where the mesh is of
-        TPUs, XLA's elsewhere.
       logprob_chunk: positions whose logits exist at once, in tokens.
     """
 
@@ -89,7 +88,6 @@ class Learner:
         lora: lora_lib.LoRA | None = None,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
-        attention: str | None = None,
         logprob_chunk: int = 128,
     ):
         if critic_trunk not in TRUNKS:
@@ -102,9 +100,9 @@ class Learner:
         self._critic_trunk = critic_trunk
         self._compute_dtype = compute_dtype
         self._chunk = logprob_chunk
-        on_tpu = mesh.devices.flat[0].platform == "tpu"
+        attention = kernel_for(mesh.devices.flat[0], compute_dtype, config.head_dim)
         self._graphdef, self._abstract = abstract_model(
-            config, remat=remat, attention=attention or ("splash" if on_tpu else "xla"), mesh=mesh
+            config, remat=remat, attention=attention, mesh=mesh
         )
         self.params_shardings = param_shardings(self._abstract, mesh)
         self.state_shardings = self._shardings()

@@ -1,4 +1,9 @@
-"""The TPU's kernel, interpreted on CPU devices, against XLA's attention."""
+"""The kernels of TPU and GPU against XLA's attention: the TPU's interpreted on CPU devices, the
+GPU's by what it is asked for, and by the program it becomes."""
+
+import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +13,7 @@ from flax import nnx
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig
-from zerosearch_jax.models.splash import splash_attention
+from zerosearch_jax.models.fused_attention import cudnn_attention, kernel_for, splash_attention
 from zerosearch_jax.models.transformer import (
     abstract_model,
     init_params,
@@ -38,20 +43,69 @@ def _weighted(attention):
     return lambda q, k, v: jnp.sum(weights * attention(q, k, v, jnp.asarray(SEGMENTS)))
 
 
-def test_values_and_gradients_equal_those_of_xla_on_a_mesh(inputs):
-    mesh = make_mesh(1, 2, 2)
-
-    def splash(q, k, v, segments):
-        return splash_attention(q, k, v, segments, mesh=mesh)
-
-    found, wanted = (
-        jax.jit(jax.value_and_grad(_weighted(attention), argnums=(0, 1, 2)))(*inputs)
-        for attention in (splash, packed_attention)
-    )
+def _assert_like_xla(kernel, inputs):
+    attention = functools.partial(kernel, mesh=make_mesh(1, 2, 2))
+    found = jax.jit(jax.value_and_grad(_weighted(attention), argnums=(0, 1, 2)))(*inputs)
+    wanted = jax.jit(jax.value_and_grad(_weighted(packed_attention), argnums=(0, 1, 2)))(*inputs)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-4)
     for one, other in zip(found[1], wanted[1], strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
         assert np.abs(other).max() > 0.1
+
+
+def test_splash_equals_xla_on_a_mesh(inputs):
+    _assert_like_xla(splash_attention, inputs)
+
+
+def test_what_is_asked_of_cudnn_equals_xla_on_a_mesh(inputs, monkeypatch):
+    real, asked = jax.nn.dot_product_attention, []
+
+    def answered_by_xla(*args, implementation=None, **options):
+        asked.append(implementation)
+        return real(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered_by_xla)
+    _assert_like_xla(cudnn_attention, inputs)
+    assert asked[0] == "cudnn"
+
+
+def test_cudnn_runs_forward_and_backward_on_each_device_s_rows_and_heads(monkeypatch):
+    # JAX asks the machine for its cuDNN even where it only writes the program down.
+    found = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(found, lambda: 91000)
+    mesh = make_mesh(1, 2, 2)
+    shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    loss = _weighted(functools.partial(cudnn_attention, mesh=mesh))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*args)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    names = [re.search(r"__cudnn\$(\w+)", line)[1] for line in calls]
+    assert names == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
+    for line in calls:  # one row of two, two heads of four and one key-value head of two
+        assert f"tensor<1x{LENGTH}x2x{SIZE}xbf16>" in line
+        assert f"tensor<1x{LENGTH}x1x{SIZE}xbf16>" in line
+        assert f"tensor<1x1x{LENGTH}x{LENGTH}xbf16>" in line  # one mask for all heads
+        assert re.search(r"mask_type\W+22: \W+22CAUSAL", line)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "head_dim", "kernel"),
+    [
+        ("tpu", None, "float32", 100, "splash"),
+        ("gpu", "9.0", "bfloat16", 128, "cudnn"),
+        ("gpu", "12.0", "float16", 64, "cudnn"),
+        ("gpu", "7.5", "float16", 64, "xla"),
+        ("gpu", "gfx90a", "bfloat16", 64, "xla"),
+        ("gpu", "9.0", "float32", 64, "xla"),
+        ("gpu", "9.0", "bfloat16", 256, "xla"),
+        ("gpu", "9.0", "bfloat16", 60, "xla"),
+        ("cpu", None, "bfloat16", 64, "xla"),
+    ],
+)
+def test_the_kernel_that_a_device_can_run(platform, capability, dtype, head_dim, kernel):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert kernel_for(device, dtype, head_dim) == kernel
 
 
 def test_rows_that_no_block_divides_are_refused(inputs):
