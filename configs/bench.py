@@ -26,7 +26,7 @@ def rollout() -> ConfigDict:
             job="bench",
             suite="rollout",
             repeats=5,
-            mixes=("embedded", "long"),
+            mixes=("embedded", "long", "service"),
             variants=(
                 "lockstep",
                 "without keep_cache",
@@ -34,6 +34,7 @@ def rollout() -> ConfigDict:
                 "without refill",
                 "without return_early",
                 "without compact",
+                "without overlap",
             ),
             questions=64,
             group_size=5,
@@ -61,6 +62,7 @@ def rollout() -> ConfigDict:
                 max_tokens=3840,
                 limits=dict(max_turns=5, response_tokens=64, observation_tokens=600),
             ),
+            service=dict(seconds=(0.3, 1.5), concurrent=8),
         )
     ).lock()
 

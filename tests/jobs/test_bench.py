@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import bench, bench_decode
+from zerosearch_jax.jobs import bench, bench_decode, bench_rollout
 from zerosearch_jax.jobs.bench_peers import subprocess_peer
 from zerosearch_jax.jobs.bench_rollout import (
     LOCKSTEP,
@@ -16,6 +16,7 @@ from zerosearch_jax.jobs.bench_rollout import (
     LongDocuments,
     Mix,
     Player,
+    SlowService,
 )
 from zerosearch_jax.jobs.bench_rows import Row, report
 from zerosearch_jax.rollout.episodes import Limits
@@ -55,7 +56,8 @@ def play(markov_model):
         )
     )
     config = ConfigDict(dict(policy=policy, group_size=GROUP))
-    mix = Mix(EPISODES, Limits(4, 12, 60), 512, lambda features: LongDocuments((5, 12)))
+    engine = SlowService(LongDocuments((5, 12)), (0.0, 0.01))
+    mix = Mix(EPISODES, Limits(4, 12, 60), 512, lambda features: engine, concurrent=2)
 
     def run(features):
         player = Player(mix, config, features)
@@ -80,8 +82,8 @@ def test_every_variant_plays_the_same_episodes(play):
         trajectories, tokens = play(variant)
         assert [t.tokens for t in trajectories] == [t.tokens for t in ours]
         fed.append(tokens)
-    lockstep, no_cache, no_sharing, waves, late, not_compact = fed
-    assert late == not_compact == prefilled
+    lockstep, no_cache, no_sharing, waves, late, not_compact, in_turns = fed
+    assert late == not_compact == in_turns == prefilled
     assert waves >= prefilled  # a wave may begin in the middle of a group
     prompts = [t.by_policy.index(True) - 1 for t in ours]
     shared = sum(prompts[::GROUP])
@@ -100,6 +102,17 @@ def test_documents_are_keyed_by_the_request_and_as_long_as_wanted():
     (other,) = engine.search([replace(request, turn=2)])
     assert first == again and first.documents != other.documents
     assert 40 <= sum(len(d.split()) for d in first.documents) < 50 + 60
+
+
+def test_a_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
+    slept = []
+    monkeypatch.setattr(bench_rollout.time, "sleep", slept.append)
+    requests = [SearchRequest(n, 0, "q", "Q?", ("A",)) for n in range(20)]
+    service = SlowService(LongDocuments((5, 12)), (0.3, 1.5))
+    alone = [service.search([request]) for request in requests]
+    assert all(0.3 <= seconds <= 1.5 for seconds in slept) and len(set(slept)) == 20
+    assert service.search(requests) == [result for (result,) in alone]
+    assert slept[-1] == max(slept[:-1])
 
 
 def test_flops_of_a_token_by_hand():

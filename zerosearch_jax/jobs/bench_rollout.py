@@ -25,6 +25,7 @@ from zerosearch_jax.jobs.bench_rows import Row
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
+from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
 from zerosearch_jax.search.simulated import SimulatedEngine
 
@@ -38,9 +39,12 @@ class Features:
     refill: bool = True  # a free slot takes the next episode at once
     return_early: bool = True  # a burst ends before its slowest row
     compact: bool = True  # few running rows are computed as few rows
+    overlap: bool = (
+        True  # the policy decodes while an engine elsewhere works, where the mix has one
+    )
 
 
-LOCKSTEP = Features(False, False, False, False, False)
+LOCKSTEP = Features(**dict.fromkeys(Features.__annotations__, False))
 
 
 class PeerGenerator(Generator):
@@ -131,14 +135,39 @@ class LongDocuments:
         return results
 
 
+class SlowService:
+    """An engine that answers a batch when the slowest of its requests, drawn by its key, has come.
+
+    Args:
+      seconds: the least and the most that a request takes.
+    """
+
+    def __init__(self, engine: SearchEngine, seconds: tuple[float, float]):
+        self.name = f"slow {engine.name}"
+        self._engine = engine
+        self._seconds = seconds
+
+    def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        """The engine's results, late."""
+        results = self._engine.search(requests)
+        time.sleep(max(Random(repr(r.key)).uniform(*self._seconds) for r in requests))
+        return results
+
+
 @dataclass(frozen=True)
 class Mix:
-    """Episodes to play, and what with."""
+    """Episodes to play, and what with.
+
+    Attributes:
+      concurrent: batches of searches under way while the policy decodes; 0: the engine needs the
+        policy's device.
+    """
 
     episodes: list[Episode]
     limits: Limits
     max_tokens: int
     engine: Callable[[Features], SearchEngine]
+    concurrent: int = 0
 
 
 def embedded_mix(config: ConfigDict) -> Mix:
@@ -174,6 +203,15 @@ def long_mix(config: ConfigDict) -> Mix:
         rows.append(replace(row, question=f"{' '.join(words)} {row.question}"))
     return Mix(episodes_of(rows, config), Limits(**long.limits), long.max_tokens,
                lambda features: LongDocuments(tuple(long.document_words)))  # fmt: skip
+
+
+def service_mix(config: ConfigDict) -> Mix:
+    """The embedded example's questions; the searches go to a service that takes its time."""
+    service = config.service
+    engine = SlowService(BM25Engine(corpus(load_entities()), topk=2), tuple(service.seconds))
+    return Mix(episodes_of(load_qa("world", "train", config.questions), config),
+               Limits(**config.limits), config.policy.max_tokens, lambda features: engine,
+               service.concurrent)  # fmt: skip
 
 
 def episodes_of(rows: Sequence[QARow], config: ConfigDict) -> list[Episode]:
@@ -212,7 +250,7 @@ def generator_of(config: ConfigDict, max_tokens: int, features: Features, stops:
 VARIANTS = {"lockstep": LOCKSTEP} | {
     f"without {name}": replace(Features(), **{name: False}) for name in Features.__annotations__
 }
-MIXES = {"embedded": embedded_mix, "long": long_mix}
+MIXES = {"embedded": embedded_mix, "long": long_mix, "service": service_mix}
 
 
 def run(config: ConfigDict) -> list[Row]:
@@ -225,7 +263,11 @@ def run(config: ConfigDict) -> list[Row]:
     for name in config.mixes:
         mix = MIXES[name](config)
         ours = Player(mix, config, Features())
-        others = {label: Player(mix, config, VARIANTS[label]) for label in config.variants}
+        others = {
+            label: Player(mix, config, VARIANTS[label])
+            for label in config.variants
+            if mix.concurrent or label != "without overlap"
+        }
         for _ in range(config.repeats):  # in turns, so that a slow minute strikes all alike
             for player in (ours, *others.values()):
                 player.play()
@@ -250,6 +292,7 @@ class Player:
             model.tokenizer,
             limits=mix.limits,
             sampling=self.sampling,
+            concurrent_searches=mix.concurrent if features.overlap else 0,
         )
         self.rates: list[float] = []  # episodes per second
         self.rollouts.play(mix.episodes[: 2 * config.group_size], jax.random.key(1))
