@@ -19,7 +19,7 @@ from zerosearch_jax import config_check
 
 def rollout() -> ConfigDict:
     generator = dict(
-        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(20, 60), burst_tokens=32
+        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(10, 40), burst_tokens=32
     )
     return ConfigDict(
         dict(
@@ -42,7 +42,7 @@ def rollout() -> ConfigDict:
             | dict(
                 model="zerosearch_jax/assets/policy",
                 max_tokens=640,
-                prefill_buckets=(64, 128, 256),
+                prefill_buckets=(64, 128, 192),
                 window_tokens=320,
             ),
             simulator=generator

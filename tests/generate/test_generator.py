@@ -274,14 +274,14 @@ def test_advance_comes_back_for_those_that_stopped(make_generator, naive):
             assert_same(generation, naive(PROMPTS[slot], (slot, 0), (5, 5, 30)[slot - 1], GREEDY))
 
 
-def test_a_burst_moves_no_token_over_the_host(make_generator):
+@pytest.mark.parametrize("decode_rows", [(), (1, 2)])
+def test_a_burst_moves_no_token_over_the_host(make_generator, decode_rows):
     """What goes in and out is named; nothing else may cross while a burst runs."""
-    generator = make_generator()
+    generator = make_generator(decode_rows=decode_rows)
     generator.start(range(4), PROMPTS)
     generator.warm_up([SAMPLED])
     with jax.transfer_guard("disallow"):
-        generator.begin(range(4), streams=[(s, 0) for s in range(4)], max_new_tokens=3)
-        assert len(generator.advance(key=KEY, sampling=SAMPLED, share=1.0)) == 4
+        assert len(decode(generator, range(4), [(s, 0) for s in range(4)], n=3)) == 4
 
 
 TURNS = st.lists(
@@ -347,12 +347,47 @@ def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, shar
     assert generator.prefilled_tokens - prefilled <= sum(len(c) for c in contexts.values())
 
 
+def begin(generator, limits):
+    """All slots sample; slot n at most `limits[n]` tokens."""
+    generator.start(range(4), PROMPTS)
+    for slot, limit in enumerate(limits):
+        generator.begin([slot], streams=[(slot, 0)], max_new_tokens=limit)
+    generator.decoded_tokens = 0
+
+
+def test_more_rows_than_a_program_holds_take_turns_the_shortest_first(make_generator):
+    generator = make_generator(window_tokens=4)
+    sizes = [len(prompt) for prompt in PROMPTS]
+    begin(generator, [3] * 4)
+    first = generator.advance(key=KEY, sampling=GREEDY)
+    assert generator.decoded_tokens == 6
+    assert set(first) == set(sorted(range(4), key=lambda slot: -(-sizes[slot] // 4))[:2])
+    rest = generator.advance(key=KEY, sampling=GREEDY)
+    assert set(first) | set(rest) == set(range(4))
+
+
+def test_a_burst_ends_when_a_smaller_program_does(make_generator):
+    generator = make_generator(decode_rows=(2, 4))
+    begin(generator, [8, 1, 2, 8])
+    stopped = generator.advance(key=KEY, sampling=GREEDY, share=1.0)
+    assert set(stopped) == {1, 2}
+    assert generator.decoded_tokens == 1 + 3 * 2
+    # Two rows need no program for four; a smaller one there is not.
+    assert not generator.advance(key=KEY, sampling=GREEDY, share=1.0)
+    assert generator.decoded_tokens == 7 + 2 * 3
+
+
+def test_no_rows_at_all_are_refused(make_generator):
+    with pytest.raises(UserError, match=r"decode_rows=\(0, 4\) must all be at least 1"):
+        make_generator(decode_rows=(0, 4))
+
+
 @pytest.fixture(scope="module")
 def scheduled(make_generator, naive):
     """One generator for all schedules (its slots hold what the last one left), and its stops."""
     text = b"".join(PIECES[t] for t in naive(PROMPTS[1], (0, 0), 6, GREEDY)[0]).decode()
     stops = (text[4:9], "31")
-    return make_generator(stops, slots=3, decode_rows=(1,)), stops
+    return make_generator(stops, slots=3, decode_rows=(1, 2)), stops
 
 
 def test_int8_weights_sample_like_the_rounded_model(make_generator, tiny_params):

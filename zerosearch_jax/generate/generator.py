@@ -84,8 +84,9 @@ class Generator:
       max_tokens: L, the longest sequence of a slot.
       prefill_rows: rows of one prefill or copy, a replica; `prefill_buckets`: its chunk lengths
         in tokens.
-      decode_rows: numbers of rows, a replica, that decode programs are made for; the smallest
-        that holds the running ones is used. All of a replica's slots are always one of them.
+      decode_rows: numbers of rows, a replica, that decode programs are made for. The smallest
+        that holds the running ones is used; where more run than the largest holds, they take
+        turns. (): all of a replica's slots.
       burst_tokens: tokens a row may gain in one `advance`.
       window_tokens: programs attend to the cache rounded up to a multiple of this.
       dtype: of weights and cache; int8_weights: hold the matrices in int8 instead, see
@@ -131,8 +132,10 @@ class Generator:
         self._slots_each = slots // self.replicas
         self._prefill_rows = min(prefill_rows, self._slots_each)
         self._buckets = sorted({min(size, max_tokens) for size in prefill_buckets})
-        self._decode_rows = sorted({*(n for n in decode_rows if n < self._slots_each)})
-        self._decode_rows.append(self._slots_each)
+        sizes = decode_rows or (self._slots_each,)
+        if min(sizes) < 1:
+            raise UserError(f"the generator's decode_rows={tuple(sizes)} must all be at least 1")
+        self._decode_rows = sorted({min(n, self._slots_each) for n in sizes})
         self._burst = min(burst_tokens, max_tokens)
         self._window_tokens = window_tokens
         # Jitted once a mesh and not in `load`, which would compile them anew at every call.
@@ -262,7 +265,10 @@ class Generator:
     def advance(
         self, *, key: jax.Array, sampling: Sampling, share: float = EARLY
     ) -> dict[int, Generation]:
-        """Decodes the sampling slots on the device, for at most `burst_tokens` tokens each.
+        """Decodes sampling slots on the device, for at most `burst_tokens` tokens each.
+
+        Where not all can go at once, those with the least in their cache are first, because a
+        program attends to as much as its longest row has.
 
         Args:
           key: a typed PRNG key, `[]`.
@@ -275,13 +281,16 @@ class Generator:
         if self._stopped:
             stopped, self._stopped = self._stopped, {}
             return stopped
-        turns = self._by_replica([(slot, slot) for slot in self._turns])
+        slots = sorted(self._turns, key=lambda slot: self._window(self._length[slot]))
+        running = self._by_replica([(slot, slot) for slot in slots])
+        turns = [queue[: self._decode_rows[-1]] for queue in running]
         most = max(map(len, turns))
         if not most:
             return {}
         rows = next(n for n in self._decode_rows if n >= most)
-        window = self._window(max(1, *(int(self._length[slot]) for slot in self._turns)))
-        places, *out = self._decode(turns, rows, window, key, sampling, math.ceil(share * most))
+        reach = max(int(self._length[slot]) for queue in turns for slot in queue)
+        enough = self._enough(most, share if turns == running else min(share, EARLY))
+        places, *out = self._decode(turns, rows, self._window(max(1, reach)), key, sampling, enough)
         pending, state, finish, count, tokens, logprobs = jax.device_get(out)
         self.drain()
         stopped = {}
@@ -299,6 +308,11 @@ class Generator:
                 stopped[slot] = Generation(turn.tokens, turn.logprobs, name)
                 del self._turns[slot]
         return stopped
+
+    def _enough(self, rows: int, share: float) -> int:
+        """How many of `rows` must stop to end a burst: `share`, or that a smaller program does."""
+        smaller = [n for n in self._decode_rows if n < rows]
+        return min(math.ceil(share * rows), rows - max(smaller, default=0))
 
     def decode(
         self,
