@@ -19,7 +19,7 @@ from zerosearch_jax import config_check
 
 def rollout() -> ConfigDict:
     generator = dict(
-        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(10, 40), burst_tokens=32
+        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(16,), burst_tokens=32
     )
     return ConfigDict(
         dict(

@@ -87,7 +87,7 @@ class Parrot:
     def begin(self, slots, **_):
         pass
 
-    def advance(self, **_):
+    def advance_until(self, **_):
         tokens = self.turns.pop(0)
         return {0: Generation(tokens, [-1.0] * len(tokens), "stop")}
 

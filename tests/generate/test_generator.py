@@ -377,6 +377,18 @@ def test_a_burst_ends_when_a_smaller_program_does(make_generator):
     assert generator.decoded_tokens == 7 + 2 * 3
 
 
+def test_bursts_follow_each_other_until_enough_have_stopped(make_generator, naive):
+    generator = make_generator(decode_rows=(2,))
+    limits = [8, 1, 2, 8]
+    begin(generator, limits)
+    stopped = generator.advance_until(key=KEY, sampling=GREEDY, share=0.5)
+    assert set(stopped) in ({0, 1, 2}, {1, 2, 3})  # one of the two rows is free
+    stopped |= generator.advance_until(key=KEY, sampling=GREEDY, share=1.0)
+    for slot, limit in enumerate(limits):
+        assert_same(stopped[slot], naive(PROMPTS[slot], (slot, 0), limit, GREEDY))
+    assert generator.advance_until(key=KEY, sampling=GREEDY, share=1.0) == {}
+
+
 def test_no_rows_at_all_are_refused(make_generator):
     with pytest.raises(UserError, match=r"decode_rows=\(0, 4\) must all be at least 1"):
         make_generator(decode_rows=(0, 4))

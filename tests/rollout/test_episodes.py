@@ -66,7 +66,7 @@ class ScriptedPolicy:
         assert not self.sampling.keys() & set(slots)
         self.sampling |= {slot: number for slot, (number, _) in zip(slots, streams, strict=True)}
 
-    def advance(self, *, key, sampling, share):
+    def advance(self, *, key, sampling):
         """The first `stopping` of the sampling slots stop."""
         stopped = dict(list(self.sampling.items())[: self.stopping])
         if stopped:
@@ -79,6 +79,10 @@ class ScriptedPolicy:
             self.held[slot] += tokens
             generations[slot] = Generation(tokens, [-0.01 * t for t in tokens], "stop")
         return generations
+
+    def advance_until(self, *, key, sampling, share):
+        """As many as stop at once."""
+        return self.advance(key=key, sampling=sampling)
 
 
 class EchoEngine:

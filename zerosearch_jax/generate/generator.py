@@ -265,15 +265,15 @@ class Generator:
     def advance(
         self, *, key: jax.Array, sampling: Sampling, share: float = EARLY
     ) -> dict[int, Generation]:
-        """Decodes sampling slots on the device, for at most `burst_tokens` tokens each.
+        """One burst on the device: sampling slots gain at most `burst_tokens` tokens each.
 
         Where not all can go at once, those with the least in their cache are first, because a
         program attends to as much as its longest row has.
 
         Args:
           key: a typed PRNG key, `[]`.
-          share: come back when this share of the slots has stopped, 0-1; then the host can give
-            them new work while the others wait least.
+          share: come back when this share of those that were decoded has stopped, 0-1; then the
+            host can give them new work while the others wait least.
 
         Returns:
           What the slots that have stopped sampled, by slot. The others sample on at the next call.
@@ -309,6 +309,24 @@ class Generator:
                 del self._turns[slot]
         return stopped
 
+    def advance_until(
+        self, *, key: jax.Array, sampling: Sampling, share: float
+    ) -> dict[int, Generation]:
+        """`advance` until so few slots sample that `share` of the decoded rows are free.
+
+        Where more sample than are decoded at once, others take the rows of those that stop.
+
+        Returns:
+          What the slots that have stopped sampled, by slot.
+        """
+        sampling_slots = len(self._turns) + len(self._stopped)
+        rows = min(sampling_slots, self._decode_rows[-1] * self.replicas)
+        left = math.floor((1.0 - share) * rows)
+        stopped: dict[int, Generation] = {}
+        while len(stopped) < sampling_slots - left:
+            stopped |= self.advance(key=key, sampling=sampling, share=share)
+        return stopped
+
     def _enough(self, rows: int, share: float) -> int:
         """How many of `rows` must stop to end a burst: `share`, or that a smaller program does."""
         smaller = [n for n in self._decode_rows if n < rows]
@@ -323,11 +341,9 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> list[Generation]:
-        """`begin`, then `advance` until all slots have stopped; in the order of `slots`."""
+        """`begin`, then `advance_until` all slots have stopped; in the order of `slots`."""
         self.begin(slots, streams=streams, max_new_tokens=max_new_tokens)
-        stopped: dict[int, Generation] = {}
-        while not stopped.keys() >= set(slots):
-            stopped |= self.advance(key=key, sampling=sampling, share=1.0)
+        stopped = self.advance_until(key=key, sampling=sampling, share=1.0)
         return [stopped[slot] for slot in slots]
 
     def _check_fits(self, cached_tokens: int, new_tokens: int) -> None:

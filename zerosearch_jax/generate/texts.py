@@ -51,9 +51,10 @@ class TextGenerator:
                     max_new_tokens=self.max_new_tokens,
                 )
                 writing |= new
-            # With nobody to take a free slot, stopping early would only make bursts shorter.
-            share = EARLY if queue else 1.0
-            stopped = self.generator.advance(key=self.key, sampling=self.sampling, share=share)
+            # With nobody to take a free slot, coming back early would bring nothing.
+            stopped = self.generator.advance_until(
+                key=self.key, sampling=self.sampling, share=EARLY if queue else 1.0
+            )
             for slot, generation in stopped.items():
                 texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)
                 free.append(slot)

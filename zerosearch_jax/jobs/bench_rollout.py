@@ -269,8 +269,9 @@ def run(config: ConfigDict) -> list[Row]:
             if mix.concurrent or label != "without overlap"
         }
         for _ in range(config.repeats):  # in turns, so that a slow minute strikes all alike
-            for player in (ours, *others.values()):
+            for label, player in {"ours": ours, **others}.items():
                 player.play()
+                print(f"{name}, {label}: {player.rates[-1]:.2f} episodes/s", flush=True)
         print(f"{name}, ours: {ours.tokens}")
         for label, player in others.items():
             print(f"{name}, {label}: {player.tokens}")

@@ -167,10 +167,11 @@ class Rollouts:
         return table.trajectories
 
     def _advance(self, table: "_Table", key: jax.Array) -> dict[int, Generation]:
-        # With nobody to seat and no engine to keep busy, stopping early would only make bursts
-        # shorter and batches smaller.
-        share = EARLY if table.queued or self.concurrent_searches else 1.0
-        return self.generator.advance(key=key, sampling=self.sampling, share=share)
+        if self.concurrent_searches:  # what has landed is looked at after each burst
+            return self.generator.advance(key=key, sampling=self.sampling)
+        # With nobody to seat, coming back early would only make batches smaller.
+        share = EARLY if table.queued else 1.0
+        return self.generator.advance_until(key=key, sampling=self.sampling, share=share)
 
     def _seat(self, table: "_Table") -> None:
         """Gives free slots to the next episodes."""
