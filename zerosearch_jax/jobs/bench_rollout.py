@@ -37,7 +37,7 @@ class Features:
     keep_cache: bool = True  # a turn prefills only what was inserted
     share_prompts: bool = True  # a group's members share one prompt prefill
     refill: bool = True  # a free slot takes the next episode at once
-    return_early: bool = True  # a burst ends before its slowest row
+    return_early: bool = True  # who has stopped does not wait for the slowest row
     compact: bool = True  # few running rows are computed as few rows
     overlap: bool = (
         True  # the policy decodes while an engine elsewhere works, where the mix has one
