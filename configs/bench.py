@@ -3,13 +3,15 @@
   python -m zerosearch_jax.main --config=configs/bench.py:rollout   # against a lockstep loop
   python -m zerosearch_jax.main --config=configs/bench.py:decode    # against other libraries
   python -m zerosearch_jax.main --config=configs/bench.py:learner   # against other libraries
+  python -m zerosearch_jax.main --config=configs/bench.py:decode-gpu --config.peak_gb_per_s=3350
   python -m zerosearch_jax.main --config=configs/bench.py:learner-gpu --config.peak_tflops=989
 
 `decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch; the other peers
 live in environments of their own, named by `peers.tunix_python`, `peers.llamacpp_python` and
 `peers.trl_python` (how to make them: zerosearch_jax/jobs/peers/). A peer whose interpreter is not
-given is reported as not run. `learner` takes about an hour; `parts` chooses of it. `learner-gpu`
-has not been run: it needs a GPU of 80 GB, and the figure of its dense bfloat16 peak.
+given is reported as not run. `learner` takes about an hour; `parts` chooses of it. `decode-gpu`
+and `learner-gpu` have not been run: they need a GPU of 80 GB, and the figure of its memory's
+bandwidth or of its dense bfloat16 peak.
 """
 
 from ml_collections import ConfigDict
@@ -153,19 +155,44 @@ def learner() -> ConfigDict:
     ).lock()
 
 
+# Qwen2.5-0.5B and Qwen2.5-3B, for random weights.
+QWEN = dict(
+    model_type="qwen2",
+    vocab_size=151_936,
+    num_key_value_heads=2,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_position_embeddings=32_768,
+)
+GPU_MODELS = dict(
+    qwen_500m=QWEN
+    | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    qwen_3b=QWEN
+    | dict(
+        hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16
+    ),
+)
+
+
+def decode_gpu() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            job="bench",
+            suite="bandwidth",
+            repeats=5,
+            peak_gb_per_s=0.0,
+            slots=(1, 32, 256),
+            prompt_tokens=128,
+            new_tokens=64,
+            dtype="bfloat16",
+            torch_device="cuda",  # of transformers; "": without that peer
+            models=GPU_MODELS,
+        )
+    ).lock()
+
+
 def learner_gpu() -> ConfigDict:
-    """Random weights in the shapes of Qwen2.5-0.5B and Qwen2.5-3B."""
-    qwen = dict(
-        model_type="qwen2",
-        vocab_size=151_936,
-        num_key_value_heads=2,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=32_768,
-    )
-    small = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
-    large = dict(hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36)
     return ConfigDict(
         dict(
             job="bench",
@@ -175,10 +202,7 @@ def learner_gpu() -> ConfigDict:
             optimizer=OPTIMIZER | dict(moment_dtype="bfloat16"),
             learner=dict(remat="full", logprob_chunk=512),
             batch=dict(rows=1, tokens=4096, prompt_tokens=1),
-            models=dict(
-                qwen_500m=qwen | small | dict(num_attention_heads=14),
-                qwen_3b=qwen | large | dict(num_attention_heads=16),
-            ),
+            models=GPU_MODELS,
         )
     ).lock()
 
@@ -188,6 +212,7 @@ PRESETS = {
     "rollout": rollout,
     "decode": decode,
     "learner": learner,
+    "decode-gpu": decode_gpu,
     "learner-gpu": learner_gpu,
 }
 

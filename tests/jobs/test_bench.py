@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_check
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import bench, bench_decode, bench_rollout
 from zerosearch_jax.jobs.bench_peers import subprocess_peer
@@ -19,10 +22,13 @@ from zerosearch_jax.jobs.bench_rollout import (
     SlowService,
 )
 from zerosearch_jax.jobs.bench_rows import Row, report
+from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.rollout.episodes import Limits
 from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchRequest
 
+ROOT = Path(__file__).parents[2]
 GROUP = 3
 EPISODES = [Episode(n, f"Which country is number {n // GROUP}?", ("Chad",)) for n in range(18)]
 
@@ -128,6 +134,60 @@ def test_flops_of_a_token_by_hand():
     model = bench_decode.build.Model(config, weights, None)
     sizes = ConfigDict(dict(prompt_tokens=6, new_tokens=4))
     assert bench_decode.flops_per_token(model, sizes) == 2 * (100 - 40) + 4 * 8 * 3 * 2 * 2
+
+
+@pytest.fixture
+def gpu_config():
+    """`decode-gpu` for a machine without one, and a model of 12,400 weights."""
+    config = config_check.load(f"{ROOT / 'configs' / 'bench.py'}:decode-gpu")
+    with config.unlocked():
+        config.models = dict(
+            tiny=dict(
+                model_type="qwen2", vocab_size=256, hidden_size=16, intermediate_size=64,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e4,
+                rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=64,
+            )
+        )  # fmt: skip
+    config.update(repeats=2, slots=(1, 3), prompt_tokens=6, new_tokens=4)
+    return config
+
+
+def test_bytes_of_a_step_by_hand(gpu_config):
+    """Two a weight, once; two a cached key's or value's number, in every row."""
+    model_config = from_hf(gpu_config.models.tiny.to_dict())
+    model = bench_decode.build.Model(
+        model_config, init_params(model_config, 0, dtype=jnp.bfloat16), None
+    )
+    attention = 2 * 16 * 16 + 2 * 16 * 8 + 16 + 2 * 8  # q and o, k and v, their biases
+    weights = 256 * 16 + 16 + 2 * (attention + 3 * 16 * 64 + 2 * 16)
+    cached = (6 + 4 / 2) * 2 * 2 * 2 * 4
+    assert bench_decode.bytes_per_step(model, 3, gpu_config) == 2 * (weights + 3 * cached)
+
+
+def test_decoding_is_a_share_of_the_bandwidth_that_is_given(gpu_config):
+    with pytest.raises(UserError, match="--config.peak_gb_per_s=3350"):
+        bench_decode.accelerator(gpu_config)
+    gpu_config.peak_gb_per_s = 50.0
+    gpu_config.torch_device = ""
+    one, three = bench_decode.accelerator(gpu_config)
+    assert [one.name, three.name] == ["decode tiny 1 / bandwidth", "decode tiny 3 / bandwidth"]
+    assert one.peer == [50.0] and len(one.ours) == 2 and min(one.ours) > 0
+
+
+def test_transformers_decodes_the_same_random_model(gpu_config):
+    pytest.importorskip("torch")
+    gpu_config.update(peak_gb_per_s=50.0, slots=(3,), torch_device="cuda")
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        bench_decode.accelerator(gpu_config)
+    gpu_config.torch_device = "cpu"
+    ours, peer = bench_decode.accelerator(gpu_config)
+    assert peer.name == "decode tiny 3 / transformers" and len(peer.peer) == len(peer.ours) == 2
+    model_config = from_hf(gpu_config.models.tiny.to_dict())
+    model = bench_decode.build.Model(
+        model_config, init_params(model_config, 0, dtype=jnp.bfloat16), None
+    )
+    per_token = bench_decode.bytes_per_step(model, 3, gpu_config) / 3 / 1e9
+    assert ours.ours == pytest.approx([rate * per_token for rate in peer.ours])
 
 
 def test_a_missing_interpreter_or_suite_is_named(tmp_path):

@@ -11,6 +11,7 @@ from zerosearch_jax.jobs.bench_rows import report
 SUITES = {
     "rollout": bench_rollout.run,
     "decode": bench_decode.run,
+    "bandwidth": bench_decode.accelerator,
     "learner": bench_learner.run,
     "mfu": bench_learner.mfu,
 }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.jobs import bench_peers, build
 from zerosearch_jax.jobs.bench_rows import Row
 from zerosearch_jax.jobs.evaluate import GREEDY
+from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.transformer import init_params
+from zerosearch_jax.models.weights import load_params, save_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import encode
 
@@ -111,11 +117,68 @@ def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], in
     return found
 
 
+def accelerator(config: ConfigDict) -> list[Row]:
+    """Decoding of random models on an accelerator, against its memory's bandwidth and torch.
+
+    Bytes are those that a step must read: the weights once, and every row's cache.
+    """
+    if not config.peak_gb_per_s:
+        raise UserError(
+            "give the device's memory bandwidth: --config.peak_gb_per_s=3350 for an H100 SXM"
+        )
+    rows = []
+    for name, shape in config.models.items():
+        model_config, dtype = from_hf(shape.to_dict()), build.dtype_of(config.dtype)
+        ids = np.random.default_rng(0).integers(
+            0, model_config.vocab_size, (max(config.slots), config.prompt_tokens)
+        )
+        with TemporaryDirectory() as directory:
+            save_params(directory, init_params(model_config, 0, dtype=dtype), model_config)
+            params = load_params(directory, model_config, make_mesh(), dtype=dtype)
+            model = build.Model(model_config, params, None)
+            for slots in config.slots:
+                prompts = ids[:slots].tolist()
+                rates, _ = decode_rates(
+                    model, prompts, config.new_tokens, config.repeats, dtype=dtype
+                )
+                read = bytes_per_step(model, slots, config)
+                moved = [rate / slots * read / 1e9 for rate in rates]
+                title = f"decode {name} {slots}"
+                rows.append(Row(f"{title} / bandwidth", moved, [config.peak_gb_per_s], "GB/s"))
+                print(rows[-1], flush=True)
+                if not config.torch_device:
+                    continue
+                answer = bench_peers.torch_decode(
+                    directory,
+                    prompts,
+                    new_tokens=config.new_tokens,
+                    repeats=config.repeats,
+                    dtype=config.dtype,
+                    device=config.torch_device,
+                )
+                peer = [slots * config.new_tokens / secs for secs in answer["decode_secs"]]
+                rows.append(Row(f"{title} / transformers", rates, peer, "tokens/s"))
+                print(rows[-1], flush=True)
+    return rows
+
+
+def bytes_per_step(model: build.Model, slots: int, config: ConfigDict) -> float:
+    """Bytes that a step over `slots` rows must read, on average over the steps of a repeat."""
+    c = model.config
+    leaves = jax.tree.leaves(model.params)
+    weights = sum(leaf.nbytes for leaf in leaves)
+    size = leaves[0].dtype.itemsize
+    if not c.tie_embeddings:
+        weights -= size * c.vocab_size * c.embed_dim  # of which a step reads a row a slot
+    context = config.prompt_tokens + config.new_tokens / 2
+    return weights + slots * context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
+
+
 def make_generator(model: build.Model, rows: int, max_tokens: int, **options) -> Generator:
     """A generator without stops whose programs fit one use."""
     generator = Generator(
         model.config,
-        stop_table=build.stop_table(model, ()),
+        stop_table=build_stop_table([b""] * model.config.vocab_size, ()),
         end_ids=[],
         slots=rows,
         max_tokens=max_tokens,
@@ -128,7 +191,11 @@ def make_generator(model: build.Model, rows: int, max_tokens: int, **options) ->
 
 
 def decode_rates(
-    model: build.Model, prompts: Sequence[Sequence[int]], new_tokens: int, repeats: int
+    model: build.Model,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    repeats: int,
+    **options,
 ) -> tuple[list[float], list[int]]:
     """Tokens per second of each repeat, all rows together; row 0's tokens."""
     rows = len(prompts)
@@ -139,6 +206,7 @@ def decode_rates(
         prefill_rows=min(rows, 8),
         prefill_buckets=(len(prompts[0]),),
         burst_tokens=new_tokens,
+        **options,
     )
     rates = []
     for _ in range(repeats + 1):

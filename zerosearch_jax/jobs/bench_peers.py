@@ -27,7 +27,8 @@ def torch_decode(
     new_tokens: int,
     repeats: int,
     dtype: str,
-    threads: int,
+    threads: int = 0,
+    device: str = "cpu",
 ) -> dict:
     """Transformers on torch: `generate`, greedy, with its default KV cache.
 
@@ -37,24 +38,32 @@ def torch_decode(
     Args:
       prompts: one list of token ids a row, all of one length.
       dtype: "float32" or "bfloat16", of weights and cache.
+      threads: of a CPU; 0: as many as torch chooses.
+      device: torch's name of it: "cpu", "cuda".
     """
     torch, transformers = _torch(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "torch sees no GPU; install a build of torch with CUDA, or leave the peer out "
+            "(--config.torch_device='')"
+        )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), local_files_only=True
-    )
+    ).to(device)
     # Without an end token every row makes the tokens that were asked for.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-    ids = torch.tensor([list(prompt) for prompt in prompts])
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
     mask = torch.ones_like(ids)
 
     def generate(count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=mask, max_new_tokens=count)
-        return time.perf_counter() - start, out[0, ids.shape[1] :].tolist()
+        tokens = out[0, ids.shape[1] :].tolist()  # waits for the device
+        return time.perf_counter() - start, tokens
 
     def prefill() -> float:
         start = time.perf_counter()
-        model(ids, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
         return time.perf_counter() - start
 
     decode_secs, prefill_secs = [], []
@@ -205,7 +214,7 @@ def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> di
 
 
 def _torch(threads: int):
-    """torch, limited to `threads`, and transformers."""
+    """torch, limited to `threads` unless they are 0, and transformers."""
     try:
         import torch
         import transformers
@@ -214,6 +223,7 @@ def _torch(threads: int):
             f"{error.name} is not installed, which the peer transformers needs; "
             "run pip install -r requirements-test.txt"
         ) from error
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     return torch, transformers
