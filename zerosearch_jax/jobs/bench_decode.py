@@ -47,7 +47,8 @@ def run(config: ConfigDict) -> list[Row]:
     for slots in config.slots:
         prompts = [row[: config.prompt_tokens] for row in words[:slots]]
         tokens = slots * config.new_tokens
-        ours, first = decode_rates(model, prompts, config.new_tokens, config.repeats)
+        decoder = Decoder(model, prompts, config.new_tokens)
+        ours = decoder.rates(config.repeats)
         if slots == min(config.slots):
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
             moved = [rate / slots * size / 1e9 for rate in ours]
@@ -56,16 +57,20 @@ def run(config: ConfigDict) -> list[Row]:
             done = [rate * flops_per_token(model, config) / 1e9 for rate in ours]
             rows.append(Row(f"decode {slots} / GEMM peak", done, multiplied, "GFLOP/s"))
         for name, peer in others.items():
+            # Before and after the peer, so that a slow minute does not strike one alone.
+            ours = decoder.rates(config.repeats)
             answer = peer(prompts, config.new_tokens)
-            same = len(os.path.commonprefix([first, answer["tokens"]]))
-            print(f"{name}: first {same} of {len(first)} greedy tokens of row 0 equal ours")
+            ours += decoder.rates(config.repeats)
+            same = len(os.path.commonprefix([decoder.first, answer["tokens"]]))
+            print(f"{name}: first {same} of {config.new_tokens} greedy tokens of row 0 equal ours")
             rates = [tokens / secs for secs in answer["decode_secs"]]
             rows.append(Row(f"decode {slots} / {name}", ours, rates, "tokens/s"))
             print(rows[-1], flush=True)
     prompts = [words[0][: config.prefill_tokens]]
-    ours = prefill_rates(model, prompts, config.repeats)
     for name, peer in others.items():
+        ours = prefill_rates(model, prompts, config.repeats)
         secs = peer(prompts, 1)["prefill_secs"]
+        ours += prefill_rates(model, prompts, config.repeats)
         rates = [config.prefill_tokens / s for s in secs]
         rows.append(Row(f"prefill {config.prefill_tokens} / {name}", ours, rates, "tokens/s"))
         print(rows[-1], flush=True)
@@ -138,9 +143,8 @@ def accelerator(config: ConfigDict) -> list[Row]:
             model = build.Model(model_config, params, None)
             for slots in config.slots:
                 prompts = ids[:slots].tolist()
-                rates, _ = decode_rates(
-                    model, prompts, config.new_tokens, config.repeats, dtype=dtype
-                )
+                decoder = Decoder(model, prompts, config.new_tokens, dtype=dtype)
+                rates = decoder.rates(config.repeats)
                 read = bytes_per_step(model, slots, config)
                 moved = [rate / slots * read / 1e9 for rate in rates]
                 title = f"decode {name} {slots}"
@@ -190,38 +194,46 @@ def make_generator(model: build.Model, rows: int, max_tokens: int, **options) ->
     return generator
 
 
-def decode_rates(
-    model: build.Model,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    repeats: int,
-    **options,
-) -> tuple[list[float], list[int]]:
-    """Tokens per second of each repeat, all rows together; row 0's tokens."""
-    rows = len(prompts)
-    generator = make_generator(
-        model,
-        rows,
-        len(prompts[0]) + new_tokens,
-        prefill_rows=min(rows, 8),
-        prefill_buckets=(len(prompts[0]),),
-        burst_tokens=new_tokens,
-        **options,
-    )
-    rates = []
-    for _ in range(repeats + 1):
-        generator.start(range(rows), prompts)
-        generator.drain()
+class Decoder:
+    """Greedy decoding of `new_tokens` tokens behind each of some prompts, compiled.
+
+    Attributes:
+      first: row 0's tokens.
+    """
+
+    def __init__(
+        self, model: build.Model, prompts: Sequence[Sequence[int]], new_tokens: int, **options
+    ):
+        self._prompts, self._new_tokens = prompts, new_tokens
+        self._generator = make_generator(
+            model,
+            len(prompts),
+            len(prompts[0]) + new_tokens,
+            prefill_rows=min(len(prompts), 8),
+            prefill_buckets=(len(prompts[0]),),
+            burst_tokens=new_tokens,
+            **options,
+        )
+        self._rate()
+
+    def rates(self, repeats: int) -> list[float]:
+        """Tokens per second of each repeat, all rows together."""
+        return [self._rate() for _ in range(repeats)]
+
+    def _rate(self) -> float:
+        rows = range(len(self._prompts))
+        self._generator.start(rows, self._prompts)
+        self._generator.drain()
         began = time.monotonic()
-        out = generator.decode(
-            range(rows),
+        out = self._generator.decode(
+            rows,
             key=jax.random.key(0),
-            streams=[(row, 0) for row in range(rows)],
-            max_new_tokens=new_tokens,
+            streams=[(row, 0) for row in rows],
+            max_new_tokens=self._new_tokens,
             sampling=GREEDY,
         )
-        rates.append(rows * new_tokens / (time.monotonic() - began))
-    return rates[1:], out[0].tokens
+        self.first = out[0].tokens
+        return len(rows) * self._new_tokens / (time.monotonic() - began)
 
 
 def prefill_rates(model: build.Model, prompts: Sequence[Sequence[int]], repeats: int):
