@@ -138,7 +138,7 @@ def test_flops_of_a_token_by_hand():
 
 @pytest.fixture
 def gpu_config():
-    """`decode-gpu` for a machine without one, and a model of 12,400 weights."""
+    """`decode-gpu` for a machine without one, and a model of 11,920 weights."""
     config = config_check.load(f"{ROOT / 'configs' / 'bench.py'}:decode-gpu")
     with config.unlocked():
         config.models = dict(
@@ -152,16 +152,18 @@ def gpu_config():
     return config
 
 
-def test_bytes_of_a_step_by_hand(gpu_config):
+@pytest.fixture
+def gpu_model(gpu_config):
+    config = from_hf(gpu_config.models.tiny.to_dict())
+    return bench_decode.build.Model(config, init_params(config, 0, dtype=jnp.bfloat16), None)
+
+
+def test_bytes_of_a_step_by_hand(gpu_config, gpu_model):
     """Two a weight, once; two a cached key's or value's number, in every row."""
-    model_config = from_hf(gpu_config.models.tiny.to_dict())
-    model = bench_decode.build.Model(
-        model_config, init_params(model_config, 0, dtype=jnp.bfloat16), None
-    )
     attention = 2 * 16 * 16 + 2 * 16 * 8 + 16 + 2 * 8  # q and o, k and v, their biases
     weights = 256 * 16 + 16 + 2 * (attention + 3 * 16 * 64 + 2 * 16)
     cached = (6 + 4 / 2) * 2 * 2 * 2 * 4
-    assert bench_decode.bytes_per_step(model, 3, gpu_config) == 2 * (weights + 3 * cached)
+    assert bench_decode.bytes_per_step(gpu_model, 3, gpu_config) == 2 * (weights + 3 * cached)
 
 
 def test_decoding_is_a_share_of_the_bandwidth_that_is_given(gpu_config):
@@ -174,7 +176,7 @@ def test_decoding_is_a_share_of_the_bandwidth_that_is_given(gpu_config):
     assert one.peer == [50.0] and len(one.ours) == 2 and min(one.ours) > 0
 
 
-def test_transformers_decodes_the_same_random_model(gpu_config):
+def test_transformers_decodes_the_same_random_model(gpu_config, gpu_model):
     pytest.importorskip("torch")
     gpu_config.update(peak_gb_per_s=50.0, slots=(3,), torch_device="cuda")
     with pytest.raises(UserError, match="torch sees no GPU"):
@@ -182,11 +184,7 @@ def test_transformers_decodes_the_same_random_model(gpu_config):
     gpu_config.torch_device = "cpu"
     ours, peer = bench_decode.accelerator(gpu_config)
     assert peer.name == "decode tiny 3 / transformers" and len(peer.peer) == len(peer.ours) == 2
-    model_config = from_hf(gpu_config.models.tiny.to_dict())
-    model = bench_decode.build.Model(
-        model_config, init_params(model_config, 0, dtype=jnp.bfloat16), None
-    )
-    per_token = bench_decode.bytes_per_step(model, 3, gpu_config) / 3 / 1e9
+    per_token = bench_decode.bytes_per_step(gpu_model, 3, gpu_config) / 3 / 1e9
     assert ours.ours == pytest.approx([rate * per_token for rate in peer.ours])
 
 
