@@ -13,23 +13,32 @@ from zerosearch_jax.text.tokenizer import decode, encode, token_bytes
 
 
 @pytest.fixture(scope="module")
-def texts(tiny_config, tiny_params, tiny_tokenizer):
+def make_texts(tiny_config, tiny_params, tiny_tokenizer):
     pieces = token_bytes(tiny_tokenizer)
     pieces += [b""] * (tiny_config.vocab_size - len(pieces))
-    generator = Generator(
-        tiny_config,
-        stop_table=build_stop_table(pieces, []),
-        end_ids=[tiny_tokenizer.eos_token_id],
-        slots=2,
-        max_tokens=64,
-        mesh=make_mesh(),
-        prefill_buckets=(32,),
-        window_tokens=64,
-    )
-    generator.load(jax.device_put(tiny_params, param_shardings(tiny_params, generator.mesh)))
-    return TextGenerator(
-        generator, tiny_tokenizer, sampling=Sampling(), max_new_tokens=6, key=jax.random.key(2)
-    )
+
+    def make(**options):
+        settings = dict(slots=2, mesh=make_mesh())
+        generator = Generator(
+            tiny_config,
+            stop_table=build_stop_table(pieces, []),
+            end_ids=[tiny_tokenizer.eos_token_id],
+            max_tokens=64,
+            prefill_buckets=(32,),
+            window_tokens=64,
+            **(settings | options),
+        )
+        generator.load(jax.device_put(tiny_params, param_shardings(tiny_params, generator.mesh)))
+        return TextGenerator(
+            generator, tiny_tokenizer, sampling=Sampling(), max_new_tokens=6, key=jax.random.key(2)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def texts(make_texts):
+    return make_texts()
 
 
 PROMPTS = ["the capital of Chad", "<search> Doc 1", "Answer", "Beijing 12", "a b"]
@@ -51,6 +60,18 @@ def test_it_is_the_generators_own_text_without_the_prompt(texts, tiny_tokenizer)
         [1], key=texts.key, streams=KEYS[:1], max_new_tokens=6, sampling=Sampling()
     )
     assert text == decode(tiny_tokenizer, generation.tokens)
+
+
+def test_few_prompts_go_to_all_replicas(make_texts, texts, monkeypatch):
+    """Three prompts of five slots a replica: two to one, one to the other, then the same again."""
+    shared = make_texts(slots=10, mesh=make_mesh(data=2))
+    begun, begin = [], shared.generator.begin
+    monkeypatch.setattr(
+        shared.generator, "begin", lambda slots, **kw: begun.append(slots) or begin(slots, **kw)
+    )
+    for _ in range(2):
+        assert shared(PROMPTS[:3], KEYS[:3]) == texts(PROMPTS[:3], KEYS[:3])
+    assert [[shared.generator.replica_of(s) for s in slots] for slots in begun] == [[0, 1, 0]] * 2
 
 
 def test_no_prompts_no_texts(texts):

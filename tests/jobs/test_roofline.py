@@ -9,6 +9,7 @@ from zerosearch_jax.jobs import roofline
 from zerosearch_jax.jobs.roofline import Work
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.transformer import (
+    KEY_BLOCK,
     QUERY_BLOCK,
     abstract_model,
     empty_cache,
@@ -96,24 +97,34 @@ def test_the_references_products_are_those_of_the_formula():
     assert product_flops(traced.jaxpr, LENGTH // CHUNK) == expected
 
 
-@pytest.mark.parametrize("logits", [False, True])
-def test_cached_products_are_those_of_the_formula(logits):
-    window, tokens = 64, 1 if logits else 24
+def test_prefills_products_are_those_of_the_formula():
+    """Behind a full window of two blocks."""
+    window, tokens = 2 * KEY_BLOCK, 24
     graphdef, params = abstract_model(CONFIG, stacked=False)
-    burst = 8 if logits else tokens
+
+    def run(params, ids, rows):
+        model = nnx.merge(graphdef, params)
+        cache = empty_cache(CONFIG, ROWS, window, jnp.float32)
+        return model.prefill(ids, cache, rows, rows)[0]
+
+    traced = jax.make_jaxpr(run)(params, _int(ROWS, tokens), _int(ROWS))
+    sizes = dict(rows=ROWS, window=window, tensor=1, weight=2)
+    formula = roofline.prefilled(CONFIG, tokens=tokens, **sizes).flops
+    assert product_flops(traced.jaxpr, window // KEY_BLOCK) == formula
+
+
+def test_decodes_products_are_those_of_the_formula():
+    window, burst = 64, 8
+    graphdef, params = abstract_model(CONFIG, stacked=False)
 
     def run(params, ids, lengths):
         model = nnx.merge(graphdef, params)
         past, recent = (empty_cache(CONFIG, ROWS, n, jnp.float32) for n in (window, burst))
-        hidden, _ = model.cached(ids, past, lengths, recent, 0)
-        return model.logits(hidden) if logits else hidden
+        return model.logits(model.decode(ids, past, lengths, recent, 0)[0])
 
-    traced = jax.make_jaxpr(run)(params, _int(ROWS, tokens), _int(ROWS))
+    traced = jax.make_jaxpr(run)(params, _int(ROWS), _int(ROWS))
     sizes = dict(rows=ROWS, window=window, tensor=1, weight=2)
-    if logits:
-        formula = roofline.decoded(CONFIG, burst=burst, **sizes).flops / burst
-    else:
-        formula = roofline.prefilled(CONFIG, tokens=tokens, **sizes).flops
+    formula = roofline.decoded(CONFIG, burst=burst, **sizes).flops / burst
     assert product_flops(traced.jaxpr, 0) == formula
 
 

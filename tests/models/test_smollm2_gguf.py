@@ -139,8 +139,8 @@ def test_real_greedy_tokens_agree(real, unstacked):
         model = nnx.merge(graphdef, params)
         nothing = empty_cache(config, len(tokens), 0, jnp.float32)
         lengths = jnp.zeros(len(tokens), jnp.int32)
-        hidden, cache = model.cached(tokens[:, None], nothing, lengths, cache, at)
-        logits = model.logits(hidden[:, 0])
+        hidden, cache = model.decode(tokens, nothing, lengths, cache, at)
+        logits = model.logits(hidden)
         best = jax.lax.top_k(logits, 2)[0]
         return logits.argmax(-1), best[:, 0] - best[:, 1], cache
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.models import transformer
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
 from zerosearch_jax.models.transformer import (
     REMAT_POLICIES,
@@ -91,18 +92,28 @@ def test_later_tokens_do_not_change_earlier_logits(full_logits):
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 0.1
 
 
-def test_cached_decoding_equals_the_full_forward(params, full_logits, unstacked):
-    """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full."""
-    lengths, total = np.array([5, 9, 2]), 14
+def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacked, monkeypatch):
+    """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full.
+
+    Cached keys are scored in blocks of four, of which the last, of two, begins earlier.
+    """
+    monkeypatch.setattr(transformer, "KEY_BLOCK", 4)
+    lengths, total = np.array([5, 13, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)
     graphdef, _ = abstract_model(CONFIG, stacked=False)
     layered = unstacked(params, CONFIG.num_layers)
 
     @jax.jit
-    def run(chunk, past, past_length, recent, at):
+    def prefill(chunk, cache, rows, starts):
         model = nnx.merge(graphdef, layered)
-        hidden, recent = model.cached(chunk, past, past_length, recent, at)
+        hidden, block = model.prefill(chunk, cache, rows, starts)
+        return model.logits(hidden), block
+
+    @jax.jit
+    def decode(tokens, past, past_length, recent, at):
+        model = nnx.merge(graphdef, layered)
+        hidden, recent = model.decode(tokens, past, past_length, recent, at)
         return model.logits(hidden), recent
 
     def rubbish(length):
@@ -112,29 +123,29 @@ def test_cached_decoding_equals_the_full_forward(params, full_logits, unstacked)
     cache, held = rubbish(total), np.zeros(3, np.int32)
     append = jax.jit(append_to_cache)
 
-    def check(logits, row, column, at):
-        np.testing.assert_allclose(logits[row, column], expected[row, at], atol=5e-5)
+    def check(logits, row, at):
+        np.testing.assert_allclose(logits, expected[row, at], atol=5e-5)
 
     while (held < lengths).any():
         places = np.minimum(held[:, None] + np.arange(4), total - 1)
         chunk = np.take_along_axis(tokens, places, 1)
-        logits, block = run(chunk, cache, held, rubbish(4), 0)
         new = np.clip(lengths - held, 0, 4)
+        # In another order; rows that are through are written nowhere.
+        rows = np.where(new > 0, np.arange(3), 3 + np.arange(3))
+        logits, block = prefill(chunk[::-1], cache, rows[::-1], held[::-1])
         for row in range(3):
             for column in range(new[row]):
-                check(logits, row, column, held[row] + column)
-        # Rows that are through are written nowhere.
-        rows = np.where(new > 0, np.arange(3), 3 + np.arange(3))
-        cache = append(cache, rows, held, block)
+                check(logits[2 - row, column], row, held[row] + column)
+        cache = append(cache, rows[::-1], held[::-1], block)
         held = held + new
     while (held < total).any():
         recent, steps = rubbish(3), np.minimum(3, total - held)
         for step in range(3):
             places = np.minimum(held + step, total - 1)
-            chunk = np.take_along_axis(tokens, places[:, None], 1)
-            logits, recent = run(chunk, cache, held, recent, step)
+            last = np.take_along_axis(tokens, places[:, None], 1)[:, 0]
+            logits, recent = decode(last, cache, held, recent, step)
             for row in np.flatnonzero(step < steps):
-                check(logits, row, 0, held[row] + step)
+                check(logits[row], row, held[row] + step)
         cache = append(cache, np.arange(3), held, recent)
         held = held + steps
 

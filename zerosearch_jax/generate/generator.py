@@ -38,6 +38,7 @@ from zerosearch_jax.models.transformer import (
     join_layers,
     param_shardings,
     split_layers,
+    take_tokens,
 )
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.parallel.device_clock import DeviceClock
@@ -88,7 +89,7 @@ class Generator:
         that holds the running ones is used; where more run than the largest holds, they take
         turns. (): all of a replica's slots.
       burst_tokens: tokens a row may gain in one `advance`.
-      window_tokens: programs attend to the cache rounded up to a multiple of this.
+      window_tokens: decode programs attend to the cache rounded up to a multiple of this.
       dtype: of weights and cache; int8_weights: hold the matrices in int8 instead, see
         `models.decode_weights`.
       clock: told when the device has work; None: one of its own.
@@ -190,14 +191,13 @@ class Generator:
     def warm_up(self, samplings: Sequence[Sampling]) -> None:
         """Compiles every program that later calls can need; the slots are left as they are."""
         no_turns: list[list[int]] = [[] for _ in range(self.replicas)]
+        for size in self._buckets:
+            self._prefill(no_turns, [], size)
         for window in self._windows():
-            for size in self._buckets:
-                self._prefill(no_turns, [], size, window)
-            if window:
-                self._copy(no_turns, [], window)
-                for rows in self._decode_rows:
-                    for sampling in samplings:
-                        self._decode(no_turns, rows, window, jax.random.key(0), sampling, 1)
+            self._copy(no_turns, [], window)
+            for rows in self._decode_rows:
+                for sampling in samplings:
+                    self._decode(no_turns, rows, window, jax.random.key(0), sampling, 1)
         self.drain()
 
     def start(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -290,7 +290,7 @@ class Generator:
         rows = next(n for n in self._decode_rows if n >= most)
         reach = max(int(self._length[slot]) for queue in turns for slot in queue)
         enough = self._enough(most, share if turns == running else min(share, EARLY))
-        places, *out = self._decode(turns, rows, self._window(max(1, reach)), key, sampling, enough)
+        places, *out = self._decode(turns, rows, self._window(reach), key, sampling, enough)
         pending, state, finish, count, tokens, logprobs = jax.device_get(out)
         self.drain()
         stopped = {}
@@ -365,14 +365,8 @@ class Generator:
                 longest = max(len(row) for row in todo.values())
                 fits = [size for size in self._buckets if size >= longest]
                 size = fits[0] if fits else self._buckets[-1]
-                held = max(int(self._length[slots[i]]) for i in todo)
                 chunks = [[todo[i][:size] for i in group] for group in groups]
-                self._prefill(
-                    [[slots[i] for i in group] for group in groups],
-                    chunks,
-                    size,
-                    self._window(held),
-                )
+                self._prefill([[slots[i] for i in group] for group in groups], chunks, size)
                 for group, parts in zip(groups, chunks, strict=True):
                     for i, part in zip(group, parts, strict=True):
                         self._length[slots[i]] += len(part)
@@ -405,7 +399,7 @@ class Generator:
 
     def _windows(self) -> list[int]:
         step = self._window_tokens
-        return [min(reach, self.max_tokens) for reach in range(0, self.max_tokens + step, step)]
+        return [min(reach, self.max_tokens) for reach in range(step, self.max_tokens + step, step)]
 
     def _window(self, reach: int) -> int:
         """The part of the cache to attend to when its first `reach` tokens are in use."""
@@ -427,7 +421,7 @@ class Generator:
         jax.block_until_ready(self._cache)
         self.clock.drained()
 
-    def _prefill(self, slots, chunks, size: int, window: int) -> None:
+    def _prefill(self, slots, chunks, size: int) -> None:
         """Prefills each replica's `chunks` of at most `size` tokens behind its `slots`' cache."""
         shape = (self.replicas, self._prefill_rows)
         tokens = np.zeros((*shape, size), np.int32)
@@ -441,7 +435,7 @@ class Generator:
         )
         self._cache = _prefill(
             self._params, self._cache, index, starts, tokens,
-            graphdef=self._graphdef, window=window, mesh=self.mesh,
+            graphdef=self._graphdef, mesh=self.mesh,
         )  # fmt: skip
 
     def _copy(self, targets, sources, window: int) -> None:
@@ -529,7 +523,7 @@ class AbstractGenerator:
     Attributes:
       params, cache: shapes and shardings of what it holds.
       load: makes a layer's of training parameters on the same mesh (`Generator.load`).
-      prefill: of the most tokens at once, behind a full window; decode: of all slots.
+      prefill: of the most tokens at once; decode: of all slots, behind a full window.
     """
 
     params: nnx.State
@@ -572,7 +566,7 @@ def abstract_generator(
         return [_sharded(leaf, whole) for leaf in leaves]
 
     cache = jax.tree.map(_sharded, jax.eval_shape(fresh), cache_shardings(fresh, mesh))
-    options = dict(graphdef=graphdef, window=max_tokens, mesh=mesh)
+    options = dict(graphdef=graphdef, mesh=mesh)
     count = replicas * min(prefill_rows, slots // replicas)
 
     def prefill():
@@ -586,7 +580,8 @@ def abstract_generator(
         rest = scalars(key, jax.ShapeDtypeStruct((), jnp.int32), stop_table, ends)
         return _decode.lower(
             params, cache, *of_slots, *rest,
-            sampling=sampling, burst=min(burst_tokens, max_tokens), everything=True, **options,
+            sampling=sampling, window=max_tokens, burst=min(burst_tokens, max_tokens),
+            everything=True, **options,
         )  # fmt: skip
 
     def load(trained):
@@ -615,23 +610,17 @@ def _per_replica(function, mesh: jax.sharding.Mesh, in_specs, out_specs):
 
 def _take_rows(cache, index, window: int):
     """The first `window` tokens of the cache rows `index`."""
-    return [
-        (k.at[index, :, :, :window].get(mode="clip"), v.at[index, :, :window].get(mode="clip"))
-        for k, v in cache
-    ]
+    return [take_tokens(layer, index, jnp.zeros_like(index), window) for layer in cache]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "window", "mesh"), donate_argnames="cache")
-def _prefill(params, cache, index, starts, tokens, *, graphdef, window, mesh):
+@partial(jax.jit, static_argnames=("graphdef", "mesh"), donate_argnames="cache")
+def _prefill(params, cache, index, starts, tokens, *, graphdef, mesh):
     """Writes `tokens` `[P, C]` behind the first `starts` `[P]` of the cache rows `index` `[P]`."""
 
     def run(params, cache, index, starts, tokens):
         model = nnx.merge(graphdef, params)
-        past = _take_rows(cache, index, window)
-        dtype = cache[0][0].dtype
-        empty = empty_cache(model.config, *tokens.shape, dtype)
-        _, block = model.cached(tokens, past, starts, empty, jnp.int32(0))
-        return append_to_cache(cache, index, starts, block)
+        _, chunks = model.prefill(tokens, cache, index, starts)
+        return append_to_cache(cache, index, starts, chunks)
 
     specs = (WHOLE, ROWS, ROWS, ROWS, ROWS)
     return _per_replica(run, mesh, specs, ROWS)(params, cache, index, starts, tokens)
@@ -691,9 +680,9 @@ def _decode(
         def body(carry):
             step, recent, pending, state, finish, count, tokens, logprobs = carry
             running = finish == 0
-            hidden, recent = model.cached(pending[:, None], past, length, recent, step)
+            hidden, recent = model.decode(pending, past, length, recent, step)
             token_keys = jax.vmap(fold)(keys, length + step)
-            token, logprob = sample(model.logits(hidden[:, 0]), token_keys, sampling)
+            token, logprob = sample(model.logits(hidden), token_keys, sampling)
             state = jnp.where(running, table[state, token].astype(jnp.int32), state)
             count = count + running
             ends = jnp.where(count >= limit, LIMIT, 0)

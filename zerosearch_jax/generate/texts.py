@@ -36,10 +36,14 @@ class TextGenerator:
         """The completion of each prompt (user turn; the system turn is empty)."""
         texts = [""] * len(prompts)
         queue = deque(range(len(prompts)))
-        free = deque(range(self.generator.slots))
+        free: list[deque[int]] = [deque() for _ in range(self.generator.replicas)]
+        for slot in range(self.generator.slots):
+            free[self.generator.replica_of(slot)].append(slot)
         writing: dict[int, int] = {}  # slot -> which prompt
         while queue or writing:
-            new = {free.popleft(): queue.popleft() for _ in range(min(len(free), len(queue)))}
+            new = {}
+            while queue and any(free):  # where least is written, so that no replica is idle
+                new[max(free, key=len).popleft()] = queue.popleft()
             if new:
                 self.generator.start(
                     list(new),
@@ -57,5 +61,5 @@ class TextGenerator:
             )
             for slot, generation in stopped.items():
                 texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)
-                free.append(slot)
+                free[self.generator.replica_of(slot)].append(slot)
         return texts

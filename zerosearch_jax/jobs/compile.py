@@ -30,7 +30,7 @@ from zerosearch_jax.jobs.collectives import collectives
 from zerosearch_jax.jobs.improve import objective_of
 from zerosearch_jax.jobs.markdown import table
 from zerosearch_jax.models.config import ModelConfig, from_hf
-from zerosearch_jax.models.transformer import split_layers
+from zerosearch_jax.models.transformer import KEY_BLOCK, split_layers
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rollout.episodes import STOP_STRINGS
 
@@ -327,8 +327,9 @@ def generator_programs(
     prefilled = roofline.prefilled(model, rows=rows, tokens=prompt, **common)
     decoded = roofline.decoded(model, rows=slots_each, burst=config.burst_tokens, **common)
     held = sum(resident.values())
+    blocks = (math.ceil(config.max_tokens / KEY_BLOCK),)
     programs = [
-        Program(f"{name} prefill", generator.prefill, prefilled, (), held),
+        Program(f"{name} prefill", generator.prefill, prefilled, blocks, held),
         Program(f"{name} decode", generator.decode, decoded, (config.burst_tokens,), held),
     ]
     if trained is not None:

@@ -54,6 +54,7 @@ REMAT_POLICIES = {
 # Kernels for whole rows: None is `packed_attention`, which needs no mesh.
 ATTENTIONS = {"xla": None, "splash": splash_attention, "cudnn": cudnn_attention}
 QUERY_BLOCK = 128  # tokens of queries that `packed_attention` scores at once
+KEY_BLOCK = 128  # cached tokens that `prefill_attention` scores at once
 
 # One layer's keys [B, K, H, S] and values [B, K, S, H]: both products of decoding then read
 # contiguous memory, which is what decoding's time goes into.
@@ -62,6 +63,7 @@ CACHE_AXES = (
     ("batch", "kv_heads", "head_dim", "length"),
     ("batch", "kv_heads", "length", "head_dim"),
 )
+LENGTH_AXES = tuple(axes.index("length") for axes in CACHE_AXES)
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int, dtype: Any) -> list[LayerCache]:
@@ -102,14 +104,8 @@ def append_to_cache(
     # A block that would reach past the end begins earlier, with what stands there already.
     source = jnp.arange(size) - (starts - firsts)[:, None]
 
-    def write(old, block, axis):
+    def write(old, kept, block, axis):
         index = (slice(None), *(None,) * (axis - 1), slice(None), *(None,) * (3 - axis))
-        sizes = (1, *old.shape[1:axis], size, *old.shape[axis + 1 :])
-        kept = jax.vmap(
-            lambda row, first: lax.dynamic_slice(
-                old, [first if i == axis else row if i == 0 else 0 for i in range(4)], sizes
-            )[0]
-        )(rows, firsts)
         moved = jnp.take_along_axis(block, jnp.maximum(source, 0)[index], axis=axis)
         return lax.scatter(
             old,
@@ -125,12 +121,54 @@ def append_to_cache(
         )
 
     return [
-        (write(keys, new_keys, 3), write(values, new_values, 2))
-        for (keys, values), (new_keys, new_values) in zip(cache, new, strict=True)
+        tuple(map(write, layer, take_tokens(layer, rows, firsts, size), new_layer, LENGTH_AXES))
+        for layer, new_layer in zip(cache, new, strict=True)
     ]
 
 
-def cached_attention(
+def take_tokens(layer: LayerCache, rows: jax.Array, firsts: jax.Array, size: int) -> LayerCache:
+    """`size` tokens of some rows of a layer's cache: keys `[P, K, H, size]`, values likewise.
+
+    Args:
+      rows: `[P]`; one that does not exist gives another's.
+      firsts: `[P]` the first token to take of each.
+    """
+
+    def take(array, axis):
+        sizes = (1, *array.shape[1:axis], size, *array.shape[axis + 1 :])
+
+        def one(row, first):
+            starts = [first if i == axis else row if i == 0 else 0 for i in range(4)]
+            return lax.dynamic_slice(array, starts, sizes)[0]
+
+        return jax.vmap(one)(rows, firsts)
+
+    return tuple(map(take, layer, LENGTH_AXES))
+
+
+def _by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
+    """Scaled queries `[B, K, (N/K)·T, H]` of `[B, T, N, H]`: all that share a head, one matrix."""
+    b, t, n, h = q.shape
+    q = (q * h**-0.5).reshape(b, t, kv_heads, n // kv_heads, h)
+    return q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
+
+
+def _by_query_head(out: jax.Array, tokens: int) -> jax.Array:
+    """The inverse order: `[B, T, N, H]` of `[B, K, (N/K)·T, H]`."""
+    b, k, rows, h = out.shape
+    out = out.reshape(b, k, rows // tokens, tokens, h).transpose(0, 3, 1, 2, 4)
+    return out.reshape(b, tokens, -1, h)
+
+
+def _scores(q: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
+    """Float32 scores `[B, K, M, S]` of `_by_kv_head`'s queries; `mask` `[B, T, S]` of theirs."""
+    scores = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
+    b, k, m, s = scores.shape
+    scores = scores.reshape(b, k, -1, mask.shape[1], s)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(b, k, m, s)
+
+
+def decode_attention(
     q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
 ) -> jax.Array:
     """Grouped-query attention over keys and values that lie in several parts, softmax in float32.
@@ -143,23 +181,63 @@ def cached_attention(
     Returns:
       `[B, T, N, H]` in q's dtype.
     """
-    b, t, n, h = q.shape
-    k = parts[0][0].shape[1]
-    # Queries that share a key-value head become rows of one matrix.
-    q = (q * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
-    scores = []
-    for keys, _, mask in parts:
-        part = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
-        part = part.reshape(b, k, n // k, t, -1)
-        scores.append(jnp.where(mask[:, None, None], part, jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    weights = weights.astype(q.dtype).reshape(b, k, (n // k) * t, -1)
+    rows = _by_kv_head(q, parts[0][0].shape[1])
+    scores = [_scores(rows, keys, mask) for keys, _, mask in parts]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     out, start = 0, 0
     for keys, values, _ in parts:
         stop = start + keys.shape[-1]
         out += jnp.einsum("bkms,bksh->bkmh", weights[..., start:stop], values)
         start = stop
-    return out.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return _by_query_head(out, q.shape[1])
+
+
+def prefill_attention(
+    q: jax.Array, own: LayerCache, cache: LayerCache, rows: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of chunks to themselves, causally, and to what is cached before.
+
+    Cached keys are read in blocks, as many as the longest row has, with the softmax carried on in
+    float32 from block to block (Milakov and Gimelshein, arXiv 1805.02867): the time goes with
+    what is cached, and scores stay small.
+
+    Args:
+      q: `[P, T, N, H]`; own: the chunks' keys `[P, K, H, T]` and values `[P, K, T, H]`.
+      cache: all rows of a layer's cache; rows: `[P]` those of the chunks, see `take_tokens`;
+        starts: `[P]` tokens cached in each.
+
+    Returns:
+      `[P, T, N, H]` in q's dtype.
+    """
+    tokens, length = q.shape[1], cache[1].shape[2]
+    size = min(KEY_BLOCK, length)
+    queries = _by_kv_head(q, own[0].shape[1])
+
+    def attend(carry, keys, values, mask):
+        top, total, out = carry
+        scores = _scores(queries, keys, mask)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        added = jnp.einsum(
+            "bkms,bksh->bkmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+        )
+        total = total * shrink + weights.sum(axis=-1)
+        return new_top, total, out * shrink[..., None] + added
+
+    def block(i, carry):
+        first = jnp.minimum(i * size, length - size)  # the last block may begin earlier
+        places = first + jnp.arange(size)
+        mask = (places >= i * size) & (places < starts[:, None])
+        keys, values = take_tokens(cache, rows, jnp.full_like(rows, first), size)
+        return attend(carry, keys, values, mask[:, None])
+
+    nothing = jnp.zeros(queries.shape[:3], jnp.float32)
+    carry = nothing - jnp.inf, nothing, jnp.zeros(queries.shape, jnp.float32)
+    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)
+    carry = attend(carry, *own, causal[None])
+    _, total, out = lax.fori_loop(0, -(-starts.max() // size), block, carry)
+    return _by_query_head((out / total[..., None]).astype(q.dtype), tokens)
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -294,7 +372,20 @@ class Block(nnx.Module):
         q, k, v = self.project(x, angles)
         return self.combine(x, attention(q, k, v, segment_ids))
 
-    def cached(
+    def prefill(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        cache: LayerCache,
+        rows: jax.Array,
+        starts: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """`x` `[P, T, D]` behind the cache, see `prefill_attention`; its own keys and values."""
+        q, k, v = self.project(x, angles)
+        own = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        return self.combine(x, prefill_attention(q, own, cache, rows, starts)), own
+
+    def decode(
         self,
         x: jax.Array,
         angles: jax.Array,
@@ -303,14 +394,14 @@ class Block(nnx.Module):
         at: jax.Array,
         recent_mask: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """`x` `[B, T, D]` attending to `past` (an attention part) and to the recent tokens.
+        """`x` `[B, 1, D]` attending to `past` (an attention part) and to the recent tokens.
 
-        Its own keys and values are written into `recent` from position `at` `[]` on.
+        Its own key and value are written into `recent` at position `at` `[]`.
         """
         q, k, v = self.project(x, angles)
         keys = lax.dynamic_update_slice(recent[0], k.transpose(0, 2, 3, 1), (0, 0, 0, at))
         values = lax.dynamic_update_slice(recent[1], v.transpose(0, 2, 1, 3), (0, 0, at, 0))
-        attended = cached_attention(q, [past, (keys, values, recent_mask)])
+        attended = decode_attention(q, [past, (keys, values, recent_mask)])
         return self.combine(x, attended), (keys, values)
 
 
@@ -407,7 +498,27 @@ class Transformer(nnx.Module):
         x, _ = lax.scan(body, x, stacked)
         return rms_norm(self._by_row(x), self.final_norm[...], self.config.norm_eps)
 
-    def cached(
+    def prefill(
+        self, tokens: jax.Array, cache: list[LayerCache], rows: jax.Array, starts: jax.Array
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """Hidden states `[P, T, D]` of chunks of tokens behind rows of a cache that is only read.
+
+        Args:
+          tokens: `[P, T]`; rows: `[P]` cache rows that they belong behind; starts: `[P]` tokens
+            cached in each, after which the chunk's positions go on.
+
+        Returns:
+          The hidden states, and the chunks' keys and values, for `append_to_cache`.
+        """
+        x = self._embed(tokens)
+        angles = self._angles(starts[:, None] + jnp.arange(tokens.shape[1]))
+        chunks = []
+        for block, layer in zip(self.layers, cache, strict=True):
+            x, chunk = block.prefill(x, angles, layer, rows, starts)
+            chunks.append(chunk)
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps), chunks
+
+    def decode(
         self,
         tokens: jax.Array,
         past: list[LayerCache],
@@ -415,31 +526,31 @@ class Transformer(nnx.Module):
         recent: list[LayerCache],
         at: jax.Array,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Hidden states `[B, T, D]` of `tokens` `[B, T]` behind a KV cache that is only read.
+        """Hidden states `[B, D]` of a token a row, behind a KV cache that is only read.
 
         A token sees the first `past_length` `[B]` tokens of `past`, then those of `recent` up to
-        itself. Its position is `past_length + at + t`. The two are apart because writing one
-        token a row into a long cache costs more than computing it.
+        itself. Its position is `past_length + at`. The two are apart because writing one token a
+        row into a long cache costs more than computing it.
 
         Args:
+          tokens: `[B]`.
           past, recent: a `LayerCache` for each layer; `past` may hold no tokens at all.
           at: `[]` int32, where in `recent` the tokens go, alike for all rows.
 
         Returns:
           The hidden states, and `recent` with the tokens' keys and values.
         """
-        places = at + jnp.arange(tokens.shape[1])
-        x = self._embed(tokens)
-        angles = self._angles(past_length[:, None] + places)
+        x = self._embed(tokens[:, None])
+        angles = self._angles(past_length[:, None] + at)
         past_mask = (jnp.arange(past[0][1].shape[2]) < past_length[:, None])[:, None]
-        recent_mask = (jnp.arange(recent[0][1].shape[2]) <= places[:, None])[None]
+        recent_mask = (jnp.arange(recent[0][1].shape[2]) <= at)[None, None]
         new_recent = []
         for block, (keys, values), layer_recent in zip(self.layers, past, recent, strict=True):
-            x, layer_recent = block.cached(
+            x, layer_recent = block.decode(
                 x, angles, (keys, values, past_mask), layer_recent, at, recent_mask
             )
             new_recent.append(layer_recent)
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), new_recent
+        return rms_norm(x[:, 0], self.final_norm[...], self.config.norm_eps), new_recent
 
     def _by_row(self, x: jax.Array) -> jax.Array:
         if self.mesh is None:

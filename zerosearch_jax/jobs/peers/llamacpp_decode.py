@@ -1,9 +1,11 @@
-"""Times greedy decoding of a Llama-architecture model with llama.cpp, through xllamacpp.
+"""Times greedy decoding of a Llama-architecture model with llama.cpp, compiled for this machine.
 
-Stand-alone: it imports nothing of this project and runs in an environment of its own,
+Stand-alone: it imports nothing of this project and runs in an environment of its own, which takes
+a C++ compiler and about ten minutes to make,
 
     python3.11 -m venv llamacppenv
-    llamacppenv/bin/pip install xllamacpp==2026.10.11549 gguf==0.19.0 safetensors==0.8.0
+    llamacppenv/bin/pip install --no-binary llama-cpp-python \\
+        llama-cpp-python==0.3.36 gguf==0.19.0 safetensors==0.8.0
 
 and is called by `bench_peers.subprocess_peer`: JSON request on stdin, one JSON line on stdout.
 
@@ -13,10 +15,9 @@ weights and KV cache), threads.
 Response: decode_secs and prefill_secs (seconds of each repeat), tokens (greedy ids of row 0),
 version.
 
-The package offers llama.cpp's server only. All rows go into it as one request, so that they are
-decoded as one batch; end of text is ignored, prompts are not cached. prefill_secs is that of a
-request for one token, decode_secs that of one for new_tokens + 1, less the former. The wheel is
-built for AVX2 and uses no AVX-512 or AMX.
+It calls llama.cpp's own functions: a step is one `llama_decode` of a token a row and the largest
+of each row's logits. Prompts go in as one `llama_decode` after the other, as many tokens as a
+batch holds.
 """
 
 import json
@@ -25,7 +26,6 @@ import re
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 NAMES = {
@@ -41,6 +41,13 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def ggml_type(dtype: str):
+    """ggml's type of a dtype."""
+    import gguf
+
+    return gguf.GGMLQuantizationType[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
 
 
 def write_gguf(directory: Path, dtype: str, out: Path) -> None:
@@ -68,7 +75,7 @@ def write_gguf(directory: Path, dtype: str, out: Path) -> None:
     writer.add_token_list([piece for piece, _ in vocabulary])
     writer.add_token_types([3 if piece in special else 1 for piece, _ in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    kind = gguf.GGMLQuantizationType[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
+    kind = ggml_type(dtype)
     with safe_open(directory / "model.safetensors", framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             weight = file.get_tensor(name).astype(np.float32)
@@ -86,61 +93,99 @@ def write_gguf(directory: Path, dtype: str, out: Path) -> None:
     writer.close()
 
 
-def serve(path: Path, request: dict):
-    """llama.cpp's server with one slot a row."""
-    import xllamacpp
+class Model:
+    """llama.cpp's model and a context with a sequence a row."""
 
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_parallel = request["slots"]
-    longest = max(map(len, request["prompts"])) + request["new_tokens"] + 2
-    params.n_ctx = request["slots"] * (-(-longest // 256) * 256)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
-    cache = {"float32": "GGML_TYPE_F32", "bfloat16": "GGML_TYPE_BF16"}[request["dtype"]]
-    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, cache)
-    return xllamacpp.Server(params)
+    def __init__(self, path: Path, request: dict):
+        import llama_cpp
+
+        self.cpp = llama_cpp
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_context_default_params()
+        longest = max(map(len, request["prompts"])) + request["new_tokens"] + 2
+        options.n_seq_max = request["slots"]
+        options.n_ctx = request["slots"] * (-(-longest // 256) * 256)
+        options.n_threads = options.n_threads_batch = request["threads"]
+        options.type_k = options.type_v = ggml_type(request["dtype"]).value
+        self.batch_tokens = options.n_batch
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self.context = llama_cpp.llama_init_from_model(model, options)
+        if not self.context:
+            raise RuntimeError("llama.cpp made no context; see its messages above")
+        self.batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
+
+    def forget(self) -> None:
+        """Empties all sequences."""
+        self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
+
+    def feed(self, entries) -> list[int]:
+        """Takes (row, position, token, is it the row's last); returns what follows each last."""
+        import numpy as np
+
+        batch, last = self.batch, []
+        for i, (row, position, token, is_last) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, is_last
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            if is_last:
+                last.append(i)
+        batch.n_tokens = len(entries)
+        if self.cpp.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed; see llama.cpp's messages above")
+        found = []
+        for i in last:
+            logits = self.cpp.llama_get_logits_ith(self.context, i)
+            found.append(int(np.argmax(np.ctypeslib.as_array(logits, (self.vocabulary,)))))
+        return found
 
 
 def run(request: dict) -> dict:
     """The response to a request; see the module's docstring."""
-    import xllamacpp
+    import llama_cpp
 
     prompts = request["prompts"]
     rows = [prompts[row % len(prompts)] for row in range(request["slots"])]
 
-    def sample(count: int) -> tuple[float, list[int]]:
-        """Seconds and row 0's tokens of a request for `count` tokens a row."""
-        body = {"prompt": rows, "n_predict": count, "samplers": ["top_k"], "top_k": 1}
-        body |= {"ignore_eos": True, "cache_prompt": False, "return_tokens": True}
-        post = urllib.request.Request(f"{server.listening_address}/completion")
-        start = time.perf_counter()
-        with urllib.request.urlopen(post, json.dumps(body).encode()) as reply:
-            results = json.load(reply)
-        seconds = time.perf_counter() - start
-        results = results if isinstance(results, list) else [results]
-        return seconds, min(results, key=lambda result: result["index"])["tokens"]
+    def prefill(model: Model) -> list[int]:
+        entries = [
+            (row, at, token, at == len(prompt) - 1)
+            for row, prompt in enumerate(rows)
+            for at, token in enumerate(prompt)
+        ]
+        size, tokens = model.batch_tokens, []
+        for start in range(0, len(entries), size):
+            tokens += model.feed(entries[start : start + size])
+        return tokens
 
+    decode_secs, prefill_secs = [], []
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(Path(request["model"]), request["dtype"], Path(folder) / "model.gguf")
-        server = serve(Path(folder) / "model.gguf", request)
-        sample(1), sample(request["new_tokens"] + 1)
-        decode_secs, prefill_secs = [], []
-        for _ in range(request["repeats"]):
-            prefill, _ = sample(1)
-            total, tokens = sample(request["new_tokens"] + 1)
-            prefill_secs.append(prefill)
-            decode_secs.append(total - prefill)
+        model = Model(Path(folder) / "model.gguf", request)
+        for _ in range(request["repeats"] + 1):
+            model.forget()
+            start = time.perf_counter()
+            tokens = prefill(model)
+            prefill_secs.append(time.perf_counter() - start)
+            first = [tokens[0]]
+            start = time.perf_counter()
+            for step in range(request["new_tokens"]):
+                tokens = model.feed(
+                    [(row, len(rows[row]) + step, token, True) for row, token in enumerate(tokens)]
+                )
+                first.append(tokens[0])
+            decode_secs.append(time.perf_counter() - start)
     return {
-        "decode_secs": decode_secs,
-        "prefill_secs": prefill_secs,
-        "tokens": tokens[: request["new_tokens"]],
-        "version": xllamacpp.__version__,
+        "decode_secs": decode_secs[1:],
+        "prefill_secs": prefill_secs[1:],
+        "tokens": first[: request["new_tokens"]],
+        "version": llama_cpp.__version__,
     }
 
 
 def main() -> None:
     """Reads the request, prints the response."""
-    os.environ["no_proxy"] = "127.0.0.1"
     stdout = os.dup(1)
     os.dup2(2, 1)  # llama.cpp may write to the standard output
     os.write(stdout, json.dumps(run(json.load(sys.stdin))).encode() + b"\n")
