@@ -150,6 +150,23 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
         held = held + steps
 
 
+def test_a_row_is_prefilled_alike_beside_longer_ones(params, unstacked, monkeypatch):
+    """Bit for bit: blocks that only other rows need add nothing to it."""
+    monkeypatch.setattr(transformer, "KEY_BLOCK", 4)
+    graphdef, _ = abstract_model(CONFIG, stacked=False)
+    layered = unstacked(params, CONFIG.num_layers)
+    tokens = np.random.default_rng(6).integers(0, 64, (2, 5))
+    cache = jax.tree.map(lambda x: x + 7.0, empty_cache(CONFIG, 2, 16, jnp.float32))
+
+    @jax.jit
+    def prefill(starts):
+        return nnx.merge(graphdef, layered).prefill(tokens, cache, jnp.arange(2), starts)[0]
+
+    short, long = prefill(jnp.array([3, 2])), prefill(jnp.array([3, 15]))
+    np.testing.assert_array_equal(short[0], long[0])
+    assert np.abs(short[1] - long[1]).max() > 0.1
+
+
 def test_a_block_that_reaches_past_the_end_keeps_what_stands_before_it():
     def filled(rows, length, start):
         """Keys and values of one layer whose every number is its own."""
