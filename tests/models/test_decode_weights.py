@@ -20,10 +20,11 @@ def test_int8_has_a_scale_for_each_output():
 
 
 @pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [(2, 7), (1, 1), (3, 43)])  # few, one, many
 @pytest.mark.parametrize(("shape", "summed"), [((8, 3, 4), 1), ((4, 2, 6), 2), ((5, 1), 1)])
-def test_the_product_is_that_of_the_weight(shape, summed, int8):
+def test_the_product_is_that_of_the_weight(shape, summed, rows, int8):
     weight = jax.random.normal(jax.random.key(0), shape)
-    x = jax.random.normal(jax.random.key(1), (2, 7, *shape[:summed]))
+    x = jax.random.normal(jax.random.key(1), (*rows, *shape[:summed]))
     ours = output_major(weight, tuple(range(summed)), int8)
     inner = tuple(range(len(shape) - summed, len(shape)))
     exact = jnp.moveaxis(weight, tuple(range(summed)), inner)
@@ -36,7 +37,7 @@ def test_the_product_is_that_of_the_weight(shape, summed, int8):
         np.testing.assert_array_equal(restored, exact)
     wanted = jnp.tensordot(x, jnp.moveaxis(restored, inner, tuple(range(summed))), axes=summed)
     product = dense(x, ours, summed)
-    assert product.shape == (2, 7, *shape[summed:])
+    assert product.shape == (*rows, *shape[summed:])
     np.testing.assert_allclose(product, wanted, atol=1e-5)
     np.testing.assert_allclose(
         dense(x, weight, summed), jnp.tensordot(x, weight, axes=summed), atol=1e-5

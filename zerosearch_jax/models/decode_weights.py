@@ -5,6 +5,7 @@ They lie with the output axes first, `[*out, *in]`, which is how CPUs multiply t
 decoding's time goes into on accelerators: symmetric, one scale an output channel, weights only.
 """
 
+import math
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -27,6 +28,7 @@ SUMMED_AXES = {
     "down": (0,),
 }
 FEW_ROWS = 128  # up to here a CPU multiplies them from the right
+ONE_ROWS_PARTS = 8  # that a CPU multiplies a single row in
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def _product(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
     """`[R, in]` times `[out, in]`: `[R, out]`.
 
     A CPU multiplies few rows from the right, and the result is turned over: 32 rows then take 0.7
-    of the time, 8 rows half. XLA would turn the product over instead, hence the barrier.
+    of the time, 8 rows half. XLA would turn the product over instead, hence the barrier. A single
+    row it multiplies with parts of the weight, because XLA reads one matrix with one thread.
     """
 
     def rows_first(rows, values):
@@ -83,9 +86,16 @@ def _product(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
     def weight_first(rows, values):
         return lax.optimization_barrier(rows_first(values, rows)).T
 
+    def in_parts(row, values):
+        parts = values.reshape(math.gcd(len(values), ONE_ROWS_PARTS), -1, values.shape[1])
+        each = jnp.broadcast_to(row, (len(parts), *row.shape))
+        summed = (((2,), (2,)), ((0,), (0,)))
+        return lax.dot_general(parts, each, summed, preferred_element_type=dtype).reshape(1, -1)
+
     if rows.shape[0] > FEW_ROWS:
         return rows_first(rows, values)
-    return lax.platform_dependent(rows, values, cpu=weight_first, default=rows_first)
+    on_cpu = in_parts if rows.shape[0] == 1 else weight_first
+    return lax.platform_dependent(rows, values, cpu=on_cpu, default=rows_first)
 
 
 def output_major(weight: jax.Array, summed: tuple[int, ...], int8: bool) -> OutputMajor:
