@@ -95,9 +95,9 @@ def test_later_tokens_do_not_change_earlier_logits(full_logits):
 def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacked, monkeypatch):
     """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full.
 
-    Cached keys are scored in blocks of four, of which the last, of two, begins earlier.
+    Cached keys are scored in blocks of five, of which the last, of four, begins earlier.
     """
-    monkeypatch.setattr(transformer, "KEY_BLOCK", 4)
+    monkeypatch.setattr(transformer, "KEY_BLOCK", 5)
     lengths, total = np.array([5, 13, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)

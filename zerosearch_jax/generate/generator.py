@@ -470,6 +470,14 @@ class Generator:
         return places, *out
 
 
+def slots_by_replica(generator: Generator) -> list[list[int]]:
+    """All slots of each replica."""
+    slots: list[list[int]] = [[] for _ in range(generator.replicas)]
+    for slot in range(generator.slots):
+        slots[generator.replica_of(slot)].append(slot)
+    return slots
+
+
 def _own_shards(array: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
     """The same array on some of its devices, which hold just what `own.sharding` gives them."""
     shards = [s.data for s in array.addressable_shards if s.device in own.sharding.device_set]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from zerosearch_jax.generate.generator import EARLY, Generator
+from zerosearch_jax.generate.generator import EARLY, Generator, slots_by_replica
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.text.tokenizer import decode, encode_prompt
 
@@ -36,9 +36,7 @@ class TextGenerator:
         """The completion of each prompt (user turn; the system turn is empty)."""
         texts = [""] * len(prompts)
         queue = deque(range(len(prompts)))
-        free: list[deque[int]] = [deque() for _ in range(self.generator.replicas)]
-        for slot in range(self.generator.slots):
-            free[self.generator.replica_of(slot)].append(slot)
+        free = [deque(slots) for slots in slots_by_replica(self.generator)]
         writing: dict[int, int] = {}  # slot -> which prompt
         while queue or writing:
             new = {}

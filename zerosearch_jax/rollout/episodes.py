@@ -15,7 +15,7 @@ from itertools import groupby
 import jax
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import EARLY, Generation, Generator
+from zerosearch_jax.generate.generator import EARLY, Generation, Generator, slots_by_replica
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
@@ -64,9 +64,7 @@ class _Table:
         groups = groupby(self.trajectories, key=lambda t: t.episode.question)
         for i, (_, group) in enumerate(groups):
             self._queues[i % len(self._queues)].extend(group)
-        self._free = [[] for _ in self._queues]
-        for slot in range(generator.slots):
-            self._free[generator.replica_of(slot)].append(slot)
+        self._free = slots_by_replica(generator)
         self._replica_of = generator.replica_of
         self._last_question: dict[int, str] = {}
 
