@@ -16,12 +16,12 @@ bandwidth or of its dense bfloat16 peak.
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def rollout() -> ConfigDict:
     generator = dict(
-        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(16,), burst_tokens=32
+        slots=160, lockstep_slots=320, prefill_rows=16, decode_rows=(16,), chunk_tokens=32
     )
     return ConfigDict(
         dict(
@@ -130,7 +130,7 @@ def learner() -> ConfigDict:
                 row_tokens=640,
                 rows=4,
                 topk=2,
-                habits=dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3),
+                behaviours=dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3),
             ),
             memory=dict(
                 tokens=1024,
@@ -219,4 +219,4 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`."""
-    return config_check.choose(PRESETS, preset, __file__)()
+    return config_flags.choose(PRESETS, preset, __file__)()

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
-    config.rl.update(dict(surrogate="cispo", clip_low=1.0, clip_high=0.28, minibatches=2))
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config.update(
+        dict(loss=dict(surrogate="cispo", clip_low=1.0, clip_high=0.28), rl=dict(minibatches=2))
+    )
     return config

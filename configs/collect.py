@@ -24,12 +24,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
     """The default: every value there is, small enough for two CPU cores."""
-    engines = config_check.load(str(Path(__file__).with_name("grpo.py"))).eval.search.to_dict()
+    engines = config_flags.load(str(Path(__file__).with_name("grpo.py"))).eval.search.to_dict()
     return ConfigDict(
         dict(
             job="collect",
@@ -43,7 +43,7 @@ def embedded() -> ConfigDict:
                     prefill_rows=16,
                     prefill_buckets=(64, 128, 192),
                     decode_rows=(16,),
-                    burst_tokens=32,
+                    chunk_tokens=32,
                     window_tokens=320,
                     dtype="float32",
                     int8_weights=False,
@@ -81,7 +81,7 @@ def embedded() -> ConfigDict:
                     prefill_rows=16,
                     prefill_buckets=(256, 384),
                     decode_rows=(16,),
-                    burst_tokens=16,
+                    chunk_tokens=16,
                     window_tokens=512,
                     dtype="float32",
                     int8_weights=False,
@@ -134,4 +134,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    return config_check.choose(PRESETS, preset, __file__)()
+    return config_flags.choose(PRESETS, preset, __file__)()

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     config.rollout.max_rounds = 3
-    config.rl.update(dict(clip_high=0.28, minibatches=2, overlong="mask", kl=0.0))
+    config.update(
+        dict(loss=dict(clip_high=0.28), rl=dict(minibatches=2, overlong="mask"), kl=dict(coef=0.0))
+    )
     return config

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     web = dict(provider="serper", blocked_domains=("huggingface.co",), recording="world")
     small = preset in ("", "smollm2-135m")
     config.search.update(dict(engine="recorded_web" if small else "web", web=web))

@@ -11,11 +11,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     most = (config.rollout.max_turns + 1) * config.rollout.response_tokens
-    config.rl.update(dict(normalize_std=False, aggregate="fixed_length", fixed_tokens=most))
+    config.update(
+        dict(
+            advantage=dict(normalize_std=False),
+            loss=dict(aggregate="fixed_length", fixed_tokens=most),
+        )
+    )
     return config

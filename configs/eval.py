@@ -1,7 +1,7 @@
 """Judges a model: methods × engines × question sets, with 95% intervals.
 
   python -m zerosearch_jax.main --config=configs/eval.py --config.policy.model=runs/grpo/policy
-  … --config.methods="('direct','cot','rag','search','search_o1')"    # jobs/methods.py tells them
+  … --config.methods="('direct','cot','rag','search','search_o1')"    # evaluation/baselines.py tells them
   … --config.data.sets="('world/test','data/nq.jsonl')"               # SOURCE/SPLIT, or a file
   … --config=configs/eval.py:simulated                                # the simulator, too
   … --config=configs/eval.py:retriever --config.engines.retriever.remote.url=http://HOST:PORT
@@ -16,11 +16,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    training = config_check.load(str(Path(__file__).with_name("grpo.py")))
+    training = config_flags.load(str(Path(__file__).with_name("grpo.py")))
     bm25 = dict(engine="bm25", topk=2, corpus="world")
     server = training.eval.search.to_dict()  # in the place of BM25, which knows the embedded world
     presets = {
@@ -29,7 +29,7 @@ def get_config(preset: str = "") -> ConfigDict:
         "retriever": dict(retriever=server | dict(engine="retriever")),
         "web": dict(web=server | dict(engine="web")),
     }
-    engines = config_check.choose(presets, preset, __file__)
+    engines = config_flags.choose(presets, preset, __file__)
     return ConfigDict(
         dict(
             job="evaluate",
@@ -43,7 +43,7 @@ def get_config(preset: str = "") -> ConfigDict:
                     prefill_rows=16,
                     prefill_buckets=(64, 128, 192),
                     decode_rows=(16,),
-                    burst_tokens=32,
+                    chunk_tokens=32,
                     window_tokens=320,
                     dtype="float32",
                     int8_weights=False,

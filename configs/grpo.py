@@ -33,7 +33,7 @@ world judges them on its questions. That watches a run; it cannot stand beside t
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
@@ -55,7 +55,7 @@ def embedded() -> ConfigDict:
         prefill_rows=16,
         prefill_buckets=(64, 128, 192),
         decode_rows=(16,),
-        burst_tokens=32,
+        chunk_tokens=32,
         window_tokens=320,
         dtype="float32",
         int8_weights=False,
@@ -98,7 +98,7 @@ def embedded() -> ConfigDict:
                         prefill_rows=16,
                         prefill_buckets=(128, 192),
                         decode_rows=(16,),
-                        burst_tokens=32,
+                        chunk_tokens=32,
                         window_tokens=352,
                         dtype="float32",
                         int8_weights=False,
@@ -122,7 +122,13 @@ def embedded() -> ConfigDict:
             reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
             rl=dict(
                 steps=10,
-                # The optimizer.
+                epochs=1,
+                minibatches=1,
+                old_logprobs="sampler",
+                overlong="keep",
+                document_mask=True,
+            ),
+            optimizer=dict(
                 learning_rate=5e-4,
                 warmup_steps=2,
                 schedule_steps=10,
@@ -132,38 +138,26 @@ def embedded() -> ConfigDict:
                 weight_decay=0.01,
                 clip_norm=1.0,
                 moment_dtype="float32",
-                # Advantages: grpo, rloo, reinforce (with its baseline), reinforce_pp or ppo.
+            ),
+            advantage=dict(
                 estimator="grpo",
-                baseline="group_mean",  # of reinforce: none, batch_mean or group_mean
-                normalize_std=True,  # of grpo
+                baseline="group_mean",
+                normalize_std=True,
                 gamma=1.0,
                 gae_lambda=1.0,
-                # The surrogate: clip, sequence (GSPO) or cispo; 0 leaves dual_clip out.
+            ),
+            loss=dict(
                 surrogate="clip",
                 clip_low=0.2,
                 clip_high=0.2,
                 dual_clip=0.0,
-                # What each token counts: token_mean, sequence_mean or fixed_length (tokens).
                 aggregate="token_mean",
                 fixed_tokens=0,
-                # KL to the reference: k1, k2 or k3; in the loss or in the reward. A target above
-                # 0 steers its weight towards that KL (nats a token).
-                kl=0.01,
-                kl_estimator="k3",
-                kl_in="loss",
-                kl_target=0.0,
-                kl_horizon=10_000,  # episodes
                 entropy=0.001,
                 llds=0.0,
-                # Updates a step, and whose log-probs the ratio starts from: sampler or learner.
-                epochs=1,
-                minibatches=1,
-                old_logprobs="sampler",
                 importance_cap=0.0,
-                overlong="keep",  # or mask: episodes that ran out of room teach nothing
-                document_mask=True,  # False, an ablation: documents are trained on, too
-                nonfinite_limit=3,  # skipped updates in a row that stop the run
             ),
+            kl=dict(coef=0.01, estimator="k3", apply_to="loss", target=0.0, horizon=10_000),
             # Read by estimator=ppo alone.
             critic=dict(
                 trunk="own",  # or shared: a value head on the policy
@@ -177,7 +171,7 @@ def embedded() -> ConfigDict:
                 alpha=32.0,
                 targets=("q", "k", "v", "o", "gate", "up", "down"),
             ),
-            watch=dict(window=3, stop=False),  # steps; the warnings need six
+            watch=dict(window=3, stop=False, nonfinite_limit=3),
             learner=dict(
                 row_tokens=640,
                 rows=4,
@@ -234,7 +228,8 @@ def smollm2_135m() -> ConfigDict:
                 response_tokens=64,
                 observation_tokens=128,
             ),
-            rl=dict(steps=1, learning_rate=1e-6, warmup_steps=0, beta2=0.999),
+            rl=dict(steps=1),
+            optimizer=dict(learning_rate=1e-6, warmup_steps=0, beta2=0.999),
             learner=dict(row_tokens=480, rows=2, remat="full"),
             eval=dict(every=1, questions=2, test_questions=4),
         )
@@ -264,7 +259,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                     prefill_rows=4,  # 16 need 8.8 GB a v5e chip for attention's scores
                     prefill_buckets=(256, 512, 2048),
                     decode_rows=(40, 160),
-                    burst_tokens=64,
+                    chunk_tokens=64,
                     window_tokens=1536,
                     dtype="bfloat16",
                     int8_weights=False,
@@ -282,7 +277,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                         prefill_rows=16,
                         prefill_buckets=(256, 512),
                         decode_rows=(40, 160),
-                        burst_tokens=64,
+                        chunk_tokens=64,
                         window_tokens=1408,
                         dtype="bfloat16",
                         int8_weights=False,
@@ -299,20 +294,18 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             critic=dict(learning_rate=1e-5, warmup_steps=3),  # 0.015 of the steps
             watch=dict(window=10),
-            rl=dict(
-                steps=203,
+            rl=dict(steps=203),
+            optimizer=dict(
                 learning_rate=1e-6,
-                warmup_steps=193,  # 0.95 of the steps
+                warmup_steps=193,
                 schedule_steps=203,
                 final_fraction=1.0,
                 beta2=0.999,
                 weight_decay=0.01,
                 clip_norm=1.0,
-                clip_low=0.2,
-                clip_high=0.2,
-                kl=0.001,
-                entropy=0.001,
             ),
+            loss=dict(clip_low=0.2, clip_high=0.2, entropy=0.001),
+            kl=dict(coef=0.001),
             learner=dict(
                 row_tokens=episode_tokens,
                 rows=8,
@@ -337,4 +330,4 @@ PRESETS = {
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    return config_check.choose(PRESETS, preset, __file__)()
+    return config_flags.choose(PRESETS, preset, __file__)()

@@ -11,18 +11,20 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
-    config.rl.update(
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config.update(
         dict(
-            surrogate="sequence",
-            aggregate="sequence_mean",
-            clip_low=0.03 if preset == "" else 3e-4,
-            clip_high=0.04 if preset == "" else 4e-4,
-            minibatches=4,
+            loss=dict(
+                surrogate="sequence",
+                aggregate="sequence_mean",
+                clip_low=0.03 if preset == "" else 3e-4,
+                clip_high=0.04 if preset == "" else 4e-4,
+            ),
+            rl=dict(minibatches=4),
         )
     )
     return config

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     config.lora.rank = 16
-    config.rl.learning_rate *= 4
+    config.optimizer.learning_rate *= 4
     return config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.curriculum import noise_probability
 
@@ -112,7 +112,7 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config = _load(file)
     config.update_from_flattened_dict(changes)
     steps = 2 if quick else 6
-    config.rl.update(dict(steps=steps, schedule_steps=steps))
+    config.update(dict(rl=dict(steps=steps), optimizer=dict(schedule_steps=steps)))
     if arm == "constant_noise":
         rising = [noise_probability(i, steps - 1, **config.curriculum) for i in range(steps)]
         config.curriculum.update(dict.fromkeys(("start", "end"), sum(rising) / steps))
@@ -155,4 +155,4 @@ def noise(quick: bool) -> ConfigDict:
 
 
 def _load(file: str) -> ConfigDict:
-    return config_check.load(f"{Path(__file__).with_name(file)}.py").unlock()
+    return config_flags.load(f"{Path(__file__).with_name(file)}.py").unlock()

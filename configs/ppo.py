@@ -10,16 +10,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     rollout = config.rollout
     if preset in ("", "smollm2-135m"):
         rollout.questions_per_step *= rollout.group_size
     else:  # the released script's warm-up, 0.285 of the steps
-        config.rl.warmup_steps = round(0.285 * config.rl.steps)
+        config.optimizer.warmup_steps = round(0.285 * config.rl.steps)
     rollout.group_size = 1
-    config.rl.update(dict(estimator="ppo", kl_in="reward", kl_estimator="k1"))
+    config.update(dict(advantage=dict(estimator="ppo"), kl=dict(apply_to="reward", estimator="k1")))
     return config

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('reinforce_pp.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('reinforce_pp.py')}:{preset}")
     share = 1 / 6 if preset in ("", "smollm2-135m") else 350 / 8498
     config.search.engine = "bm25"
     config.reward.rule = "r1_searcher"

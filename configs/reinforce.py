@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
-    config.rl.update(dict(estimator="reinforce", baseline="batch_mean"))
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config.advantage.update(dict(estimator="reinforce", baseline="batch_mean"))
     return config

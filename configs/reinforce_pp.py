@@ -10,13 +10,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     rollout = config.rollout
     rollout.questions_per_step *= rollout.group_size
     rollout.group_size = 1
-    config.rl.update(dict(estimator="reinforce_pp", kl_in="reward", kl_estimator="k1"))
+    config.update(
+        dict(advantage=dict(estimator="reinforce_pp"), kl=dict(apply_to="reward", estimator="k1"))
+    )
     return config

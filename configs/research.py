@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
     config.search.engine = "bm25"
     config.reward.rule = "research"
     return config

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
-    config.rl.update(dict(estimator="rloo", kl_in="reward", kl_estimator="k1"))
+    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config.update(
+        dict(advantage=dict(estimator="rloo"), kl=dict(apply_to="reward", estimator="k1"))
+    )
     return config

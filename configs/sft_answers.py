@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_check.load(f"{Path(__file__).with_name('sft_policy.py')}:{preset}").unlock()
+    config = config_flags.load(f"{Path(__file__).with_name('sft_policy.py')}:{preset}").unlock()
     config.init = config.init or "zerosearch_jax/assets/policy"
     config.data.update(dict(examples="answers", source="world", split="train", inserted_weight=0.0))
     config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=10, schedule_steps=100))

@@ -3,15 +3,15 @@
 The tiny one is made from scratch, in two stages:
 
   python -m zerosearch_jax.main --config=configs/sft_policy.py --workdir=runs/sft_reader
-  python -m zerosearch_jax.main --config=configs/sft_policy.py:habits --workdir=runs/sft_policy
+  python -m zerosearch_jax.main --config=configs/sft_policy.py:behaviours --workdir=runs/sft_policy
 
 The first learns the format of an episode and to read documents, from transcripts of a scripted
 agent over made-up worlds. The second goes on from `runs/sft_reader/model` with poor search
-habits: the agent guesses, looks up bare names, stops after one hop. RL starts from here:
+behaviours: the agent guesses, looks up bare names, stops after one hop. RL starts from here:
 `runs/sft_policy/model` is committed as `zerosearch_jax/assets/policy`.
 
 SmolLM2-135M-Instruct hardly ever searches by itself. A few steps on transcripts without poor
-habits teach it the format; configs/grpo.py:smollm2-135m starts from `runs/sft_smollm2/model`.
+behaviours teach it the format; configs/grpo.py:smollm2-135m starts from `runs/sft_smollm2/model`.
 First `make smollm2`, which makes the model it reads, then:
 
   make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
@@ -23,11 +23,11 @@ one checkpoint, parameters and Adam's moments, has 1.6 GB.
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    return config_check.choose(PRESETS, preset, __file__)(reader()).lock()
+    return config_flags.choose(PRESETS, preset, __file__)(reader()).lock()
 
 
 def reader() -> ConfigDict:
@@ -61,10 +61,10 @@ def reader() -> ConfigDict:
                 end_of_text=False,
                 validation="",  # the last validation_examples
                 validation_examples=60,
-                habits=dict(
+                behaviours=dict(
                     guess=0.05,
                     vague=0.35,
-                    astray=0.1,
+                    wrong_attribute=0.1,
                     stop_early=0.1,
                     misread=0.0,
                     malformed=0.05,
@@ -102,11 +102,13 @@ def reader() -> ConfigDict:
     )
 
 
-def habits(config: ConfigDict) -> ConfigDict:
+def behaviours(config: ConfigDict) -> ConfigDict:
     config.seed = 1
     config.init = "runs/sft_reader/model"
     config.data.worlds = 14
-    config.data.habits.update(dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3))
+    config.data.behaviours.update(
+        dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3)
+    )
     config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=30, schedule_steps=250))
     config.sft.steps = 250
     return config
@@ -121,10 +123,10 @@ def smollm2_135m(config: ConfigDict) -> ConfigDict:
                 questions_per_world=80,
                 inserted_weight=0.0,
                 validation_examples=16,
-                habits=dict(
+                behaviours=dict(
                     guess=0.0,
                     vague=0.0,
-                    astray=0.0,
+                    wrong_attribute=0.0,
                     stop_early=0.0,
                     misread=0.0,
                     malformed=0.0,
@@ -139,4 +141,4 @@ def smollm2_135m(config: ConfigDict) -> ConfigDict:
     return config
 
 
-PRESETS = {"": lambda config: config, "habits": habits, "smollm2-135m": smollm2_135m}
+PRESETS = {"": lambda config: config, "behaviours": behaviours, "smollm2-135m": smollm2_135m}

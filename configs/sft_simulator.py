@@ -18,7 +18,7 @@ Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
@@ -93,4 +93,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    return config_check.choose(PRESETS, preset, __file__)()
+    return config_flags.choose(PRESETS, preset, __file__)()

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 
 READER = "zerosearch_jax/assets/reader"
 
 
 def embedded() -> ConfigDict:
     """The default: every value there is, small enough for two CPU cores."""
-    training = config_check.load(str(Path(__file__).with_name("grpo.py")))
+    training = config_flags.load(str(Path(__file__).with_name("grpo.py")))
     finetuned = training.search.to_dict()
     prompted = training.search.copy_and_resolve_references()
     prompted.simulator.update(
@@ -95,4 +95,4 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 def get_config(preset: str = "") -> ConfigDict:
     """The config of one of `PRESETS`; UserError names them for any other."""
-    return config_check.choose(PRESETS, preset, __file__)()
+    return config_flags.choose(PRESETS, preset, __file__)()

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from zerosearch_jax import config_check
-from zerosearch_jax.data.transcripts import Habits
+from zerosearch_jax import config_flags
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.models.config import from_hf
@@ -70,7 +70,7 @@ def _in_the_repository(monkeypatch):
 
 
 def _load(preset: str):
-    return config_check.load(f"configs/grpo.py:{preset}" if preset else "configs/grpo.py")
+    return config_flags.load(f"configs/grpo.py:{preset}" if preset else "configs/grpo.py")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -87,10 +87,10 @@ def test_a_preset_contradicts_nothing(preset):
 def test_a_paper_preset_holds_the_released_hyper_parameters(preset):
     config = _load(preset)
     assert config.rl.steps == 203
-    assert config.rl.learning_rate == 1e-6
-    assert config.rl.warmup_steps == round(0.95 * 203)
-    assert (config.rl.kl, config.rl.entropy, config.rl.clip_norm) == (0.001, 0.001, 1.0)
-    assert (config.rl.clip_low, config.rl.clip_high) == (0.2, 0.2)
+    assert config.optimizer.learning_rate == 1e-6
+    assert config.optimizer.warmup_steps == round(0.95 * 203)
+    assert (config.kl.coef, config.loss.entropy, config.optimizer.clip_norm) == (0.001, 0.001, 1.0)
+    assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
     rollout = config.rollout
     assert (rollout.questions_per_step, rollout.group_size, rollout.temperature) == (64, 5, 1.0)
     assert (rollout.max_turns, rollout.response_tokens) == (5, 500)
@@ -139,23 +139,25 @@ def test_a_misspelt_preset_is_answered_with_the_right_ones():
         _load("qwen")
 
 
-SFT_CONFIGS = ("sft_policy.py", "sft_policy.py:habits", "sft_policy.py:smollm2-135m")
+SFT_CONFIGS = ("sft_policy.py", "sft_policy.py:behaviours", "sft_policy.py:smollm2-135m")
 
 
 def test_the_warm_started_model_is_the_one_that_rl_starts_from():
-    rl_config, config = _load("smollm2-135m"), config_check.load(f"configs/{SFT_CONFIGS[2]}")
+    rl_config, config = _load("smollm2-135m"), config_flags.load(f"configs/{SFT_CONFIGS[2]}")
     workdir, _, written = rl_config.policy.model.rpartition("/")
     assert written == "model"  # below the sft job's workdir
     for name in ("configs/grpo.py", f"configs/{SFT_CONFIGS[0]}", "README.md"):
         assert f"--workdir={workdir}\n" in Path(name).read_text()
-    assert Habits(**config.data.habits) == Habits()  # it learns no poor habit
+    assert Behaviours(**config.data.behaviours) == Behaviours()  # it learns no poor habit
     assert config.init == rl_config.search.simulator.model == "models/smollm2-135m"
     assert config.sft.checkpoint_every == config.sft.eval_every == config.sft.steps
 
 
 def test_a_misspelt_fine_tuning_preset_is_answered_with_the_right_ones():
-    with pytest.raises(UserError, match="no preset 'habit'; the presets are habits, smollm2-135m"):
-        config_check.load("configs/sft_policy.py:habit")
+    with pytest.raises(
+        UserError, match="no preset 'habit'; the presets are behaviours, smollm2-135m"
+    ):
+        config_flags.load("configs/sft_policy.py:habit")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_evaluation_can_be_narrowed_from_the_command_line(override, read):
     from absl import flags
 
     arguments = ["main", "--config=configs/eval.py", f"--config.{override}"]
-    value = config_check.parse(flags.FlagValues(), arguments)
+    value = config_flags.parse(flags.FlagValues(), arguments)
     for key in override.partition("=")[0].split("."):
         value = value[key]
     assert value == read
@@ -192,7 +194,7 @@ ALGORITHMS = {
 
 
 def _algorithm(name: str, preset: str = ""):
-    return config_check.load(f"configs/{name}.py:{preset}")
+    return config_flags.load(f"configs/{name}.py:{preset}")
 
 
 def _flat(config, prefix: str = "") -> dict:
@@ -229,7 +231,7 @@ def test_an_algorithms_preset_contradicts_nothing(name, preset):
 def test_all_algorithms_learn_from_as_many_episodes_a_step(name):
     for config in (_algorithm(name), _load("")):
         assert config.rollout.questions_per_step * config.rollout.group_size == 120
-    comparison = config_check.load("configs/algorithms.py")
+    comparison = config_flags.load("configs/algorithms.py")
     assert comparison.episodes_per_step == 120
     assert name in comparison.configs and "grpo" in comparison.configs
     assert set(comparison.configs) == {*ALGORITHMS, "grpo"}
@@ -276,7 +278,7 @@ def test_the_released_scripts_other_algorithms_hold_their_figures(
 
 def test_dr_grpos_constant_is_the_most_that_a_policy_may_write():
     for preset, most in (("", 4 * 64), ("smollm2-135m", 2 * 64), ("qwen2.5-3b", 6 * 500)):
-        assert _algorithm("dr_grpo", preset).rl.fixed_tokens == most
+        assert _algorithm("dr_grpo", preset).loss.fixed_tokens == most
 
 
 PAPERS = {
@@ -288,7 +290,7 @@ PAPERS = {
     "r1_searcher": dict(
         search=dict(engine="bm25"),
         reward=dict(rule="r1_searcher"),
-        rl=dict(estimator="reinforce_pp"),
+        advantage=dict(estimator="reinforce_pp"),
         rollout=dict(group_size=1),
     ),
     "research": dict(search=dict(engine="bm25"), reward=dict(rule="research")),
@@ -339,14 +341,14 @@ def test_other_papers_figures():
 
 def test_servers_judge_in_the_place_of_bm25():
     for preset in ("retriever", "web"):
-        config = config_check.load(f"configs/eval.py:{preset}")
+        config = config_flags.load(f"configs/eval.py:{preset}")
         assert list(config.engines) == [preset]
         assert config.engines[preset].engine == preset and "remote" in config.engines[preset]
 
 
 def test_a_misspelt_preset_of_the_evaluation_is_answered_with_the_right_ones():
     with pytest.raises(UserError, match="no preset 'simulatd'; the presets are simulated, retr"):
-        config_check.load("configs/eval.py:simulatd")
+        config_flags.load("configs/eval.py:simulatd")
 
 
 WIKIPEDIA = "smollm2-135m-wikipedia"
@@ -354,7 +356,7 @@ STAGES = ("collect", "sft_simulator", "simulator_report")
 
 
 def test_the_stages_on_wikipedia_read_what_earlier_ones_wrote():
-    collect, sft, report = (config_check.load(f"configs/{name}.py:{WIKIPEDIA}") for name in STAGES)
+    collect, sft, report = (config_flags.load(f"configs/{name}.py:{WIKIPEDIA}") for name in STAGES)
     text = Path("docs/pipeline.md").read_text()
     for name, stage in zip(STAGES, ("collect", "simulator", "report"), strict=True):
         assert f"configs/{name}.py:{WIKIPEDIA} ARGS=--workdir=runs/wikipedia/{stage}\n" in text
@@ -378,4 +380,4 @@ def test_the_stages_on_wikipedia_read_what_earlier_ones_wrote():
 @pytest.mark.parametrize("name", STAGES)
 def test_a_misspelt_preset_of_a_stage_is_answered_with_the_right_one(name):
     with pytest.raises(UserError, match=f"no preset 'wikipedia'; the presets are {WIKIPEDIA}"):
-        config_check.load(f"configs/{name}.py:wikipedia")
+        config_flags.load(f"configs/{name}.py:wikipedia")

@@ -117,7 +117,7 @@ def test_the_package_keeps_the_rules():
         ("rl/losses.py", "import numpy", "rl.losses may import only jax, not numpy"),
         ("rl/losses.py", "from zerosearch_jax import errors", "may not import errors"),
         ("rl/learner.py", "from ..rollout import episodes", "may not import rollout.episodes"),
-        ("rollout/episodes.py", "from zerosearch_jax.search.bm25 import B", "search.bm25"),
+        ("rollout/scheduler.py", "from zerosearch_jax.search.bm25 import B", "search.bm25"),
         ("models/config.py", "import ml_collections", "may not see the ConfigDict"),
         ("models/config.py", "from zerosearch_jax.generate import g", "may not import generate"),
         ("text/actions.py", "from zerosearch_jax.data import world", "may not import data.world"),
@@ -139,7 +139,7 @@ def test_a_bad_import_is_found(tmp_path, module, line, complaint):
     [
         ("rl/losses.py", "import jax.numpy as jnp\nfrom typing import Any"),
         ("rl/learner.py", "from zerosearch_jax.rollout.trajectory import Trajectory"),
-        ("rollout/episodes.py", "from zerosearch_jax.search.engine import SearchEngine"),
+        ("rollout/scheduler.py", "from zerosearch_jax.search.engine import SearchEngine"),
         ("jobs/rl.py", "from ml_collections import ConfigDict\nfrom ..search import bm25"),
         ("search/bm25.py", "from zerosearch_jax.errors import UserError\nfrom . import engine"),
     ],

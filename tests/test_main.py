@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from zerosearch_jax import config_check, main
+from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import together
+from zerosearch_jax.parallel import distributed
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -54,7 +54,7 @@ def test_overrides_reach_the_job(job):
     arguments = ["--config=configs/grpo.py", "--config.rl.steps=3", "--noconfig.rl.whiten"]
     assert main.cli(["main", *arguments, "--workdir=here"]) == 0
     ((config, workdir),) = job.calls
-    assert (config.rl.steps, config.rl.whiten, config.rl.learning_rate) == (3, False, 1e-3)
+    assert (config.rl.steps, config.rl.whiten, config.optimizer.learning_rate) == (3, False, 1e-3)
     assert workdir == "here"
 
 
@@ -67,7 +67,7 @@ def test_the_default_workdir_names_config_and_preset(job):
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("rl.lernrate", "rl.learning_rate"),
+        ("rl.lernrate", "optimizer.learning_rate"),
         ("rl.step", "rl.steps"),
         ("steps", "rl.steps"),
         ("evl.questions", "eval.questions"),
@@ -133,7 +133,7 @@ def test_every_config_of_the_project_loads_and_names_a_job(monkeypatch):
     monkeypatch.chdir(root)
     configs = sorted(main.Path("configs").glob("*.py"))
     for path in configs:
-        assert config_check.load(str(path)).job in main.JOBS, path
+        assert config_flags.load(str(path)).job in main.JOBS, path
 
 
 def test_help_tells_the_flags(capsys):
@@ -142,18 +142,18 @@ def test_help_tells_the_flags(capsys):
 
 
 def test_processes_that_are_named_in_part_are_refused():
-    whole = dict(zip(together.VARIABLES, ("host:1234", "2", "1"), strict=True))
-    assert together.addressed({}) == {}
-    assert together.addressed(whole | {"HOME": "x"}) == {
+    whole = dict(zip(distributed.VARIABLES, ("host:1234", "2", "1"), strict=True))
+    assert distributed.addressed({}) == {}
+    assert distributed.addressed(whole | {"HOME": "x"}) == {
         "coordinator_address": "host:1234", "num_processes": 2, "process_id": 1,
     }  # fmt: skip
-    for name in together.VARIABLES:
+    for name in distributed.VARIABLES:
         partial = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(UserError, match=f"{name} is not; set all or none"):
-            together.addressed(partial)
+            distributed.addressed(partial)
     for wrong in ("2", "-1", "one"):
         with pytest.raises(UserError, match=f"JAX_PROCESS_ID={wrong} must be a number below"):
-            together.addressed(whole | {"JAX_PROCESS_ID": wrong})
+            distributed.addressed(whole | {"JAX_PROCESS_ID": wrong})
 
 
 def test_jobs_that_only_one_process_can_run_refuse_others(job, capsys):

@@ -20,20 +20,20 @@ from pathlib import Path
 from absl import flags
 from absl import logging as absl_logging
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 
-JOBS = (
-    "rl",
-    "sft",
-    "evaluate",
-    "collect",
-    "simulator_report",
-    "miniature",
-    "algorithms",
-    "bench",
-    "compile",
-)
+JOBS = {
+    "rl": "jobs.rl",
+    "sft": "jobs.sft",
+    "evaluate": "jobs.evaluate",
+    "collect": "jobs.collect",
+    "simulator_report": "jobs.simulator_report",
+    "miniature": "experiments.miniature",
+    "algorithms": "experiments.algorithms",
+    "bench": "benchmarks.bench",
+    "compile": "tpu_aot.compile",
+}
 
 DISTRIBUTED_JOBS = ("rl",)
 
@@ -62,7 +62,7 @@ def _run(argv: Sequence[str]) -> None:
     distributed = flags.DEFINE_bool(
         "distributed", False, "initialize jax.distributed", flag_values=flag_values
     )
-    config = config_check.parse(flag_values, argv)
+    config = config_flags.parse(flag_values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
     distributed = distributed.value or config.get("distributed", False)
@@ -70,17 +70,17 @@ def _run(argv: Sequence[str]) -> None:
         raise UserError(f"--distributed is not for config.job={config.job}; leave it out")
     import jax  # imported late, so that a misspelt flag is answered at once
 
-    from zerosearch_jax.jobs import together
+    from zerosearch_jax.parallel import distributed
 
     if distributed:
-        together.join()
-    directory = workdir.value or default_workdir(config_check.config_argument(argv))
+        distributed.join()
+    directory = workdir.value or default_workdir(config_flags.config_argument(argv))
     # What was compiled once need not be compiled again by a resumed or repeated run.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
-    job = importlib.import_module(f"zerosearch_jax.jobs.{config.job}")
+    job = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
     if distributed:
-        together.run(job, config, directory)
+        distributed.run(job, config, directory)
     else:
         job.run(config, directory)
 

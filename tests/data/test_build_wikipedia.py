@@ -21,9 +21,9 @@ from zerosearch_jax.data.build_wikipedia import (
     read_articles,
     sentences,
 )
+from zerosearch_jax.data.embedded.world import load_entities
 from zerosearch_jax.data.passages import load_passages
 from zerosearch_jax.data.qa import load_qa
-from zerosearch_jax.data.world import load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from zerosearch_jax.data.made_up import made_up_world
+from zerosearch_jax.data.embedded.synthetic import synthetic_world
+from zerosearch_jax.data.embedded.world import load_entities
 from zerosearch_jax.data.passages import load_passages
 from zerosearch_jax.data.qa import load_qa
-from zerosearch_jax.data.world import load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import SearchRequest
@@ -55,7 +55,7 @@ def test_a_made_up_worlds_questions_are_answered_by_its_own_passages_alone():
     rows = load_qa(source, "train", 60)
     assert len(rows) == 60 and {row.data_source for row in rows} == {source}
     texts = {p.text for p in load_passages(source)}
-    entities, seed = made_up_world(source)
+    entities, seed = synthetic_world(source)
     assert seed == 5
     assert len({e.name for e in entities}) == len(entities)  # a name has one owner
     real = {e.name for e in load_entities()}

@@ -4,9 +4,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from zerosearch_jax.data.embedded.world import SPLITS, load_entities, write_questions
+from zerosearch_jax.data.embedded.world_tfds import load_questions, prepare
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.data.world import SPLITS, load_entities, write_questions
-from zerosearch_jax.data.world_tfds import load_questions, prepare
 from zerosearch_jax.errors import UserError
 
 

@@ -3,28 +3,30 @@
 import jax
 import pytest
 
-from zerosearch_jax.data.phrasing import padded
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours, Segment
+from zerosearch_jax.data.embedded.world import load_entities
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.data.sft_data import answer_examples, policy_transcripts, tokenise
-from zerosearch_jax.data.transcripts import Habits, Segment
-from zerosearch_jax.data.world import load_entities
 from zerosearch_jax.generate.generator import Generation
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.rollout.episodes import Limits, Rollouts
+from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
+from zerosearch_jax.text.matching import padded
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
 HELD_OUT = [entity for entity in load_entities() if entity.split != "train"]
-HABITS = Habits(guess=0.1, vague=0.3, astray=0.2, malformed=0.1, misread=0.1, stop_early=0.2)
+HABITS = Behaviours(
+    guess=0.1, vague=0.3, wrong_attribute=0.2, malformed=0.1, misread=0.1, stop_early=0.2
+)
 
 
 @pytest.fixture(scope="module")
 def transcripts():
     return policy_transcripts(
-        worlds=11, entities_per_world=40, questions_per_world=40, habits=HABITS, topk=3, seed=0
+        worlds=11, entities_per_world=40, questions_per_world=40, behaviours=HABITS, topk=3, seed=0
     )
 
 
@@ -56,10 +58,10 @@ def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
         assert segments[0].text.startswith(head) and not segments[0].by_policy
         assert segments[1].by_policy
     again = policy_transcripts(
-        worlds=1, entities_per_world=40, questions_per_world=5, habits=HABITS, topk=3, seed=0
+        worlds=1, entities_per_world=40, questions_per_world=5, behaviours=HABITS, topk=3, seed=0
     )
     assert again == policy_transcripts(
-        worlds=1, entities_per_world=40, questions_per_world=5, habits=HABITS, topk=3, seed=0
+        worlds=1, entities_per_world=40, questions_per_world=5, behaviours=HABITS, topk=3, seed=0
     )
 
 
@@ -78,16 +80,16 @@ class Parrot:
     def extend(self, slots, rows):
         pass
 
-    def room(self, slot):
+    def free_tokens(self, slot):
         return 10_000
 
     def replica_of(self, slot):
         return 0
 
-    def begin(self, slots, **_):
+    def start_decoding(self, slots, **_):
         pass
 
-    def advance_until(self, **_):
+    def decode_until(self, **_):
         tokens = self.turns.pop(0)
         return {0: Generation(tokens, [-1.0] * len(tokens), "stop")}
 

@@ -74,7 +74,7 @@ def make_generator(tiny_config, tiny_params):
             prefill_buckets=(4, 8),
             window_tokens=32,
             decode_rows=(1, 2),
-            burst_tokens=3,
+            chunk_tokens=3,
         )
         generator = Generator(tiny_config, **(settings | options))
         load(generator, tiny_params)
@@ -127,7 +127,7 @@ def play(generator, naive, sampling):
         strict=True,
     ):  # fmt: skip
         assert_same(generation, naive(contexts[slot], (slot, 2), 8, sampling))
-    assert generator.room(0) == MAX_TOKENS - len(contexts[0]) - 8
+    assert generator.free_tokens(0) == MAX_TOKENS - len(contexts[0]) - 8
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY])
@@ -159,13 +159,13 @@ def test_the_cache_ends_the_text_and_no_token_is_lost(make_generator, naive):
     assert_same(full, naive(prompt, (0, 0), 4, SAMPLED))
     assert_same(short, naive(prompt[:5], (1, 0), 8, SAMPLED))
     assert full.finish == "length"
-    assert (generator.room(1), generator.room(3)) == (0, 32 - 13)
+    assert (generator.free_tokens(1), generator.free_tokens(3)) == (0, 32 - 13)
     (nothing,) = decode(generator, [1], [(0, 1)])
     assert (nothing.tokens, nothing.logprobs, nothing.finish) == ([], [], "length")
     with pytest.raises(UserError, match="33 tokens do not fit a slot of 32"):
         generator.extend([1], [[3]])
     generator.extend([3], [list(range(18))])
-    assert generator.room(3) == 1
+    assert generator.free_tokens(3) == 1
     (last,) = decode(generator, [3], [(1, 1)])
     assert_same(last, naive(prompt[:5] + short.tokens + list(range(18)), (1, 1), 1, SAMPLED))
     with pytest.raises(UserError, match="do not fit"):
@@ -253,17 +253,17 @@ def test_replicas_do_not_share_a_prefill(make_generator, naive):
 
 
 def test_advance_comes_back_for_those_that_stopped(make_generator, naive):
-    generator = make_generator(burst_tokens=8)
+    generator = make_generator(chunk_tokens=8)
     generator.start(range(4), PROMPTS)
     for slot, limit in enumerate((2, 5, 5, 30)):
-        generator.begin([slot], streams=[(slot, 0)], max_new_tokens=limit)
-    stopped = [generator.advance(key=KEY, sampling=GREEDY, share=0.25)]
+        generator.start_decoding([slot], streams=[(slot, 0)], max_new_tokens=limit)
+    stopped = [generator.decode_chunk(key=KEY, sampling=GREEDY, share=0.25)]
     assert [list(s) for s in stopped] == [[0]]
     generator.extend([0], [[9]])  # while the others are in the middle of their turns
-    generator.begin([0], streams=[(0, 1)], max_new_tokens=3)
+    generator.start_decoding([0], streams=[(0, 1)], max_new_tokens=3)
     while len(stopped) < 20 and sum(map(len, stopped)) < 5:
-        stopped.append(generator.advance(key=KEY, sampling=GREEDY, share=0.5))
-    assert generator.advance(key=KEY, sampling=GREEDY) == {}
+        stopped.append(generator.decode_chunk(key=KEY, sampling=GREEDY, share=0.5))
+    assert generator.decode_chunk(key=KEY, sampling=GREEDY) == {}
     parts = [(slot, generation) for part in stopped for slot, generation in part.items()]
     again = [generation for slot, generation in parts if slot == 0]
     context = PROMPTS[0] + again[0].tokens + [9]
@@ -330,15 +330,17 @@ def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, shar
         if inserted:
             generator.extend(list(inserted), list(inserted.values()))
         for slot in ready:
-            generator.begin([slot], streams=[(0, 0)], max_new_tokens=seated[slot][1][0][0])
-        for slot, generation in generator.advance(key=KEY, sampling=GREEDY, share=share).items():
+            generator.start_decoding([slot], streams=[(0, 0)], max_new_tokens=seated[slot][1][0][0])
+        for slot, generation in generator.decode_chunk(
+            key=KEY, sampling=GREEDY, share=share
+        ).items():
             number, turns = seated[slot]
             limit, tokens, late = turns.pop(0)
             room = MAX_TOKENS - len(contexts[number])
             expected = naive(contexts[number], (0, 0), min(limit, room), GREEDY, stops)
             assert_same(generation, expected)
             contexts[number] += generation.tokens
-            if turns and len(tokens) <= generator.room(slot):
+            if turns and len(tokens) <= generator.free_tokens(slot):
                 contexts[number] += tokens
                 told[slot], parked[slot] = tokens, late
             else:
@@ -347,46 +349,46 @@ def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, shar
     assert generator.prefilled_tokens - prefilled <= sum(len(c) for c in contexts.values())
 
 
-def begin(generator, limits):
+def start_decoding(generator, limits):
     """All slots sample; slot n at most `limits[n]` tokens."""
     generator.start(range(4), PROMPTS)
     for slot, limit in enumerate(limits):
-        generator.begin([slot], streams=[(slot, 0)], max_new_tokens=limit)
+        generator.start_decoding([slot], streams=[(slot, 0)], max_new_tokens=limit)
     generator.decoded_tokens = 0
 
 
 def test_more_rows_than_a_program_holds_take_turns_the_shortest_first(make_generator):
     generator = make_generator(window_tokens=4)
     sizes = [len(prompt) for prompt in PROMPTS]
-    begin(generator, [3] * 4)
-    first = generator.advance(key=KEY, sampling=GREEDY)
+    start_decoding(generator, [3] * 4)
+    first = generator.decode_chunk(key=KEY, sampling=GREEDY)
     assert generator.decoded_tokens == 6
     assert set(first) == set(sorted(range(4), key=lambda slot: -(-sizes[slot] // 4))[:2])
-    rest = generator.advance(key=KEY, sampling=GREEDY)
+    rest = generator.decode_chunk(key=KEY, sampling=GREEDY)
     assert set(first) | set(rest) == set(range(4))
 
 
 def test_a_burst_ends_when_a_smaller_program_does(make_generator):
     generator = make_generator(decode_rows=(2, 4))
-    begin(generator, [8, 1, 2, 8])
-    stopped = generator.advance(key=KEY, sampling=GREEDY, share=1.0)
+    start_decoding(generator, [8, 1, 2, 8])
+    stopped = generator.decode_chunk(key=KEY, sampling=GREEDY, share=1.0)
     assert set(stopped) == {1, 2}
     assert generator.decoded_tokens == 1 + 3 * 2
     # Two rows need no program for four; a smaller one there is not.
-    assert not generator.advance(key=KEY, sampling=GREEDY, share=1.0)
+    assert not generator.decode_chunk(key=KEY, sampling=GREEDY, share=1.0)
     assert generator.decoded_tokens == 7 + 2 * 3
 
 
 def test_bursts_follow_each_other_until_enough_have_stopped(make_generator, naive):
     generator = make_generator(decode_rows=(2,))
     limits = [8, 1, 2, 8]
-    begin(generator, limits)
-    stopped = generator.advance_until(key=KEY, sampling=GREEDY, share=0.5)
+    start_decoding(generator, limits)
+    stopped = generator.decode_until(key=KEY, sampling=GREEDY, share=0.5)
     assert set(stopped) in ({0, 1, 2}, {1, 2, 3})  # one of the two rows is free
-    stopped |= generator.advance_until(key=KEY, sampling=GREEDY, share=1.0)
+    stopped |= generator.decode_until(key=KEY, sampling=GREEDY, share=1.0)
     for slot, limit in enumerate(limits):
         assert_same(stopped[slot], naive(PROMPTS[slot], (slot, 0), limit, GREEDY))
-    assert generator.advance_until(key=KEY, sampling=GREEDY, share=1.0) == {}
+    assert generator.decode_until(key=KEY, sampling=GREEDY, share=1.0) == {}
 
 
 def test_no_rows_at_all_are_refused(make_generator):

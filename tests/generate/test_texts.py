@@ -65,7 +65,7 @@ def test_it_is_the_generators_own_text_without_the_prompt(texts, tiny_tokenizer)
 def test_few_prompts_go_to_all_replicas(make_texts, texts, monkeypatch):
     """Three prompts of five slots a replica: two to one, one to the other, then the same again."""
     shared = make_texts(slots=10, mesh=make_mesh(data=2))
-    begun, begin = [], shared.generator.begin
+    begun, begin = [], shared.generator.start_decoding
     monkeypatch.setattr(
         shared.generator, "begin", lambda slots, **kw: begun.append(slots) or begin(slots, **kw)
     )

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerosearch_jax import config_check
-from zerosearch_jax.data.pairs import Pair, load_pairs
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import collect
 from zerosearch_jax.rl.rewards import exact_match, token_f1
+from zerosearch_jax.simulator.pairs import Pair, load_pairs
 from zerosearch_jax.text.actions import final_answer
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def config_path(tmp_path_factory, markov_model, questions) -> Path:
                 prefill_rows=8,
                 prefill_buckets=(64, 256),
                 decode_rows=(),
-                burst_tokens=8,
+                chunk_tokens=8,
                 window_tokens=384,
             ),
         ),
@@ -55,7 +55,7 @@ def config_path(tmp_path_factory, markov_model, questions) -> Path:
     path.write_text(
         "from zerosearch_jax import config_check\n\n\n"
         "def get_config():\n"
-        f"    config = config_check.load({str(ROOT / 'configs' / 'collect.py')!r})\n"
+        f"    config = config_flags.load({str(ROOT / 'configs' / 'collect.py')!r})\n"
         f"    config.update({changes!r})\n"
         "    return config\n"
     )
@@ -64,14 +64,14 @@ def config_path(tmp_path_factory, markov_model, questions) -> Path:
 
 @pytest.fixture
 def config(config_path):
-    return config_check.load(str(config_path))
+    return config_flags.load(str(config_path))
 
 
 @pytest.fixture(scope="module")
 def finished(config_path, tmp_path_factory) -> Path:
     """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("finished")
-    collect.run(config_check.load(str(config_path)), str(workdir))
+    collect.run(config_flags.load(str(config_path)), str(workdir))
     return workdir
 
 
@@ -225,7 +225,7 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
         "import sys, jax; jax.config.update('jax_compilation_cache_dir', sys.argv[3])\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
         "from zerosearch_jax import config_check; from zerosearch_jax.jobs import collect\n"
-        "collect.run(config_check.load(sys.argv[1]), sys.argv[2])\n"
+        "collect.run(config_flags.load(sys.argv[1]), sys.argv[2])\n"
     )
     workdir, rng = tmp_path / "run", random.Random(1)
     command = [sys.executable, "-c", script, str(config_path), str(workdir), str(tmp_path)]
@@ -388,7 +388,7 @@ def test_ids_of_merged_sets_are_told_apart():
 
 @pytest.mark.parametrize("preset", ["", ":smollm2-135m-wikipedia"])
 def test_the_presets_contradict_nothing(preset):
-    config = config_check.load(str(ROOT / "configs" / "collect.py") + preset)
+    config = config_flags.load(str(ROOT / "configs" / "collect.py") + preset)
     collect.check(config)
     assert config.is_locked and config.job == "collect"
     turns, limits = config.limits.max_turns, config.limits

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from zerosearch_jax import config_check, main
+from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import evaluate
-from zerosearch_jax.jobs.scores import bootstrap_interval, episode_figures, wilson_interval
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.metrics import EPISODE_METRICS
 from zerosearch_jax.text.actions import parse_action
+from zerosearch_jax.training.episode_metrics import (
+    bootstrap_interval,
+    episode_metrics,
+    wilson_interval,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +111,7 @@ def test_every_method_gets_its_row_and_none_is_played_twice(
 
 
 def test_a_cell_is_told_apart_by_what_changes_its_figures():
-    config = config_check.load("configs/eval.py:simulated")
+    config = config_flags.load("configs/eval.py:simulated")
     config.methods = ("direct", "search")
     wanted = evaluate.cells(config)
     assert [(c["method"], c["engine"], c["set"]) for c in wanted] == [
@@ -130,7 +134,7 @@ def test_a_cell_is_told_apart_by_what_changes_its_figures():
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(change, told, tmp_path):
-    config = config_check.load("configs/eval.py")
+    config = config_flags.load("configs/eval.py")
     config.update(change)
     with pytest.raises(UserError, match=told):
         evaluate.run(config, str(tmp_path))
@@ -170,7 +174,7 @@ def test_the_figures_of_episodes_count_what_their_names_say():
     wrong.append_sampled([5], [-1.0])
     wrong.turns.append(Turn("hm", parse_action("hm")))
     wrong.finish = "length"
-    figures = episode_figures([right, wrong])
+    figures = episode_metrics([right, wrong])
     assert figures.keys() == EPISODE_METRICS.keys()
     assert figures == {
         "em": 0.5,
@@ -197,7 +201,7 @@ def _refusal(capsys, *arguments: str) -> str:
 def test_a_misspelt_learning_rate_is_answered_with_the_right_key(capsys):
     error = _refusal(capsys, "--config=configs/grpo.py", "--config.rl.lernrate=1")
     assert "--config.rl.lernrate: there is no such key" in error
-    assert "did you mean --config.rl.learning_rate?" in error
+    assert "did you mean --config.optimizer.learning_rate?" in error
 
 
 @pytest.mark.parametrize("config", ["eval.py", "grpo.py", "grpo.py:qwen2.5-3b"])
@@ -221,7 +225,7 @@ def test_an_empty_data_file_is_named(markov_model, tmp_path, capsys):
 
 
 def test_a_world_file_cut_in_half_is_named(markov_model, questions, tmp_path, capsys, monkeypatch):
-    from zerosearch_jax.data import world
+    from zerosearch_jax.data.embedded import world
 
     half = tmp_path / "facts.jsonl"
     data = world.FACTS_PATH.read_bytes()
@@ -232,7 +236,7 @@ def test_a_world_file_cut_in_half_is_named(markov_model, questions, tmp_path, ca
 
 
 def test_indexing_the_world_says_nothing(caplog):
-    from zerosearch_jax.data.world import Passage
+    from zerosearch_jax.data.embedded.world import Passage
     from zerosearch_jax.search.bm25 import BM25Engine
 
     BM25Engine([Passage("p", "e", "t", "a capital", ())])

@@ -14,17 +14,18 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import build, rl
-from zerosearch_jax.jobs.epochs import Epochs
+from zerosearch_jax.jobs import rl
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.text.actions import Action
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.row_sampler import RowSampler
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -43,7 +44,7 @@ def _without_clocks(row: dict) -> dict:
 def finished(rl_config, tmp_path_factory, compiled_once):
     """A whole run: its workdir, and the compilations up to each step's end."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, run_and_count(config_check.load(str(rl_config)), workdir)
+    return workdir, run_and_count(config_flags.load(str(rl_config)), workdir)
 
 
 def run_and_count(config, workdir) -> list[int]:
@@ -109,7 +110,7 @@ def test_nothing_is_compiled_after_the_first_step(finished):
 @pytest.mark.slow
 def test_twenty_steps_compile_nothing_after_the_first(rl_config, tmp_path):
     """Other contexts, numbers of running rows and searches in each; never another program."""
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.rl.steps = 20
     config.eval.every = 5
     config.policy.generator.decode_rows = (2, 4)
@@ -174,35 +175,39 @@ def test_a_steps_episodes_are_groups_and_no_two_of_a_run_have_one_number():
     [
         (dict(rollout=dict(temperature=0.0)), "config.rollout.temperature"),
         (dict(learner=dict(row_tokens=100)), "config.learner.row_tokens=100"),
-        (dict(rl=dict(surrogate="spo")), "rl.surrogate is 'spo'; choose one of clip, sequence"),
-        (dict(rl=dict(baseline="mean")), "rl.baseline is 'mean'; choose one of none"),
+        (dict(loss=dict(surrogate="spo")), "loss.surrogate is 'spo'; choose one of clip, sequence"),
+        (dict(advantage=dict(baseline="mean")), "advantage.baseline is 'mean'; choose one of none"),
         (dict(rl=dict(overlong="cut")), "rl.overlong is 'cut'; choose one of keep, mask"),
         (dict(critic=dict(trunk="twin")), "critic.trunk is 'twin'"),
-        (dict(rl=dict(estimator="rloo"), rollout=dict(group_size=1)), "others of its group"),
-        (dict(rl=dict(estimator="reinforce"), rollout=dict(group_size=1)), "every advantage 0"),
+        (dict(advantage=dict(estimator="rloo"), rollout=dict(group_size=1)), "others of its group"),
+        (
+            dict(advantage=dict(estimator="reinforce"), rollout=dict(group_size=1)),
+            "every advantage 0",
+        ),
         (dict(rollout=dict(max_rounds=2, group_size=1)), "rollout.max_rounds"),
-        (dict(rl=dict(surrogate="sequence")), "take rl.aggregate=sequence_mean"),
+        (dict(loss=dict(surrogate="sequence")), "take loss.aggregate=sequence_mean"),
         (
             dict(
-                rl=dict(surrogate="sequence", aggregate="sequence_mean", estimator="reinforce_pp")
+                loss=dict(surrogate="sequence", aggregate="sequence_mean"),
+                advantage=dict(estimator="reinforce_pp"),
             ),
             "one advantage for a sequence",
         ),
-        (dict(rl=dict(surrogate="cispo", dual_clip=3.0)), "rl.dual_clip belongs to"),
-        (dict(rl=dict(dual_clip=0.5)), "rl.dual_clip must be above 1"),
-        (dict(rl=dict(kl_estimator="k1")), "its gradient is 0 in expectation"),
-        (dict(rl=dict(kl_target=0.1)), "set rl.kl_in=reward"),
-        (dict(rl=dict(kl_target=-0.1, kl_in="reward")), "rl.kl and rl.kl_target above 0"),
+        (dict(loss=dict(surrogate="cispo", dual_clip=3.0)), "loss.dual_clip belongs to"),
+        (dict(loss=dict(dual_clip=0.5)), "loss.dual_clip must be above 1"),
+        (dict(kl=dict(estimator="k1")), "its gradient is 0 in expectation"),
+        (dict(kl=dict(target=0.1)), "set kl.apply_to=reward"),
+        (dict(kl=dict(target=-0.1, apply_to="reward")), "kl.coef and kl.target above 0"),
         (
-            dict(rl=dict(kl_target=0.1, kl_in="reward", kl_horizon=1)),
-            "rl.kl_horizon=1 could turn",
+            dict(kl=dict(target=0.1, apply_to="reward", horizon=1)),
+            "kl.horizon=1 could turn",
         ),
-        (dict(rl=dict(aggregate="fixed_length")), "divides by rl.fixed_tokens"),
-        (dict(rl=dict(importance_cap=2.0)), "set rl.old_logprobs=learner"),
-        (dict(rl=dict(llds=0.1)), "raise rl.minibatches or rl.epochs"),
+        (dict(loss=dict(aggregate="fixed_length")), "divides by loss.fixed_tokens"),
+        (dict(loss=dict(importance_cap=2.0)), "set rl.old_logprobs=learner"),
+        (dict(loss=dict(llds=0.1)), "raise rl.minibatches or rl.epochs"),
         (dict(rl=dict(minibatches=9)), "at most the 8 episodes"),
         (dict(rl=dict(epochs=0)), "rl.epochs=0"),
-        (dict(rl=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
+        (dict(advantage=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
         (dict(rollout=dict(max_turns=-1)), "rollout.max_turns=-1 must be at least 0"),
         (dict(search=dict(engine="none")), "search.engine=none .* belong to rollout.max_turns=0"),
         (dict(eval=dict(search=dict(engine="none"))), "name an engine or set it"),
@@ -217,14 +222,14 @@ def test_a_steps_episodes_are_groups_and_no_two_of_a_run_have_one_number():
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(rl_config, change, told):
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.update(change)
     with pytest.raises(UserError, match=told):
         rl.check(config)
 
 
 def test_more_questions_a_step_than_there_are_is_refused(rl_config, tmp_path):
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.update(dict(rollout=dict(questions_per_step=13), learner=dict(rows=13)))
     with pytest.raises(UserError, match="config.rollout.questions_per_step=13 is more than the 12"):
         rl.run(config, str(tmp_path))
@@ -233,25 +238,24 @@ def test_more_questions_a_step_than_there_are_is_refused(rl_config, tmp_path):
 
 # Name → what differs from `rl_config`, whose steps have 2 × 4 episodes.
 SINGLE = dict(questions_per_step=8, group_size=1)
-KL_IN_REWARD = dict(kl_in="reward", kl_estimator="k1")
+KL_IN_REWARD = dict(apply_to="reward", estimator="k1")
 LORA = dict(rank=2, alpha=8.0, targets=("q", "o", "down"))
-PPO = dict(rollout=SINGLE, rl=dict(estimator="ppo", **KL_IN_REWARD))
+PPO = dict(rollout=SINGLE, advantage=dict(estimator="ppo"), kl=dict(**KL_IN_REWARD))
 ALGORITHMS = {
     "ppo": PPO,
     "ppo_shared": PPO | dict(critic=dict(trunk="shared")),
-    "reinforce_pp": dict(rollout=SINGLE, rl=dict(estimator="reinforce_pp", **KL_IN_REWARD)),
+    "reinforce_pp": dict(
+        rollout=SINGLE, advantage=dict(estimator="reinforce_pp"), kl=dict(**KL_IN_REWARD)
+    ),
     "dapo": dict(
         rollout=dict(max_rounds=2),
-        rl=dict(clip_high=0.28, minibatches=2, overlong="mask", kl=0.0),
+        loss=dict(clip_high=0.28),
+        rl=dict(minibatches=2, overlong="mask"),
+        kl=dict(coef=0.0),
     ),
     "gspo": dict(
-        rl=dict(
-            surrogate="sequence",
-            aggregate="sequence_mean",
-            clip_low=3e-4,
-            clip_high=4e-4,
-            minibatches=2,
-        )
+        loss=dict(surrogate="sequence", aggregate="sequence_mean", clip_low=3e-4, clip_high=4e-4),
+        rl=dict(minibatches=2),
     ),
     "lora": dict(lora=LORA),
     # Adaptive KL, and most of what there is at once.
@@ -259,18 +263,10 @@ ALGORITHMS = {
         lora=LORA,
         critic=dict(trunk="shared"),
         rollout=dict(max_rounds=2),
-        rl=dict(
-            estimator="ppo",
-            surrogate="cispo",
-            kl_target=0.01,
-            kl_horizon=16,
-            old_logprobs="learner",
-            importance_cap=2.0,
-            llds=0.1,
-            minibatches=2,
-            epochs=2,
-            **KL_IN_REWARD,
-        ),
+        advantage=dict(estimator="ppo"),
+        loss=dict(surrogate="cispo", importance_cap=2.0, llds=0.1),
+        kl=dict(target=0.01, horizon=16, **KL_IN_REWARD),
+        rl=dict(old_logprobs="learner", minibatches=2, epochs=2),
     ),
 }
 
@@ -282,7 +278,7 @@ def _cases(*names: str):
 
 
 def _two_steps(rl_config, name: str):
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.update(ALGORITHMS[name])
     config.rl.steps = 2
     return config
@@ -385,7 +381,9 @@ def test_lora_exports_adapters_and_the_policy_that_they_make_of_the_base(
     for name in base.keys() - adapted:
         np.testing.assert_array_equal(policy[name], base[name])
     mesh = make_mesh(1, 1, 1)
-    models = [build.load_model(str(d), mesh, "float32") for d in (workdir / "policy", markov_model)]
+    models = [
+        factory.load_model(str(d), mesh, "float32") for d in (workdir / "policy", markov_model)
+    ]
     assert models[0].config == models[1].config
 
 
@@ -423,7 +421,7 @@ def test_an_interrupted_run_goes_on_with_its_kl_weight_and_its_place_in_the_data
 
 
 def test_an_alarm_stops_a_run_that_asks_for_it(rl_config, tmp_path, monkeypatch, capsys):
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.update(dict(watch=dict(stop=True), eval=dict(every=3)))
     config.checkpoint_every = 3
     seen = []
@@ -469,7 +467,7 @@ def _round(first: int, *groups: tuple[int, int]) -> list[Trajectory]:
 @pytest.fixture
 def sampling_config():
     """Two questions a step, two episodes each, at most three rounds."""
-    config = config_check.load(str(ROOT / "configs" / "grpo.py"))
+    config = config_flags.load(str(ROOT / "configs" / "grpo.py"))
     config.rollout.update(dict(questions_per_step=2, group_size=2, max_rounds=3))
     return config
 
@@ -477,7 +475,7 @@ def sampling_config():
 def _play(config, *rounds) -> tuple[rl.Played, int]:
     """Gives the rounds until there is enough; how many that took."""
     played, given = rl.Played(config, 0), 0
-    epochs = Epochs(_rows_of_questions(12), 2, 0, "size")
+    epochs = RowSampler(_rows_of_questions(12), 2, 0, "size")
     while not played.enough:
         played.next_round(epochs)
         played.add(_round(4 * given, *rounds[given]))
@@ -524,7 +522,7 @@ def test_a_steps_rewards_are_those_of_its_stage(sampling_config):
     sampling_config.reward.update(dict(rule="r1_searcher", stage_one_steps=2))
     for step, expected in ((1, [[0.5, 0], [0, 0]]), (2, [[-1, -2], [-1, -1]])):
         played = rl.Played(sampling_config, step)
-        played.next_round(Epochs(_rows_of_questions(12), 2, 0, "size"))
+        played.next_round(RowSampler(_rows_of_questions(12), 2, 0, "size"))
         trajectories = _round(0, (1, 0), (1, 1))  # they do not think: not in the format
         trajectories[0].searches.append((None, None))
         played.add(trajectories)
@@ -532,7 +530,7 @@ def test_a_steps_rewards_are_those_of_its_stage(sampling_config):
 
 
 def test_a_run_without_search_builds_no_engine(rl_config, tmp_path, monkeypatch):
-    config = config_check.load(str(rl_config))
+    config = config_flags.load(str(rl_config))
     config.update(
         dict(
             rollout=dict(max_turns=0),
@@ -545,7 +543,7 @@ def test_a_run_without_search_builds_no_engine(rl_config, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise AssertionError("an engine was built")
 
-    monkeypatch.setattr(build, "make_engine", fail)
+    monkeypatch.setattr(factory, "make_engine", fail)
     rl.run(config, str(tmp_path))
     (row,) = _rows(tmp_path)
     assert row["searches_per_episode"] == row["eval/searches_per_episode"] == 0
@@ -558,7 +556,7 @@ def test_a_run_without_search_builds_no_engine(rl_config, tmp_path, monkeypatch)
 
 
 def test_every_round_of_every_step_has_its_own_place_in_the_data(sampling_config):
-    epochs = Epochs(_rows_of_questions(24), 2, 0, "size")
+    epochs = RowSampler(_rows_of_questions(24), 2, 0, "size")
     questions, numbers = [], []
     for step in range(4):  # 4 steps of 3 rounds of 2 questions: an epoch
         played = rl.Played(sampling_config, step)
@@ -575,7 +573,7 @@ def test_every_round_of_every_step_has_its_own_place_in_the_data(sampling_config
 
 
 def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
-    config = config_check.load(str(ROOT / "configs" / "grpo.py"))
+    config = config_flags.load(str(ROOT / "configs" / "grpo.py"))
     config.search.simulator.gate.report = "no/report.json"
     config.search.engine = "bm25"
     rl.check_simulator(config)  # it is not used
@@ -585,12 +583,12 @@ def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
 
 
 def test_a_kept_config_tells_what_has_changed_since(tmp_path, capsys):
-    config = ConfigDict(dict(rl=dict(kl=0.01, sizes=(1, 2)), seed=0))
+    config = ConfigDict(dict(kl=dict(coef=0.01), rl=dict(sizes=(1, 2)), seed=0))
     path = tmp_path / "config.json"
     rl.keep_config(config, path)
     rl.keep_config(config, path)
     assert capsys.readouterr().out == ""
-    config.rl.kl = 0.1
+    config.kl.coef = 0.1
     config.rl.steps = 3
     del config["seed"]
     rl.keep_config(config, path)
@@ -598,7 +596,7 @@ def test_a_kept_config_tells_what_has_changed_since(tmp_path, capsys):
     assert [
         line.removeprefix("this directory was begun with another config.") for line in told
     ] == [
-        "rl.kl: 0.01 → 0.1",
+        "kl.coef: 0.01 → 0.1",
         "seed: 0 → 'absent'",
         "rl.steps: 'absent' → 3",
     ]

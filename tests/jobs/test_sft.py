@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.pairs import Pair, save_pairs
-from zerosearch_jax.data.transcripts import Segment
+from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import sft
 from zerosearch_jax.models import lora
 from zerosearch_jax.models.config import read_config
+from zerosearch_jax.simulator.pairs import Pair, save_pairs
 from zerosearch_jax.telemetry.metrics import METRICS
 from zerosearch_jax.text.prompts import simulator_prompt
 from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
@@ -49,7 +49,7 @@ def config(monkeypatch, markov_model):
         "load_examples",
         lambda config: EXAMPLES if config.data.examples == GIVEN else load(config),
     )
-    config = config_check.load(str(ROOT / "configs" / "sft_simulator.py"))
+    config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
     config.update(
         dict(
             init=str(markov_model),

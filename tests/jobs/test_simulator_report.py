@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerosearch_jax import config_check
-from zerosearch_jax.data.pairs import Pair, save_pairs
+from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generation
-from zerosearch_jax.jobs import simulator_gate, simulator_report
-from zerosearch_jax.jobs.reader import Reader
+from zerosearch_jax.jobs import simulator_report
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.search.simulated import SimulatedEngine
+from zerosearch_jax.simulator import gate
+from zerosearch_jax.simulator.pairs import Pair, save_pairs
+from zerosearch_jax.simulator.reader import Reader
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
@@ -188,9 +189,9 @@ def report(tmp_path_factory, markov_model, compiled_once):
     workdir = tmp_path_factory.mktemp("report")
     pairs = workdir / "pairs.jsonl"
     save_pairs(pairs, PAIRS)
-    sizes = dict(slots=4, prefill_rows=4, decode_rows=(), burst_tokens=8)
+    sizes = dict(slots=4, prefill_rows=4, decode_rows=(), chunk_tokens=8)
     sizes |= dict(max_tokens=832, window_tokens=832, prefill_buckets=(640,))
-    config = config_check.load(str(ROOT / "configs" / "simulator_report.py"))
+    config = config_flags.load(str(ROOT / "configs" / "simulator_report.py"))
     simulator = dict(simulator=dict(model=str(markov_model), max_new_tokens=8, generator=sizes))
     config.update(
         dict(
@@ -224,13 +225,13 @@ def test_the_report_holds_a_row_for_every_source(report):
 
 
 def _check(path, markov_model, **changes):
-    config = config_check.load(str(ROOT / "configs" / "simulator_report.py")).unlock()
+    config = config_flags.load(str(ROOT / "configs" / "simulator_report.py")).unlock()
     search = config.simulators.finetuned
     search.simulator.update(dict(model=str(markov_model), max_new_tokens=8))  # as in `report`
     bounds = dict(reader_em_useful_min=0.3, reader_em_noisy_max=0.4)
     bounds |= {key: value for key, value in changes.items() if key in bounds}
     search.update_from_flattened_dict({k: v for k, v in changes.items() if k not in bounds})
-    simulator_gate.check(path, simulator_gate.asked_of(search), **bounds)
+    gate.check(path, gate.asked_of(search), **bounds)
 
 
 def test_the_gate_opens_for_a_good_simulator(report, markov_model):
@@ -297,11 +298,11 @@ def test_weights_are_told_apart_by_all_their_files_in_order(tmp_path):
     for name, content in (("model-2.safetensors", b"two"), ("model-1.safetensors", b"one")):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "config.json").write_text("{}")
-    assert simulator_gate.weights_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
+    assert gate.weights_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
 
 
 def test_a_real_engine_is_no_simulator(tmp_path):
-    config = config_check.load(str(ROOT / "configs" / "simulator_report.py"))
+    config = config_flags.load(str(ROOT / "configs" / "simulator_report.py"))
     config.simulators.prompted.engine = "bm25"
     with pytest.raises(UserError, match="config.simulators.prompted.engine is 'bm25'"):
         simulator_report.run(config, str(tmp_path))

@@ -25,12 +25,7 @@ from zerosearch_jax.models.lora import (
     merge,
     save_adapters,
 )
-from zerosearch_jax.models.transformer import (
-    abstract_model,
-    dense,
-    init_params,
-    param_shardings,
-)
+from zerosearch_jax.models.transformer import abstract_model, dense, init_params, param_shardings
 from zerosearch_jax.models.weights import load_params, save_params
 from zerosearch_jax.parallel.mesh import GENERATE_RULES, make_mesh
 

@@ -10,12 +10,7 @@ from flax import nnx
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
-from zerosearch_jax.models.smollm2_gguf import (
-    hf_name,
-    read_metadata,
-    unpermute,
-    write_tokenizer,
-)
+from zerosearch_jax.models.smollm2_gguf import hf_name, read_metadata, unpermute, write_tokenizer
 from zerosearch_jax.models.transformer import abstract_model, empty_cache
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh

@@ -5,31 +5,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.rl.experience import (
-    Estimator,
+    AdvantageEstimator,
     minibatches,
     with_advantages,
     with_scores,
     with_weights,
 )
-from zerosearch_jax.rollout.packing import TokenSequence, pack
 
 NAN = np.nan
 ROW_TOKENS = 12
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 ESTIMATORS = {
-    "grpo": Estimator("grpo"),
-    "dr_grpo": Estimator("grpo", normalize_std=False),
-    "rloo": Estimator("rloo"),
-    "none": Estimator("reinforce", baseline="none"),
-    "batch_mean": Estimator("reinforce", baseline="batch_mean"),
-    "group_mean": Estimator("reinforce", baseline="group_mean"),
-    "reinforce_pp": Estimator("reinforce_pp", gamma=0.5),
-    "reinforce_pp, undiscounted": Estimator("reinforce_pp"),
-    "ppo": Estimator("ppo", gamma=0.5, gae_lambda=0.5),
-    "ppo, undiscounted": Estimator("ppo"),
+    "grpo": AdvantageEstimator("grpo"),
+    "dr_grpo": AdvantageEstimator("grpo", normalize_std=False),
+    "rloo": AdvantageEstimator("rloo"),
+    "none": AdvantageEstimator("reinforce", baseline="none"),
+    "batch_mean": AdvantageEstimator("reinforce", baseline="batch_mean"),
+    "group_mean": AdvantageEstimator("reinforce", baseline="group_mean"),
+    "reinforce_pp": AdvantageEstimator("reinforce_pp", gamma=0.5),
+    "reinforce_pp, undiscounted": AdvantageEstimator("reinforce_pp"),
+    "ppo": AdvantageEstimator("ppo", gamma=0.5, gae_lambda=0.5),
+    "ppo, undiscounted": AdvantageEstimator("ppo"),
 }
 KL = {
     "k1": lambda d: d,
@@ -199,7 +199,7 @@ def test_by_hand_with_a_critic():
         TokenSequence([1, 2], [0, 1], {"values": [NAN, 0.25]}),
     ]
     made, _ = with_advantages(
-        sequences, np.array([[1.0, 0.0]]), Estimator("ppo"), row_tokens=ROW_TOKENS
+        sequences, np.array([[1.0, 0.0]]), AdvantageEstimator("ppo"), row_tokens=ROW_TOKENS
     )
     assert [s.columns["returns"].tolist() for s in made] == [[0, 1, 0, 1], [0, 0]]
     # Raw 0.5, 0.75 and -0.25: mean 1/3, population std sqrt(7/8 / 3 - 1/9) = sqrt(13/72).
@@ -219,7 +219,7 @@ def test_by_hand_with_a_kl_in_the_reward():
     made, figures = with_advantages(
         sequences,
         np.array([[1.0, 1.0]]),
-        Estimator("grpo", normalize_std=False),
+        AdvantageEstimator("grpo", normalize_std=False),
         row_tokens=ROW_TOKENS,
         kl_in_reward="k1",
         kl_coef=0.5,
@@ -250,7 +250,7 @@ def test_a_step_without_policy_tokens(sequences, name):
 )
 def test_unknown_names_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        Estimator(**options)
+        AdvantageEstimator(**options)
 
 
 # ---- weights -------------------------------------------------------------------------------

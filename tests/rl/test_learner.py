@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
@@ -16,10 +17,9 @@ from zerosearch_jax.models.transformer import abstract_model, init_params, param
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.experience import with_scores, with_weights
-from zerosearch_jax.rl.learner import Learner, Trained
+from zerosearch_jax.rl.learner import Learner, OptimizerSpec
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
-from zerosearch_jax.rollout.packing import TokenSequence, pack
 
 LOSS = Objective(clip_low=0.2, clip_high=0.3, entropy=0.02, temperature=0.9)
 KL = 0.05
@@ -35,7 +35,7 @@ def make_learner(tiny_config):
     """Plain gradient descent at rate 1: the change of the parameters is the gradient."""
 
     def make(mesh=None, optimizer=None, schedule=None, **options):
-        policy = Trained(optimizer or optax.sgd(1.0), schedule or constant(1.0))
+        policy = OptimizerSpec(optimizer or optax.sgd(1.0), schedule or constant(1.0))
         return Learner(
             tiny_config, mesh=mesh or make_mesh(), policy=policy, logprob_chunk=8, **options
         )

@@ -10,15 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
+from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.experience import with_weights
-from zerosearch_jax.rl.learner import Learner, Trained, TrainState
+from zerosearch_jax.rl.learner import Learner, OptimizerSpec, TrainState
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
-from zerosearch_jax.rollout.packing import PackedBatch, TokenSequence, pack
 
 LENGTHS = (14, 9, 7, 11, 5, 12)
 LENGTH = 16
@@ -49,7 +49,7 @@ HEAD = {
 def descent(rate):
     """The first change of the parameters is the gradient times -rate; keeps momentum."""
     schedule = optax.constant_schedule(rate)
-    return Trained(optax.sgd(schedule, momentum=0.5), schedule)
+    return OptimizerSpec(optax.sgd(schedule, momentum=0.5), schedule)
 
 
 def adam():
@@ -63,7 +63,7 @@ def adam():
         clip_norm=1.0,
         moment_dtype=jnp.bfloat16,
     )
-    return Trained(optimizer, schedule)
+    return OptimizerSpec(optimizer, schedule)
 
 
 def make_learner(config, kind, policy, critic, mesh=(1, 1, 1)):

@@ -9,14 +9,14 @@ import optax
 import pytest
 
 from zerosearch_jax.checkpoints import Checkpoints
+from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.experience import with_scores, with_weights
-from zerosearch_jax.rl.learner import Learner, Trained
+from zerosearch_jax.rl.learner import Learner, OptimizerSpec
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
-from zerosearch_jax.rollout.packing import TokenSequence, pack
 
 OBJECTIVE = Objective(clip_low=0.2, clip_high=0.3, entropy=0.02, temperature=0.9)
 EIGHT = ((2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1))
@@ -50,7 +50,7 @@ def parameters(config):
 
 def learner_on(config, *sizes, optimizer=None):
     schedule = warmup_cosine(1.0, warmup_steps=0, total_steps=10, final_fraction=1.0)
-    policy = Trained(optimizer or optax.sgd(1.0), schedule)
+    policy = OptimizerSpec(optimizer or optax.sgd(1.0), schedule)
     return Learner(config, mesh=make_mesh(*sizes), policy=policy, logprob_chunk=8)
 
 

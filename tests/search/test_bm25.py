@@ -1,10 +1,10 @@
 import pytest
 
-from zerosearch_jax.data.phrasing import mentions
-from zerosearch_jax.data.world import Passage, corpus, load_entities, write_questions
+from zerosearch_jax.data.embedded.world import corpus, load_entities, write_questions
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
-from zerosearch_jax.search.engine import SearchRequest
+from zerosearch_jax.search.engine import Passage, SearchRequest
+from zerosearch_jax.text.matching import mentions
 
 
 def passage(number: int, text: str) -> Passage:

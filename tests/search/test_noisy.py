@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerosearch_jax.data.phrasing import mentions
-from zerosearch_jax.data.world import Passage, corpus, load_entities, write_questions
+from zerosearch_jax.data.embedded.world import corpus, load_entities, write_questions
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.curriculum import draw_noisy
-from zerosearch_jax.search.engine import SearchRequest
+from zerosearch_jax.search.engine import Passage, SearchRequest
 from zerosearch_jax.search.noisy import NoisyEngine
+from zerosearch_jax.text.matching import mentions
 
 
 @pytest.fixture(scope="module")

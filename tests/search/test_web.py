@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerosearch_jax.data.phrasing import ATTRIBUTES, mentions
-from zerosearch_jax.data.world import corpus, load_entities
+from zerosearch_jax.data.embedded.phrasing import ATTRIBUTES
+from zerosearch_jax.data.embedded.recorded_web import world_recording
+from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.remote import JsonClient
@@ -17,8 +18,8 @@ from zerosearch_jax.search.web import (
     filter_results,
     load_recording,
     record_of,
-    world_recording,
 )
+from zerosearch_jax.text.matching import mentions
 
 BLOCKED = ("huggingface.co",)
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from zerosearch_jax.telemetry.progress import Progress
-from zerosearch_jax.telemetry.seconds import Phases
+from zerosearch_jax.telemetry.step_timer import StepTimer
 
 
 class _Terminal(io.StringIO):
@@ -45,13 +45,13 @@ def test_a_terminal_gets_a_bar():
 
 
 def test_phases_add_up_and_an_inner_phase_is_taken_off_the_outer():
-    phases = Phases(clock=_clock(0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 11.0, 11.5))
-    with phases.phase("rollout"), phases.phase("search"):  # 1 → (2 → 5) → 7
+    timer = StepTimer(clock=_clock(0.0, 1.0, 2.0, 5.0, 7.0, 10.0, 11.0, 11.5))
+    with timer.section("rollout"), timer.section("search"):  # 1 → (2 → 5) → 7
         pass
-    assert phases.take() == {"seconds/rollout": 3.0, "seconds/search": 3.0, "seconds/step": 10.0}
-    assert phases.take() == {"seconds/step": 1.0}
+    assert timer.pop() == {"seconds/rollout": 3.0, "seconds/search": 3.0, "seconds/step": 10.0}
+    assert timer.pop() == {"seconds/step": 1.0}
 
 
 def test_an_unknown_phase_is_refused():
-    with pytest.raises(KeyError, match="seconds/thinking"), Phases().phase("thinking"):
+    with pytest.raises(KeyError, match="seconds/thinking"), StepTimer().section("thinking"):
         pass

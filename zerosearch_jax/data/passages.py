@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from zerosearch_jax.data.made_up import PREFIX, made_up_world
-from zerosearch_jax.data.world import Passage, corpus, load_entities
+from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
+from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.engine import Passage
 
 
 def load_passages(source: str) -> list[Passage]:
@@ -22,7 +23,7 @@ def load_passages(source: str) -> list[Passage]:
     if source == "world":
         return corpus(load_entities())
     if source.startswith(PREFIX):
-        entities, seed = made_up_world(source)
+        entities, seed = synthetic_world(source)
         return corpus(entities, seed)
     path = Path(source)
     if path.suffix != ".jsonl" or not path.is_file():

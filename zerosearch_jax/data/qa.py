@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zerosearch_jax.data.made_up import PREFIX, made_up_world
-from zerosearch_jax.data.world import write_questions
+from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
+from zerosearch_jax.data.embedded.world import write_questions
 from zerosearch_jax.errors import UserError
 
 
@@ -45,12 +45,12 @@ def load_qa(
         raise UserError(f"data limit {limit}: it must be at least 1, or None for all rows")
     if source == "world":
         # Imported here because TFDS takes seconds to import and files do not need it.
-        from zerosearch_jax.data.world_tfds import load_questions
+        from zerosearch_jax.data.embedded.world_tfds import load_questions
 
         questions = load_questions(split, data_dir)[:limit]
         return [QARow(q.id, q.question, q.golden_answers, "world") for q in questions]
     if source.startswith(PREFIX):
-        entities, seed = made_up_world(source)
+        entities, seed = synthetic_world(source)
         questions = write_questions(entities, split, seed)[:limit]
         if not questions:
             raise UserError(f"{source} has no split {split!r}; its entities are all in train")

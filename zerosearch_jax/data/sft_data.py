@@ -4,11 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from zerosearch_jax.data.made_up import make_up_entities
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours, ScriptedAgent, Segment
+from zerosearch_jax.data.embedded.synthetic import synthetic_entities
+from zerosearch_jax.data.embedded.world import (
+    Entity,
+    Question,
+    corpus,
+    load_entities,
+    write_questions,
+)
+from zerosearch_jax.data.packing import TokenSequence
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.data.transcripts import Habits, ScriptedAgent, Segment
-from zerosearch_jax.data.world import Entity, Question, corpus, load_entities, write_questions
-from zerosearch_jax.rollout.packing import TokenSequence
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt
@@ -21,14 +27,14 @@ def policy_transcripts(
     worlds: int,
     entities_per_world: int,
     questions_per_world: int,
-    habits: Habits,
+    behaviours: Behaviours,
     topk: int,
     seed: int,
 ) -> list[list[Segment]]:
     """Transcripts, prompts included, over `_worlds` of which every tenth is the real one."""
     examples = []
     for world in _worlds(worlds, entities_per_world, questions_per_world, topk, seed):
-        agent = ScriptedAgent(world.entities, world.engine, habits, topk)
+        agent = ScriptedAgent(world.entities, world.engine, behaviours, topk)
         for question in world.questions:
             prompt = Segment(prompts.policy_prompt(question.question), False)
             examples.append([prompt, *agent.transcript(question, world.rng)])
@@ -69,7 +75,7 @@ def _worlds(count: int, entities: int, questions: int, topk: int, seed: int) -> 
         rng = Random(world_seed)
         members = real
         if number % REAL_EVERY:
-            members = make_up_entities(real, entities, world_seed)
+            members = synthetic_entities(real, entities, world_seed)
         engine = BM25Engine(corpus(members, world_seed), topk)
         asked = write_questions(members, "train", world_seed)
         yield _World(members, rng.sample(asked, min(questions, len(asked))), engine, rng)

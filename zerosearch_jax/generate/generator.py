@@ -45,7 +45,9 @@ from zerosearch_jax.parallel.device_clock import DeviceClock
 
 STOPPED, ENDED, LIMIT = 1, 2, 3  # why a row left the decode loop; 0: still running
 FINISH_NAMES = {STOPPED: "stop", ENDED: "end", LIMIT: "length"}
-EARLY = 0.25  # share of the sampling slots whose stop ends a burst, so that others can take them
+MIN_FINISHED_FRACTION = (
+    0.25  # share of the sampling slots whose stop ends a burst, so that others can take them
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Generator:
       decode_rows: numbers of rows, a replica, that decode programs are made for. The smallest
         that holds the running ones is used; where more run than the largest holds, they take
         turns. (): all of a replica's slots.
-      burst_tokens: tokens a row may gain in one `advance`.
+      chunk_tokens: tokens a row may gain in one `advance`.
       window_tokens: decode programs attend to the cache rounded up to a multiple of this.
       dtype: of weights and cache; int8_weights: hold the matrices in int8 instead, see
         `models.decode_weights`.
@@ -107,7 +109,7 @@ class Generator:
         prefill_rows: int = 32,
         prefill_buckets: Sequence[int] = (32, 64, 128, 256),
         decode_rows: Sequence[int] = (),
-        burst_tokens: int = 32,
+        chunk_tokens: int = 32,
         window_tokens: int = 128,
         dtype=jnp.float32,
         int8_weights: bool = False,
@@ -137,7 +139,7 @@ class Generator:
         if min(sizes) < 1:
             raise UserError(f"the generator's decode_rows={tuple(sizes)} must all be at least 1")
         self._decode_rows = sorted({min(n, self._slots_each) for n in sizes})
-        self._burst = min(burst_tokens, max_tokens)
+        self._burst = min(chunk_tokens, max_tokens)
         self._window_tokens = window_tokens
         # Jitted once a mesh and not in `load`, which would compile them anew at every call.
         self._parts_on = lru_cache(partial(_parts, config, dtype=dtype, int8_weights=int8_weights))
@@ -241,11 +243,11 @@ class Generator:
         self._append(slots, rows)
         self._pending[list(slots)] = [new[-1] for new in tokens]
 
-    def room(self, slot: int) -> int:
+    def free_tokens(self, slot: int) -> int:
         """How many more tokens the slot can take, inserted or sampled."""
         return int(self.max_tokens - self._length[slot] - 1)
 
-    def begin(
+    def start_decoding(
         self, slots: Sequence[int], *, streams: Sequence[tuple[int, int]], max_new_tokens: int
     ) -> None:
         """Lets the slots sample from now on, each until it stops or has `max_new_tokens`.
@@ -256,16 +258,16 @@ class Generator:
             how `advance` cut the work.
         """
         for slot, stream in zip(slots, streams, strict=True):
-            limit = min(max_new_tokens, self.room(slot))
+            limit = min(max_new_tokens, self.free_tokens(slot))
             if limit:
                 self._turns[slot] = _Turn(stream, limit)
             else:
                 self._stopped[slot] = Generation([], [], "length")
 
-    def advance(
-        self, *, key: jax.Array, sampling: Sampling, share: float = EARLY
+    def decode_chunk(
+        self, *, key: jax.Array, sampling: Sampling, share: float = MIN_FINISHED_FRACTION
     ) -> dict[int, Generation]:
-        """One burst on the device: sampling slots gain at most `burst_tokens` tokens each.
+        """One burst on the device: sampling slots gain at most `chunk_tokens` tokens each.
 
         Where not all can go at once, those with the least in their cache are first, because a
         program attends to as much as its longest row has.
@@ -289,7 +291,9 @@ class Generator:
             return {}
         rows = next(n for n in self._decode_rows if n >= most)
         reach = max(int(self._length[slot]) for queue in turns for slot in queue)
-        enough = self._enough(most, share if turns == running else min(share, EARLY))
+        enough = self._enough(
+            most, share if turns == running else min(share, MIN_FINISHED_FRACTION)
+        )
         places, *out = self._decode(turns, rows, self._window(reach), key, sampling, enough)
         pending, state, finish, count, tokens, logprobs = jax.device_get(out)
         self.drain()
@@ -309,7 +313,7 @@ class Generator:
                 del self._turns[slot]
         return stopped
 
-    def advance_until(
+    def decode_until(
         self, *, key: jax.Array, sampling: Sampling, share: float
     ) -> dict[int, Generation]:
         """`advance` until so few slots sample that `share` of the decoded rows are free.
@@ -324,7 +328,7 @@ class Generator:
         left = math.floor((1.0 - share) * rows)
         stopped: dict[int, Generation] = {}
         while len(stopped) < sampling_slots - left:
-            stopped |= self.advance(key=key, sampling=sampling, share=share)
+            stopped |= self.decode_chunk(key=key, sampling=sampling, share=share)
         return stopped
 
     def _enough(self, rows: int, share: float) -> int:
@@ -341,9 +345,9 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> list[Generation]:
-        """`begin`, then `advance_until` all slots have stopped; in the order of `slots`."""
-        self.begin(slots, streams=streams, max_new_tokens=max_new_tokens)
-        stopped = self.advance_until(key=key, sampling=sampling, share=1.0)
+        """`begin`, then `decode_until` all slots have stopped; in the order of `slots`."""
+        self.start_decoding(slots, streams=streams, max_new_tokens=max_new_tokens)
+        stopped = self.decode_until(key=key, sampling=sampling, share=1.0)
         return [stopped[slot] for slot in slots]
 
     def _check_fits(self, cached_tokens: int, new_tokens: int) -> None:
@@ -551,7 +555,7 @@ def abstract_generator(
     mesh: jax.sharding.Mesh,
     prefill_rows: int,
     prefill_tokens: int,
-    burst_tokens: int,
+    chunk_tokens: int,
     dtype,
     int8_weights: bool,
 ) -> AbstractGenerator:
@@ -588,7 +592,7 @@ def abstract_generator(
         rest = scalars(key, jax.ShapeDtypeStruct((), jnp.int32), stop_table, ends)
         return _decode.lower(
             params, cache, *of_slots, *rest,
-            sampling=sampling, window=max_tokens, burst=min(burst_tokens, max_tokens),
+            sampling=sampling, window=max_tokens, burst=min(chunk_tokens, max_tokens),
             everything=True, **options,
         )  # fmt: skip
 

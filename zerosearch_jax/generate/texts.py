@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
-from zerosearch_jax.generate.generator import EARLY, Generator, slots_by_replica
+from zerosearch_jax.generate.generator import MIN_FINISHED_FRACTION, Generator, slots_by_replica
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.text.tokenizer import decode, encode_prompt
 
@@ -47,15 +47,15 @@ class TextGenerator:
                     list(new),
                     [encode_prompt(self.tokenizer, prompts[i], system="") for i in new.values()],
                 )
-                self.generator.begin(
+                self.generator.start_decoding(
                     list(new),
                     streams=[keys[i] for i in new.values()],
                     max_new_tokens=self.max_new_tokens,
                 )
                 writing |= new
             # With nobody to take a free slot, coming back early would bring nothing.
-            stopped = self.generator.advance_until(
-                key=self.key, sampling=self.sampling, share=EARLY if queue else 1.0
+            stopped = self.generator.decode_until(
+                key=self.key, sampling=self.sampling, share=MIN_FINISHED_FRACTION if queue else 1.0
             )
             for slot, generation in stopped.items():
                 texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)

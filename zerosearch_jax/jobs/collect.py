@@ -17,20 +17,20 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from zerosearch_jax.data.pairs import LABELS, Pair, save_pairs
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import Records, replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.jobs import build
 from zerosearch_jax.jobs.evaluate import FIGURES_DEPEND_ON
-from zerosearch_jax.jobs.judge import agreement, check_judge, make_judge
-from zerosearch_jax.jobs.scores import episode_figures
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
-from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
+from zerosearch_jax.simulator.labeling import agreement, check_judge, make_judge
+from zerosearch_jax.simulator.pairs import LABELS, Pair, save_pairs
 from zerosearch_jax.telemetry.progress import Progress
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.episode_metrics import episode_metrics
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -110,9 +110,9 @@ def collect(config: ConfigDict, episodes: Records) -> None:
         print(f"{len(episodes)} episodes are there already")
         return
     mesh = make_mesh(**config.mesh)
-    policy = build.load_model(config.policy.model, mesh, config.policy.generator.dtype)
-    generator = build.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
-    engine = build.make_engine(config.search, config.seed, config.mesh)
+    policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
+    generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
+    engine = factory.make_engine(config.search, config.seed, config.mesh)
     sampling = Sampling(config.collect.temperature)
     rollouts = Rollouts(
         generator,
@@ -138,7 +138,7 @@ def collect(config: ConfigDict, episodes: Records) -> None:
                     for (id_, row), trajectory in zip(batch, played, strict=True)
                 ]
             )
-            progress.update(done, episode_figures(played))
+            progress.update(done, episode_metrics(played))
 
 
 def with_unique_ids(rows: Sequence[QARow]) -> list[QARow]:

@@ -12,20 +12,20 @@ from ml_collections import ConfigDict
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.evaluation.baselines import WITHOUT_ENGINE, check_method, play, refiner
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY
-from zerosearch_jax.jobs import build
-from zerosearch_jax.jobs.methods import WITHOUT_ENGINE, check_method, play, refiner
-from zerosearch_jax.jobs.scores import (
-    answer_scores,
-    bootstrap_interval,
-    episode_figures,
-    wilson_interval,
-)
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.episode_metrics import (
+    answer_scores,
+    bootstrap_interval,
+    episode_metrics,
+    wilson_interval,
+)
 
 FIGURES_DEPEND_ON = ("dtype", "int8_weights", "max_tokens")  # of a generator
 
@@ -129,11 +129,11 @@ def played(
     if not wanted:
         return
     mesh = make_mesh(**config.mesh)
-    model = build.load_model(config.policy.model, mesh, "float32")
-    generator = build.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
+    model = factory.load_model(config.policy.model, mesh, "float32")
+    generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
     engines: dict[str, SearchEngine | None] = {"none": None}
     for name in {cell["engine"] for cell in wanted} - {"none"}:
-        engines[name] = build.make_engine(config.engines[name], config.seed, config.mesh)
+        engines[name] = factory.make_engine(config.engines[name], config.seed, config.mesh)
     generate = None
     if any(cell["method"] == "search_o1" for cell in wanted):
         generate = refiner(
@@ -184,7 +184,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
     """EM and F1 with their 95% intervals, number of questions, searches per episode, and the share
     of the searches that failed: the policy was told so, and the figures are of that."""
     matches = answer_scores(trajectories, "em")
-    figures = episode_figures(trajectories)
+    figures = episode_metrics(trajectories)
     return {
         "em": figures["em"],
         "em_interval": list(wilson_interval(sum(matches), len(matches))),

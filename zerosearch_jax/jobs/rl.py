@@ -1,7 +1,7 @@
 """Reinforcement learning against a search engine: the paper's algorithm, top to bottom.
 
 Every step: the curriculum sets the noise → episodes are played → rewarded → advantages within
-each group → jitted updates on the policy's own tokens (`jobs/improve.py`). At the end the base
+each group → jitted updates on the policy's own tokens (`training/policy_update.py`). At the end the base
 and the trained policy are judged on held-out questions with a real engine.
 """
 
@@ -18,35 +18,36 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from zerosearch_jax import config_check
+from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
-from zerosearch_jax.jobs import build, simulator_gate
-from zerosearch_jax.jobs.epochs import Epochs
 from zerosearch_jax.jobs.evaluate import evaluate_policy, summary, text_table
-from zerosearch_jax.jobs.guard import NonFiniteGuard
-from zerosearch_jax.jobs.improve import Improver
-from zerosearch_jax.jobs.rl_check import check
-from zerosearch_jax.jobs.scores import answers, episode_figures, reward_of
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rl.advantages import adapted_kl_coef
-from zerosearch_jax.rollout.episodes import STOP_STRINGS, Limits, Rollouts
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.curriculum import draw_noisy, noise_probability
 from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.simulator import gate
 from zerosearch_jax.telemetry.collapse import CollapseWatch, earlier_rows
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
-from zerosearch_jax.telemetry.seconds import Phases
+from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.telemetry.trajectories import render_segments
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.episode_metrics import answers, episode_metrics, reward_of
+from zerosearch_jax.training.nonfinite import NonFiniteCounter
+from zerosearch_jax.training.policy_update import PolicyUpdater
+from zerosearch_jax.training.row_sampler import RowSampler
+from zerosearch_jax.training.validate import check
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -60,8 +61,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     mesh = make_mesh(**config.mesh)
     simulator = config.search.simulator
     policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
-    policy = build.load_model(config.policy.model, mesh, "float32")
-    epochs = Epochs(
+    policy = factory.load_model(config.policy.model, mesh, "float32")
+    epochs = RowSampler(
         load_qa(config.data.source, config.data.train_split, config.data.train_limit),
         config.rollout.questions_per_step,
         config.seed,
@@ -71,17 +72,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     print("compiling the programs of the simulator and the policy", flush=True)
     engine = judge = None  # without turns to search in, a search ends an episode unanswered
     if config.rollout.max_turns:
-        engine = build.make_engine(config.search, config.seed, config.mesh, clock)
-        judge = build.make_engine(config.eval.search, config.seed, config.mesh)
-    generator = build.make_generator(
+        engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
+        judge = factory.make_engine(config.eval.search, config.seed, config.mesh)
+    generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
-    learner = build.make_learner(
+    learner = factory.make_learner(
         policy.config,
         mesh,
-        config.rl,
+        config.optimizer,
         config.learner,
-        critic=config.critic if config.rl.estimator == "ppo" else None,
+        critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
         updates_per_step=config.rl.epochs * config.rl.minibatches,
     )
@@ -90,22 +91,22 @@ def run(config: ConfigDict, workdir: str) -> None:
         policy = replace(policy, params=learner.base)
     checkpoints = Checkpoints(workdir / "checkpoints")
     first = checkpoints.latest_step() or 0
-    kept = {"kl_coef": config.rl.kl, "skipped_in_a_row": 0}
+    kept = {"kl_coef": config.kl.coef, "skipped_in_a_row": 0}
     if first:
         state, kept = checkpoints.restore(first, learner.abstract_state())
         print(f"resuming after step {first}")
     writes = jax.process_index() == 0  # of several processes only the first
     if writes:
         keep_config(config, workdir / "config.json")
-    kl_coef = kept["kl_coef"] if config.rl.kl_target else config.rl.kl
-    guard = NonFiniteGuard(workdir, config.rl.nonfinite_limit, kept["skipped_in_a_row"])
+    kl_coef = kept["kl_coef"] if config.kl.target else config.kl.coef
+    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
     watch = CollapseWatch(window=config.watch.window)
     for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
         watch.update(row)
-    improve = Improver(learner, policy.params, config, guard, clock)
+    improve = PolicyUpdater(learner, policy.params, config, nonfinite, clock)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
 
-    phases = Phases()
+    timer = StepTimer()
     judged = partial(
         evaluate_policy, generator, judge, policy.tokenizer, limits=limits_of(config.rollout)
     )
@@ -118,9 +119,9 @@ def run(config: ConfigDict, workdir: str) -> None:
         for step in range(first, config.rl.steps):
             # From p_s in the first step to p_e in the last.
             p_noisy = noise_probability(step, max(1, config.rl.steps - 1), **config.curriculum)
-            with phases.phase("weights"):
+            with timer.section("weights"):
                 generator.load(learner.policy(state))
-            with phases.phase("rollout"):
+            with timer.section("rollout"):
                 played = play_step(
                     config,
                     step,
@@ -129,33 +130,33 @@ def run(config: ConfigDict, workdir: str) -> None:
                     generator=generator,
                     engine=engine,
                     policy=policy,
-                    searching=partial(phases.phase, "search"),
+                    searching=partial(timer.section, "search"),
                 )
             trajectories, rewards = played.chosen()
-            with phases.phase("learner"):
+            with timer.section("learner"):
                 state, figures = improve(state, trajectories, rewards, kl_coef, step)
 
             done = step + 1
-            figures |= episode_figures(played.trajectories) | played.figures()
+            figures |= episode_metrics(played.trajectories) | played.figures()
             figures |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
             figures["weights_bytes"] = generator.weight_bytes
-            if config.rl.kl_target and np.isfinite(figures["kl"]):
+            if config.kl.target and np.isfinite(figures["kl"]):
                 kl_coef = adapted_kl_coef(
                     kl_coef,
                     figures["kl"],
-                    target=config.rl.kl_target,
-                    horizon=config.rl.kl_horizon,
+                    target=config.kl.target,
+                    horizon=config.kl.horizon,
                     episodes=len(trajectories),
                 )
             if done % config.eval.every == 0:
-                with phases.phase("eval"):
+                with timer.section("eval"):
                     generator.load(learner.policy(state))
                     shown = judged(watched)
-                figures |= {f"eval/{k}": v for k, v in episode_figures(shown).items()}
+                figures |= {f"eval/{k}": v for k, v in episode_metrics(shown).items()}
                 recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
             collapse = watch.update(figures)
-            stopping = guard.exhausted or (config.watch.stop and watch.alarm())
-            figures |= phases.take() | collapse
+            stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
+            figures |= timer.pop() | collapse
             figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
             figures["tokens_per_sec"] = (
                 sum(t.policy_tokens for t in played.trajectories) / figures["seconds/step"]
@@ -164,13 +165,13 @@ def run(config: ConfigDict, workdir: str) -> None:
             recorder.scalars(done, figures)
             progress.update(done, figures)
             if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
-                with phases.phase("checkpoint"):
-                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": guard.in_a_row}
+                with timer.section("checkpoint"):
+                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
                     checkpoints.save(done, state, kept)
             if watch.alarm():
                 print(f"\nstep {done}: {watch.alarm()}", flush=True)
-            if guard.exhausted:
-                guard.stop(step)
+            if nonfinite.limit_reached:
+                nonfinite.raise_error(step)
             if stopping:
                 raise UserError(
                     f"stopped after step {done} by config.watch.stop; its checkpoint is in "
@@ -202,7 +203,7 @@ def keep_config(config: ConfigDict, path: Path) -> None:
     """Writes the config to `path` as JSON; prints what differs from the one that stood there."""
     now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
     if path.exists():
-        for difference in config_check.differences(json.loads(path.read_text()), now):
+        for difference in config_flags.differences(json.loads(path.read_text()), now):
             print(f"this directory was begun with another config.{difference}")
     replace_text(path, json.dumps(now, indent=1) + "\n")
 
@@ -211,9 +212,9 @@ def check_simulator(config: ConfigDict) -> None:
     """Refuses a simulator whose report, where the config names one, falls short of its gate."""
     simulator = config.search.simulator
     if config.search.engine == "simulated" and simulator.gate.report:
-        simulator_gate.check(
+        gate.check(
             simulator.gate.report,
-            simulator_gate.asked_of(config.search),
+            gate.asked_of(config.search),
             reader_em_useful_min=simulator.gate.useful_min,
             reader_em_noisy_max=simulator.gate.noisy_max,
         )
@@ -228,11 +229,11 @@ def play_step(
     config: ConfigDict,
     step: int,
     p_noisy: float,
-    epochs: Epochs,
+    epochs: RowSampler,
     *,
     generator: Generator,
     engine: SearchEngine | None,
-    policy: build.Model,
+    policy: factory.Model,
     searching: Callable[[], AbstractContextManager],
 ) -> "Played":
     """Plays a step's episodes; each search is noisy with probability `p_noisy`.
@@ -282,7 +283,7 @@ class Played:
             return rollout.max_rounds > 1 and sum(self._differ()) >= rollout.questions_per_step
         return True
 
-    def next_round(self, epochs: Epochs) -> list[Episode]:
+    def next_round(self, epochs: RowSampler) -> list[Episode]:
         """The episodes to play next. Each round of each step has its own place in the data."""
         rollout = self._config.rollout
         draw = self._step * rollout.max_rounds + self._rounds
@@ -335,7 +336,7 @@ def conclude(
     config: ConfigDict,
     workdir: Path,
     *,
-    policy: build.Model,
+    policy: factory.Model,
     trained: nnx.State,
     generator: Generator,
     judged: Callable[..., list[Trajectory]],

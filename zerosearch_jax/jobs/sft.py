@@ -18,24 +18,24 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.pairs import load_pairs, pair_segments
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours, Segment
+from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
-from zerosearch_jax.data.transcripts import Habits, Segment
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import build
-from zerosearch_jax.jobs.epochs import Epochs
-from zerosearch_jax.jobs.guard import NonFiniteGuard
-from zerosearch_jax.jobs.improve import combine
 from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, TrainState
-from zerosearch_jax.rollout.packing import TokenSequence, pack
+from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.nonfinite import NonFiniteCounter
+from zerosearch_jax.training.policy_update import combine
+from zerosearch_jax.training.row_sampler import RowSampler
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -49,12 +49,12 @@ def run(config: ConfigDict, workdir: str) -> None:
         train, validation = fitting, fitting_sequences(held_out, tokenizer, config)
     else:
         train, validation = split(fitting, config.data.validation_examples)
-    epochs = Epochs(
+    epochs = RowSampler(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
     mesh = make_mesh(**config.mesh)
     model_config, params = initial_model(config, tokenizer, mesh)
-    learner = build.make_learner(
+    learner = factory.make_learner(
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
     )
     state = learner.init(params, config.seed)
@@ -70,7 +70,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                 "give another --workdir, or remove it to begin anew"
             )
         print(f"resuming after step {first}")
-    guard = NonFiniteGuard(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
+    nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
         best = Best(workdir / "best", learner, config.sft.patience * config.sft.eval_every)
@@ -91,19 +91,21 @@ def run(config: ConfigDict, workdir: str) -> None:
             state, metrics = learner.sft_step(state, learner.put(batch))
             done = step + 1
             figures = combine([{name: float(value) for name, value in metrics.items()}])
-            guard.saw(step, 0, figures["skipped_updates"] > 0, batch)
+            nonfinite.record(step, 0, figures["skipped_updates"] > 0, batch)
             if done % config.sft.eval_every == 0 or done == config.sft.steps:
                 loss = figures["sft/heldout_loss"] = float(learner.sft_loss(state, validation))
                 if best:
                     best.update(done, loss, state)
             recorder.scalars(done, figures)
             progress.update(done, figures)
-            last = done == config.sft.steps or guard.exhausted or (best and best.is_old(done))
+            last = (
+                done == config.sft.steps or nonfinite.limit_reached or (best and best.is_old(done))
+            )
             if done % config.sft.checkpoint_every == 0 or last:
-                kept = {"skipped_in_a_row": guard.in_a_row, "examples": data}
+                kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": data}
                 checkpoints.save(done, state, kept)
-            if guard.exhausted:
-                guard.stop(step)
+            if nonfinite.limit_reached:
+                nonfinite.raise_error(step)
     if best:
         state = best.state(state)
     if learner.lora is not None:
@@ -169,7 +171,7 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
             worlds=config.data.worlds,
             entities_per_world=config.data.entities_per_world,
             questions_per_world=config.data.questions_per_world,
-            habits=Habits(**config.data.habits),
+            behaviours=Behaviours(**config.data.behaviours),
             topk=config.data.topk,
             seed=config.seed,
         )
@@ -219,7 +221,7 @@ def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: P
 def initial_model(config: ConfigDict, tokenizer, mesh: jax.sharding.Mesh):
     """Sizes and parameters to start from: those at `config.init`, or random ones when empty."""
     if config.init:
-        model = build.load_model(config.init, mesh, "float32")
+        model = factory.load_model(config.init, mesh, "float32")
         return model.config, model.params
     model_config = from_hf(dict(config.model) | {"vocab_size": len(tokenizer)})
     return model_config, init_params(model_config, config.seed)

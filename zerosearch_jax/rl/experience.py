@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 import numpy as np
 
+from zerosearch_jax.data.packing import PackedBatch, TokenSequence
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.rl import advantages as estimators
 from zerosearch_jax.rl.losses import aggregation_weights
 from zerosearch_jax.rl.objective import KL_ESTIMATORS
-from zerosearch_jax.rollout.packing import PackedBatch, TokenSequence
 
 ESTIMATORS = ("grpo", "rloo", "reinforce", "reinforce_pp", "ppo")
 BY_TOKEN = ("reinforce_pp", "ppo")  # a token's advantage is its own, not its sequence's
@@ -22,7 +22,7 @@ BASELINES = ("none", "batch_mean", "group_mean")
 
 
 @dataclass(frozen=True)
-class Estimator:
+class AdvantageEstimator:
     """How rewards become advantages.
 
     Attributes:
@@ -64,7 +64,7 @@ def with_scores(
 def with_advantages(
     sequences: Sequence[TokenSequence],
     rewards: np.ndarray,
-    estimator: Estimator,
+    estimator: AdvantageEstimator,
     *,
     row_tokens: int,
     kl_in_reward: str = "",
@@ -142,7 +142,7 @@ def minibatches(
     return [[sequences[i] for i in sorted(part)] for part in np.array_split(order, count)]
 
 
-def _group_estimate(estimator: Estimator, rewards: np.ndarray):
+def _group_estimate(estimator: AdvantageEstimator, rewards: np.ndarray):
     estimate: dict[str, Callable] = {
         "grpo": lambda r: estimators.group_advantages(r, normalize_std=estimator.normalize_std),
         "rloo": estimators.leave_one_out_advantages,

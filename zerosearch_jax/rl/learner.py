@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 from jax import lax
 
+from zerosearch_jax.data.packing import PackedBatch
 from zerosearch_jax.models import lora as lora_lib
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.fused_attention import kernel_for
@@ -27,7 +28,6 @@ from zerosearch_jax.models.value_head import init_value_head, values_of
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rl.logprobs import chunked_logprobs
 from zerosearch_jax.rl.objective import Objective, policy_terms, value_terms
-from zerosearch_jax.rollout.packing import PackedBatch
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -35,7 +35,7 @@ TRUNKS = ("own", "shared")
 
 
 @dataclass(frozen=True)
-class Trained:
+class OptimizerSpec:
     """How one part of the parameters is trained: an optax optimizer and its learning rate."""
 
     optimizer: optax.GradientTransformation
@@ -82,8 +82,8 @@ class Learner:
         config: ModelConfig,
         *,
         mesh: jax.sharding.Mesh,
-        policy: Trained,
-        critic: Trained | None = None,
+        policy: OptimizerSpec,
+        critic: OptimizerSpec | None = None,
         critic_trunk: str = "own",
         lora: lora_lib.LoRA | None = None,
         compute_dtype: Any = jnp.float32,

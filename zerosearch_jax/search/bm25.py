@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from zerosearch_jax.data.phrasing import words
-from zerosearch_jax.data.world import Passage
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
+from zerosearch_jax.text.matching import words
 
 # bm25s sets its logger to DEBUG when it is imported and would speak at every index.
 logging.getLogger("bm25s").setLevel(logging.WARNING)

@@ -9,6 +9,17 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
+class Passage:
+    """About 30 words on one entity; `attributes` are the facts it states."""
+
+    id: str
+    entity_id: str
+    title: str
+    text: str
+    attributes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SearchRequest:
     """One search of one episode. It carries everything an engine may need, so that a query
     can never be paired with another row's question (in the released code it can).

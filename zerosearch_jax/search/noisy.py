@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 
-from zerosearch_jax.data.phrasing import mentions
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.curriculum import draw_noisy
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.text.matching import mentions
 
 
 class NoisyEngine:

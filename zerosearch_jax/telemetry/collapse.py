@@ -27,8 +27,8 @@ SIGNALS: dict[str, tuple[str, str]] = {
     "collapse/reward_drops": ("reward", "the policy loses what it had learnt"),
 }
 ADVICE = (
-    "try a lower rl.learning_rate, a higher rl.kl, a smaller rl.clip_high or, with several updates "
-    "a step, rl.llds above 0; an earlier checkpoint may be better than the last one"
+    "try a lower optimizer.learning_rate, a higher kl.coef, a smaller loss.clip_high or, with several updates "
+    "a step, loss.llds above 0; an earlier checkpoint may be better than the last one"
 )
 ALARM_AT = 2  # one signal alone is often noise
 REWARD_HELD = 0.1  # a fall of the reward by less than this share of itself is taken for noise

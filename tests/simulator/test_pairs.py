@@ -1,0 +1,146 @@
+"""Pairs of our own and of chats, as examples for the simulator."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.simulator.pairs import Pair, load_pairs, pair_segments, save_pairs
+from zerosearch_jax.text import prompts
+
+PAIR = Pair(
+    "q#0/1", "river in Chad", ("The Chari.", "Lake Chad."), "Which?", ("Chari",), "useful", True
+)
+PROMPT = prompts.simulator_prompt("Which river?", "U.S.", "river", True, "finetuned", 5)
+ANSWER = "Doc 1: The Chari\nDoc 2: A lake.\nDoc 3: Sand."
+
+
+def _write(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_our_pairs_come_back_and_become_the_simulators_examples(tmp_path):
+    noisy = Pair(
+        "q#0/2", "lake", ("One\nDoc 2: </search>", "Two", "Three"), "W?", ("A", "B"), "noisy", False
+    )
+    save_pairs(tmp_path / "pairs.jsonl", [PAIR, noisy])
+    pairs = load_pairs(tmp_path / "pairs.jsonl")
+    assert pairs == [PAIR, noisy]
+    first, second = pair_segments(pairs, 2)
+    assert [s.by_policy for s in first] == [False, True]
+    assert first[0].text == prompts.simulator_prompt(
+        "Which?", "Chari", "river in Chad", False, "finetuned", 2
+    )
+    assert first[1].text == " Doc 1: The Chari.\nDoc 2: Lake Chad."
+    assert "two noisy documents" in second[0].text and second[0].text.endswith("Noisy Output:")
+    # The first two of three, each harmless and on a line of its own.
+    assert second[1].text == " Doc 1: One Doc 2: (/search)\nDoc 2: Two"
+    with pytest.raises(UserError, match=r"'q#0/1' has 2 documents, topk is 3"):
+        pair_segments(pairs, 3)
+
+
+CHATS = {
+    "messages": {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": PROMPT},
+            {"role": "assistant", "content": ANSWER},
+        ]
+    },
+    "conversations": {
+        "conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": ANSWER}]
+    },
+    "response": {"prompt": PROMPT, "response": ANSWER},
+    "output": {"prompt": PROMPT, "output": ANSWER},
+    "prompt turns": {"prompt": [{"role": "user", "content": PROMPT}], "response": ANSWER},
+}
+
+
+@pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_chats_keep_their_prompt(tmp_path, row, suffix):
+    (pair,) = load_pairs(_write(tmp_path / f"chats{suffix}", [row]))
+    documents = ("The Chari", "A lake.", "Sand.")
+    assert pair == Pair(
+        "chats/1", "river", documents, "Which river?", ("U.S.",), "noisy", True, PROMPT
+    )
+    # topk is ours; the chat has its own number of documents.
+    ((prompt, completion),) = pair_segments([pair], 2)
+    assert (prompt.text, completion.text) == (PROMPT, " " + ANSWER)
+
+
+WORDS = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=8)
+TEXTS = st.lists(WORDS, min_size=1, max_size=5).map(" ".join)
+
+
+@settings(deadline=None, max_examples=30)
+@given(TEXTS, WORDS, TEXTS, st.booleans(), st.integers(1, 12))
+def test_any_prompt_of_ours_is_read_back(tmp_path_factory, question, answer, query, noisy, topk):
+    # Quotes and full stops at the ends are the prompt's own marks.
+    question, answer = f"a{question}?", f"a{answer}z"
+    prompt = prompts.simulator_prompt(question, answer, query, noisy, "finetuned", topk)
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    (pair,) = load_pairs(_write(path, [{"prompt": prompt, "output": ANSWER}]))
+    assert (pair.question, pair.golden_answers, pair.query) == (question, (answer,), query)
+    assert (pair.label, pair.prompt) == ("noisy" if noisy else "useful", prompt)
+
+
+GOOD = {"id": "a", "query": "q", "question": "?", "golden_answers": ["g"], "label": "noisy"} | {
+    "last": True,
+    "documents": ["d"],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (GOOD | {"query": ""}, "key 'query'"),
+        (GOOD | {"golden_answers": "a"}, "key 'golden_answers' must be a list of texts"),
+        (GOOD | {"golden_answers": []}, "key 'golden_answers' is empty"),
+        (GOOD | {"label": "good"}, "key 'label' is 'good'"),
+        (GOOD | {"documents": "d"}, "key 'documents'"),
+        (GOOD | {"last": 1}, "key 'last'"),
+        ({"text": "a"}, "'documents', 'messages', .* only 'text'"),
+        ({"prompt": PROMPT}, "'response' or 'output'"),
+        ({"prompt": "Hello", "output": ANSWER}, "key 'prompt': .* not the simulator's"),
+        ({"prompt": PROMPT, "output": "none"}, "key 'output': no document"),
+        ({"messages": "Hello"}, "key 'messages' must be a list"),
+        ({"messages": [{"role": "user", "content": PROMPT}]}, "one text by assistant"),
+        ({"conversations": CHATS["conversations"]["conversations"] * 2}, "one text by user"),
+        (["a"], "expected an object"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, complaint):
+    path = _write(tmp_path / "pairs.jsonl", [GOOD, row])
+    with pytest.raises(UserError, match=rf"pairs\.jsonl: row 2: .*{complaint}"):
+        load_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("a.jsonl", "", "holds no pairs"),
+        ("a.json", "{}", "expected a list"),
+        ("a.json", "{", "not JSON"),
+        ("a.jsonl", "{\n", "row 1: not JSON"),
+        ("a.parquet", "text", "not a readable parquet file"),
+        ("a.txt", "", "not a file of pairs"),
+        ("absent.jsonl", None, "no such file"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, name, text, complaint):
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: .*{complaint}"):
+        load_pairs(path)

@@ -1,0 +1,396 @@
+"""The learner against other libraries, against padded batches and against the machine's limits.
+
+An *update* is what follows the rewards of a GRPO step: the reference's log-probs, the policy's
+forward and backward pass (log-probs and entropy over the whole vocabulary, clipped surrogate,
+entropy bonus, k3 KL), clipping and AdamW. A *step* samples the completions as well.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from zerosearch_jax.benchmarks import decode, run_peers
+from zerosearch_jax.benchmarks.rows import Row
+from zerosearch_jax.data import sft_data
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours
+from zerosearch_jax.data.embedded.world import corpus, load_entities
+from zerosearch_jax.data.packing import TokenSequence, pack
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.models.config import ModelConfig, from_hf
+from zerosearch_jax.models.transformer import abstract_model, init_params
+from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.rl.experience import (
+    AdvantageEstimator,
+    with_advantages,
+    with_scores,
+    with_weights,
+)
+from zerosearch_jax.rl.logprobs import chunked_logprobs
+from zerosearch_jax.rl.objective import Objective, policy_terms
+from zerosearch_jax.text.tokenizer import encode
+from zerosearch_jax.training import factory
+
+OBJECTIVE, KL = Objective(), 0.001
+
+# An update in units of forward passes: the reference's, the policy's, the policy's once more
+# (layers and logits are checkpointed), and two for the backward pass. Model FLOPs leave out the
+# third, which is no part of the result.
+DONE_PASSES, MODEL_PASSES = 5, 4
+
+
+def run(config: ConfigDict) -> list[Row]:
+    """The rows of the parts that the config names, each printed as soon as it is there."""
+    for name in config.parts:
+        if name not in PARTS:
+            raise UserError(f"config.parts names {name!r}; choose of {', '.join(PARTS)}")
+    rows = []
+    for name in config.parts:
+        for row in PARTS[name](config):
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+class Updater:
+    """A learner, its state and its frozen reference, which is kept in the compute dtype."""
+
+    def __init__(self, model: factory.Model, config: ConfigDict, dtype: str):
+        settings = ConfigDict(dict(config.learner, compute_dtype=dtype))
+        self.learner = factory.make_learner(model.config, make_mesh(), config.optimizer, settings)
+        self.state = self.learner.init(model.params)
+        self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
+
+    def update(self, batch: dict[str, jax.Array]) -> tuple[float, float]:
+        """Seconds and loss of one update on a device batch."""
+        began = time.monotonic()
+        scores = self.learner.logprobs(self.reference, batch)
+        self.state, metrics = self.learner.rl_step(
+            self.state, batch | {"ref_logprobs": scores}, objective=OBJECTIVE, kl_coef=KL
+        )
+        jax.block_until_ready(self.state)
+        return time.monotonic() - began, float(metrics["loss/total"])
+
+    def put(
+        self, sequences: Sequence[TokenSequence], row_tokens: int, rows: int, room: int
+    ) -> dict[str, jax.Array]:
+        """Packs onto the device; in the shape that holds `room` rows, `rows` a micro-batch."""
+        return self.learner.put(
+            pack(sequences, row_tokens=row_tokens, rows=rows, microbatches=-(-room // rows))
+        )
+
+    def on_policy(self, sequences: Sequence[TokenSequence], row_tokens: int):
+        """The sequences as if the reference had sampled them, with random rewards."""
+        batch = pack(sequences, row_tokens=row_tokens, rows=1, microbatches=None)
+        scores = self.learner.logprobs(self.reference, self.learner.put(batch))
+        scored = with_scores(sequences, batch, {"old_logprobs": np.asarray(scores)})
+        rewards = np.random.default_rng(1).random((1, len(sequences)), np.float32)
+        return rewarded(scored, rewards, row_tokens)
+
+
+def rewarded(
+    sequences: Sequence[TokenSequence], rewards: np.ndarray, row_tokens: int
+) -> list[TokenSequence]:
+    """Adds GRPO's advantages of `rewards` `[Q, G]` and the weights of a mean over tokens."""
+    with_all, _ = with_advantages(sequences, rewards, AdvantageEstimator(), row_tokens=row_tokens)
+    return with_weights(with_all, "token_mean", 0)
+
+
+def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> TokenSequence:
+    return TokenSequence(tokens, mask, {"correct": np.zeros(len(tokens)), **columns})
+
+
+def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
+    """`rows` sequences of `tokens` random ids, of which the first `prompt_tokens` are given."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, (sizes.rows, sizes.tokens))
+    mask = [float(at >= sizes.prompt_tokens) for at in range(sizes.tokens)]
+    return [sequence_of(row, mask) for row in ids.tolist()]
+
+
+def peer_settings(config: ConfigDict) -> dict[str, float]:
+    """Optimizer and loss of every peer."""
+    names = ("learning_rate", "beta1", "beta2", "weight_decay", "clip_norm")
+    loss = dict(clip=OBJECTIVE.clip_low, kl=KL, entropy=OBJECTIVE.entropy)
+    return {name: config.optimizer[name] for name in names} | loss
+
+
+def updates(config: ConfigDict) -> Iterator[Row]:
+    """Updates of one model against transformers on torch, and as a share of the GEMM peak."""
+    sizes = config.batch
+    model = factory.load_model(config.model, make_mesh(), "float32")
+    tokens = sizes.rows * sizes.tokens
+    for dtype in sizes.dtypes:
+        secs, peer_secs = update_secs(model, config, dtype)
+        rates = [tokens / s for s in secs]
+        peer_rates = [tokens / s for s in peer_secs]
+        yield Row(f"update {dtype} / transformers", rates, peer_rates, "tokens/s")
+        if dtype == "float32":
+            flops = DONE_PASSES * forward_flops(model.config, (sizes.tokens + 1) / 2)
+            done = [rate * flops / 1e9 for rate in rates]
+            peak = decode.gemm_peak(config.repeats)
+            yield Row(f"update {dtype} / GEMM peak", done, peak, "GFLOP/s")
+
+
+def update_secs(
+    model: factory.Model, config: ConfigDict, dtype: str
+) -> tuple[list[float], list[float]]:
+    """Seconds of updates, ours and torch's in turns, each with its fastest micro-batches."""
+    sizes = config.batch
+    updater = Updater(model, config, dtype)
+    sequences = updater.on_policy(random_sequences(sizes, model.config.vocab_size), sizes.tokens)
+    peer = run_peers.TorchUpdater(
+        config.model, dtype=dtype, threads=config.threads, **peer_settings(config)
+    )
+
+    def ours(count, micro_rows):
+        return updater.update(updater.put(sequences[:count], sizes.tokens, micro_rows, sizes.rows))
+
+    def theirs(count, micro_rows):
+        batch = pack(sequences[:count], row_tokens=sizes.tokens, rows=count, microbatches=1)
+        arrays = {name: array[0] for name, array in batch.arrays().items() if array.ndim}
+        return peer.update(arrays, micro_rows)
+
+    tried = max(sizes.micro_rows)
+    chosen = [fastest(partial(update, tried), sizes.micro_rows) for update in (ours, theirs)]
+    print(f"update {dtype}: micro-batches of {chosen[0]} rows, transformers' of {chosen[1]}")
+    secs, peer_secs = [], []
+    for _ in range(config.repeats):
+        (mine, loss), (other, peer_loss) = (
+            update(sizes.rows, micro_rows)
+            for update, micro_rows in zip((ours, theirs), chosen, strict=True)
+        )
+        secs.append(mine)
+        peer_secs.append(other)
+    print(f"update {dtype}: loss {loss:.6f}, transformers' {peer_loss:.6f}")
+    return secs, peer_secs
+
+
+def fastest(update: Callable[[int], tuple[float, float]], choices: Sequence[int]) -> int:
+    """The choice whose second update takes the least time; the first may compile."""
+    for choice in choices:
+        update(choice)
+    return min(choices, key=lambda choice: update(choice)[0])
+
+
+def steps(config: ConfigDict) -> Iterator[Row]:
+    """Whole GRPO steps against TRL's and Tunix's trainers; no completion ends early."""
+    sizes = config.step
+    model = factory.load_model(config.model, make_mesh(), "float32")
+    prompts = stretches(model.tokenizer, sizes.questions, sizes.prompt_tokens)
+    ours = step_secs(model, prompts, config)
+    print(f"GRPO step: {', '.join(f'{s:.1f}' for s in ours)} s", flush=True)
+    for name, python, script in (
+        ("TRL", config.peers.trl_python, "trl_step.py"),
+        ("Tunix", config.peers.tunix_python, "tunix_step.py"),
+    ):
+        if not python:
+            print(f"{name}: not run (config.peers names no interpreter for it)")
+            continue
+        request = dict(
+            model=str(Path(config.model).absolute()),
+            prompts=prompts,
+            group_size=sizes.group_size,
+            new_tokens=sizes.new_tokens,
+            micro_rows=sizes.micro_rows[name],
+            repeats=config.repeats,
+            threads=config.threads,
+            **peer_settings(config),
+        )
+        answer = run_peers.subprocess_peer(python, decode.PEERS / script, request)
+        print(f"{name} {answer['version']}", flush=True)
+        rates, peer_rates = ([3600 / s for s in secs] for secs in (ours, answer["step_secs"]))
+        yield Row(f"GRPO step / {name}", rates, peer_rates, "steps/h")
+
+
+def step_secs(
+    model: factory.Model, prompts: Sequence[Sequence[int]], config: ConfigDict
+) -> list[float]:
+    """Seconds of each of our steps but the first, which compiles."""
+    sizes = config.step
+    asked = [prompt for prompt in prompts for _ in range(sizes.group_size)]
+    slots, row_tokens = range(len(asked)), sizes.prompt_tokens + sizes.new_tokens
+    generator = decode.make_generator(
+        model,
+        len(slots),
+        row_tokens,
+        prefill_rows=len(prompts),
+        prefill_buckets=(sizes.prompt_tokens,),
+        chunk_tokens=sizes.new_tokens,
+    )
+    updater = Updater(model, config, "float32")
+    mask = [0.0] * sizes.prompt_tokens + [1.0] * sizes.new_tokens
+    secs = []
+    for step in range(1 + config.repeats):
+        began = time.monotonic()
+        generator.load(updater.learner.policy(updater.state))
+        generator.start(slots, asked)
+        completions = generator.decode(
+            slots,
+            key=jax.random.key(step),
+            streams=[(slot, 0) for slot in slots],
+            max_new_tokens=sizes.new_tokens,
+            sampling=Sampling(1.0),
+        )
+        rewards = np.array([len(set(c.tokens)) for c in completions], np.float32)
+        sequences = [
+            sequence_of([*prompt, *c.tokens], mask, old_logprobs=[0.0] * len(prompt) + c.logprobs)
+            for prompt, c in zip(asked, completions, strict=True)
+        ]
+        ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size), row_tokens)
+        updater.update(updater.put(ready, row_tokens, sizes.micro_rows["ours"], len(slots)))
+        secs.append(time.monotonic() - began)
+    return secs[1:]
+
+
+def stretches(tokenizer, count: int, tokens: int) -> list[list[int]]:
+    """Ids of `count` stretches of real text, each of which is encoded as just these ids."""
+    passages = corpus(load_entities())[: count * tokens]  # a passage has a token at least
+    ids = encode(tokenizer, " ".join(passage.text for passage in passages))
+    cut = [ids[start : start + tokens] for start in range(0, len(ids) - tokens, tokens)]
+    whole = (part for part in cut if encode(tokenizer, tokenizer.decode(part)) == part)
+    return [part for part, _ in zip(whole, range(count), strict=False)]
+
+
+def packing(config: ConfigDict) -> Iterator[Row]:
+    """Updates on episodes packed into rows against one episode a row; one compiled program."""
+    sizes = config.packing
+    model = factory.load_model(sizes.model, make_mesh(), "float32")
+    updater = Updater(model, config, "float32")
+    sequences = updater.on_policy(episodes(model.tokenizer, sizes), sizes.row_tokens)
+    print(f"{len(sequences)} episodes of {np.mean([len(s.tokens) for s in sequences]):.0f} tokens")
+    alone = [padded(sequence, sizes.row_tokens) for sequence in sequences]
+    batches = [
+        updater.put(each, sizes.row_tokens, sizes.rows, len(sequences))
+        for each in (sequences, alone)
+    ]
+    updater.update(batches[0])  # compiles
+    secs = [[updater.update(batch)[0] for batch in batches] for _ in range(config.repeats)]
+    rates = [[len(sequences) / s for s in column] for column in zip(*secs, strict=True)]
+    yield Row("update packed / an episode a row", *rates, "episodes/s")
+
+
+def episodes(tokenizer, sizes: ConfigDict) -> list[TokenSequence]:
+    """Episodes of the embedded world as its scripted agent plays them, tokenised."""
+    transcripts = sft_data.policy_transcripts(
+        worlds=1,  # the first one is the real one, which has the entities that it has
+        entities_per_world=0,
+        questions_per_world=2 * sizes.episodes,
+        behaviours=Behaviours(**sizes.behaviours),
+        topk=sizes.topk,
+        seed=0,
+    )
+    options = dict(system=None, inserted_weight=0.0, end_of_text=False)
+    tokenised = (sft_data.tokenise(each, tokenizer, **options) for each in transcripts)
+    fitting = [s for s in tokenised if len(s.tokens) <= sizes.row_tokens]
+    return [sequence_of(s.tokens, s.mask) for s in fitting[: sizes.episodes]]
+
+
+def padded(sequence: TokenSequence, length: int) -> TokenSequence:
+    """The sequence with padding behind it that is no part of the loss: it fills a row alone."""
+    more = length - len(sequence.tokens)
+    return TokenSequence(
+        [*sequence.tokens, *[0] * more],
+        [*sequence.mask, *[0.0] * more],
+        {name: [*column, *[0.0] * more] for name, column in sequence.columns.items()},
+    )
+
+
+def memory(config: ConfigDict) -> Iterator[Row]:
+    """Temporary bytes of the gradient's program: whole logits over chunks of them."""
+    sizes = config.memory
+    model_config = from_hf(sizes.model.to_dict())
+    chunked = partial(chunked_logprobs, chunk=sizes.logprob_chunk)
+    whole, ours = (
+        gradient_bytes(model_config, sizes.tokens, each) for each in (whole_logprobs, chunked)
+    )
+    name = f"memory, {model_config.vocab_size} whole logits / chunks"
+    yield Row(name, [whole], [ours], "bytes")
+
+
+def gradient_bytes(config: ModelConfig, tokens: int, logprobs_of: Callable) -> int:
+    """Bytes that the gradient on a row of `tokens` needs besides what it reads and returns.
+
+    Args:
+      logprobs_of: (hidden `[1, T, D]`, unembedding, targets) -> log-probs and entropy `[1, T]`.
+    """
+    graphdef, params = abstract_model(config, remat="full")
+
+    def loss(params, batch):
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+        logprobs, entropy = logprobs_of(hidden, model.unembedding(), batch["targets"])
+        return policy_terms(OBJECTIVE, KL, logprobs, entropy, batch)[0]
+
+    names = ("old_logprobs", "ref_logprobs", "advantages", "weights")
+    zeros = dict.fromkeys(names, np.zeros(tokens))
+    sequence = sequence_of([0] * tokens, [1.0] * tokens, **zeros)
+    batch = pack([sequence], row_tokens=tokens, rows=1, microbatches=1)
+    arrays = {name: array[0] for name, array in batch.arrays().items() if array.ndim}
+    compiled = jax.jit(jax.grad(loss)).lower(params, arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def whole_logprobs(
+    hidden: jax.Array, unembed: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What `chunked_logprobs` returns, from logits `[B, T, V]` that exist as a whole."""
+    logits = jnp.dot(hidden, unembed, preferred_element_type=jnp.float32)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return logprobs, -(jnp.exp(log_p) * log_p).sum(axis=-1)
+
+
+def forward_flops(config: ModelConfig, attended: float) -> float:
+    """Floating-point operations of one token's forward pass with the logits.
+
+        2·(L·(2·D·N·H + 2·D·K·H + 3·D·F) + D·V) + 4·L·N·H·attended
+
+    Two for each weight that it is multiplied with; four a head dimension for each key that its
+    queries look at.
+
+    Args:
+      attended: keys that a token looks at, on average: (T + 1) / 2 in a causal row of T.
+    """
+    d, heads = config.embed_dim, config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    layer = 2 * d * heads + 2 * d * kv_heads + 3 * d * config.mlp_dim
+    products = config.num_layers * layer + d * config.vocab_size
+    return 2 * products + 4 * config.num_layers * heads * attended
+
+
+def mfu(config: ConfigDict) -> list[Row]:
+    """Updates of random models on an accelerator, as a share of its peak (model FLOPs)."""
+    if not config.peak_tflops:
+        raise UserError(
+            "give the device's dense bfloat16 peak: --config.peak_tflops=989 for an H100 SXM"
+        )
+    rows, sizes = [], config.batch
+    for name, shape in config.models.items():
+        model_config = from_hf(shape.to_dict())
+        # Nothing else holds the first parameters, which are not those of the state.
+        updater = Updater(
+            factory.Model(model_config, init_params(model_config, 0), None), config, "bfloat16"
+        )
+        sequences = updater.on_policy(
+            random_sequences(sizes, model_config.vocab_size), sizes.tokens
+        )
+        batch = updater.put(sequences, sizes.tokens, sizes.rows, sizes.rows)
+        updater.update(batch)  # compiles
+        rates = [
+            sizes.rows * sizes.tokens / updater.update(batch)[0] for _ in range(config.repeats)
+        ]
+        print(f"{name}: {np.median(rates):.0f} tokens/s", flush=True)
+        flops = MODEL_PASSES * forward_flops(model_config, (sizes.tokens + 1) / 2)
+        done = [rate * flops / 1e12 for rate in rates]
+        rows.append(Row(f"update {name} / peak (MFU)", done, [config.peak_tflops], "TFLOP/s"))
+    return rows
+
+
+PARTS = {"update": updates, "step": steps, "packing": packing, "memory": memory}
