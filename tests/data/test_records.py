@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zerosearch_jax.data.records import Records, replace_text
+from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -100,18 +100,3 @@ def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
     lines = path.read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(300)]
     assert all(len(json.loads(line)["text"]) == 20_000 for line in lines)
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    replace_text(path, "old")
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
-        replace_text(path, "new")
-    assert path.read_text() == "old"
-    replace_text(path, "néw")
-    assert path.read_text(encoding="utf-8") == "néw"

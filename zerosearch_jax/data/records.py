@@ -84,13 +84,3 @@ class Records:
                 "mend or delete this line"
             )
         return record
-
-
-def replace_text(path: str | Path, text: str) -> None:
-    """Writes a whole file so that a kill leaves either the old one or the new one."""
-    part = Path(f"{path}.part")
-    with part.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)

@@ -18,8 +18,9 @@ import jax
 from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.data.records import Records, replace_text
+from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs.evaluate import FIGURES_DEPEND_ON
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -68,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print_counts(figures, counts)
     summary = {**figures, "stages": counts, "label_by": config.extract.label_by}
     summary["agreement"] = agreed
-    replace_text(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"{len(train)} pairs written to {workdir / 'pairs.jsonl'}, {len(heldout)} held out")
 
 
@@ -237,7 +238,7 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
                     f"{records.path} was made with config.{key}={before!r}, which is now "
                     f"{settings[key]!r}; give another --workdir or delete that file"
                 )
-    replace_text(path, json.dumps(settings, indent=1) + "\n")
+    write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
 
 # Stage 2: label.

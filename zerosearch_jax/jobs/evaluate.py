@@ -10,9 +10,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import WITHOUT_ENGINE, check_method, play, refiner
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     for cell, trajectories in played(config, missing, sets):
         each = answer_scores(trajectories, "em")  # of the set's questions, in order
         rows.append(cell | summary(trajectories) | {"em_of_each": each})
-        replace_text(path, json.dumps(rows, indent=1) + "\n")
+        write_atomically(path, json.dumps(rows, indent=1) + "\n")
     columns = ("method", "engine", "set")
     widths = [max(len(cell[column]) for cell in wanted) for column in columns]
     table = {
@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         for row in _rows_of(cell, rows)
     }
     text = text_table(table, config.policy.model)
-    replace_text(text_path, text)
+    write_atomically(text_path, text)
     print(f"\n{text}written to {text_path} and {path}")
 
 

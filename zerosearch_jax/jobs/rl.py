@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.jobs.evaluate import evaluate_policy, summary, text_table
@@ -205,7 +205,7 @@ def keep_config(config: ConfigDict, path: Path) -> None:
     if path.exists():
         for difference in config_flags.differences(json.loads(path.read_text()), now):
             print(f"this directory was begun with another config.{difference}")
-    replace_text(path, json.dumps(now, indent=1) + "\n")
+    write_atomically(path, json.dumps(now, indent=1) + "\n")
 
 
 def check_simulator(config: ConfigDict) -> None:
@@ -386,7 +386,7 @@ def conclude(
         "engine": engine_name,
         "split": config.data.test_split,
     }
-    replace_text(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 

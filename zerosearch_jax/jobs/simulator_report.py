@@ -16,9 +16,9 @@ from random import Random
 
 from ml_collections import ConfigDict
 
-from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.markdown import table
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
 from zerosearch_jax.simulator.gate import asked_of
@@ -80,8 +80,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     text = markdown(report)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    replace_text(workdir / "report.md", text)
-    replace_text(workdir / "report.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(workdir / "report.md", text)
+    write_atomically(workdir / "report.json", json.dumps(report, indent=1) + "\n")
     print(f"\n{text}\nwritten to {workdir / 'report.md'} and {workdir / 'report.json'}")
 
 

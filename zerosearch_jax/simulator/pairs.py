@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.scripted_agent import Segment
-from zerosearch_jax.data.records import replace_text
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.text import prompts
 
 LABELS = ("useful", "noisy")
@@ -80,7 +80,7 @@ def load_pairs(path: str | Path) -> list[Pair]:
 def save_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
     """Writes our own pairs, a JSON line each, in the place of what was there."""
     rows = [{key: value for key, value in asdict(p).items() if key != "prompt"} for p in pairs]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
