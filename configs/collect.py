@@ -52,8 +52,8 @@ def embedded() -> ConfigDict:
             # Or bm25, retriever, web. BM25 finds too well here: with good queries wrong answers
             # would be rare, as they are not on the web, and what noisy documents are for such a
             # query could not be learned.
-            search=engines | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="synthetic:1200:7"),
-            data=dict(source="synthetic:1200:7", split="train", limit=12000),
+            search=engines | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:1200:7"),
+            data=dict(source="made_up:1200:7", split="train", limit=12000),
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             rollout=dict(stop_on_failure=True, concurrent_searches=0),
             collect=dict(
