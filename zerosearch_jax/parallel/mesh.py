@@ -51,8 +51,8 @@ def make_mesh(
     described = f"mesh data={data} × fsdp={fsdp} × tensor={tensor}"
     if size > len(devices):
         raise UserError(
-            f"{described} needs {size} devices, there are {len(devices)}; lower one of config.mesh's "
-            "sizes"
+            f"{described} needs {size} devices, there are {len(devices)}; lower one of "
+            "config.mesh's sizes"
         )
     types = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -63,8 +63,8 @@ def make_mesh(
         return Mesh(grid, AXES, axis_types=types)
     if data % slices or size != len(devices):
         raise UserError(
-            f"{described}: there are {slices} slices of {len(devices) // slices} chips; data must be "
-            "a multiple of the number of slices, and the mesh must use all chips"
+            f"{described}: there are {slices} slices of {len(devices) // slices} chips; data must "
+            "be a multiple of the number of slices, and the mesh must use all chips"
         )
     inner = (data // slices, fsdp, tensor)
     grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
