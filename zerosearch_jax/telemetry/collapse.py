@@ -43,12 +43,12 @@ class CollapseWatch:
     The table uses m for the mean over the newest `window` steps, m' for the window before it, and
     m'' for the window before that. The windows move with every step.
 
-    | signal                 | holds when                                                        |
-    |------------------------|-------------------------------------------------------------------|
+    | signal                 | holds when                                                         |
+    |------------------------|--------------------------------------------------------------------|
     | `correct_loglik_falls` | m' − m > `loglik_fall`, and the reward held: its m ≥ m' − 0.1·m'   |
-    | `entropy_accelerates`  | (m − m') − max(m' − m'', 0) > `entropy_rise`                      |
+    | `entropy_accelerates`  | (m − m') − max(m' − m'', 0) > `entropy_rise`                       |
     | `grad_norm_surges`     | median > `grad_norm_ratio` · median of the previous window, if > 0 |
-    | `reward_drops`         | m < `reward_share` · best mean of any window so far, if > 0       |
+    | `reward_drops`         | m < `reward_share` · best mean of any window so far, if > 0        |
 
     The entropy must rise, and by more than before; the end of a fall does not count. No signal
     holds before 2·`window` steps, and the entropy's signal not before 3·`window` steps.
