@@ -303,6 +303,19 @@ def test_address_without_http_is_refused():
         make_client("localhost:8000")
 
 
+def test_proxy_of_the_environment_is_used(serve, monkeypatch):
+    url, calls = serve(lambda call: (200, {"ok": 1}))
+    monkeypatch.setenv("HTTP_PROXY", url)
+    assert make_client("http://search.invalid").post("/x", {}) == {"ok": 1}
+    assert calls[0].headers["host"] == "search.invalid"
+
+
+def test_unsupported_proxy_is_refused(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "ftp://proxy")
+    with pytest.raises(UserError, match="ALL_PROXY"):
+        make_client("http://search.invalid")
+
+
 def request(episode):
     return SearchRequest(episode, 1, f"q{episode}", "question", ("answer",))
 
