@@ -143,17 +143,17 @@ def test_help_tells_the_flags(capsys):
 
 def test_processes_that_are_named_in_part_are_refused():
     whole = dict(zip(distributed.VARIABLES, ("host:1234", "2", "1"), strict=True))
-    assert distributed.addressed({}) == {}
-    assert distributed.addressed(whole | {"HOME": "x"}) == {
+    assert distributed.distributed_arguments({}) == {}
+    assert distributed.distributed_arguments(whole | {"HOME": "x"}) == {
         "coordinator_address": "host:1234", "num_processes": 2, "process_id": 1,
     }  # fmt: skip
     for name in distributed.VARIABLES:
         partial = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(UserError, match=f"{name} is not; set all or none"):
-            distributed.addressed(partial)
+            distributed.distributed_arguments(partial)
     for wrong in ("2", "-1", "one"):
         with pytest.raises(UserError, match=f"JAX_PROCESS_ID={wrong} must be a number below"):
-            distributed.addressed(whole | {"JAX_PROCESS_ID": wrong})
+            distributed.distributed_arguments(whole | {"JAX_PROCESS_ID": wrong})
 
 
 def test_jobs_that_only_one_process_can_run_refuse_others(job, capsys):

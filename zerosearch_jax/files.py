@@ -1,4 +1,4 @@
-"""Atomic file writes: a reader finds the old file or the new one, never a part of it."""
+"""Atomic file writes: a reader finds the old file or the new one, never a partial one."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; on success flushes it to disk and renames it.
+    """Yields a temporary path in the directory of `path`, for the block to write.
 
-    The block writes the temporary file. If it raises, `path` keeps its old content.
+    After the block, flushes the file to disk and renames it to `path`. If the block raises, `path`
+    keeps its old content.
     """
     part = Path(f"{path}.part")
     yield part
@@ -19,7 +20,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the content of `path` with `text`, encoded as UTF-8."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replaces the content of `path`; text is encoded as UTF-8."""
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -65,22 +65,22 @@ def _run(argv: Sequence[str]) -> None:
     config = config_flags.parse(flag_values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
-    distributed = distributed.value or config.get("distributed", False)
-    if distributed and config.job not in DISTRIBUTED_JOBS:
+    multi_process = distributed.value or config.get("distributed", False)
+    if multi_process and config.job not in DISTRIBUTED_JOBS:
         raise UserError(f"--distributed is not for config.job={config.job}; leave it out")
     import jax  # imported late, so that a misspelt flag is answered at once
 
     from zerosearch_jax.parallel import distributed
 
-    if distributed:
-        distributed.join()
+    if multi_process:
+        distributed.initialize()
     directory = workdir.value or default_workdir(config_flags.config_argument(argv))
     # What was compiled once need not be compiled again by a resumed or repeated run.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     job = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
-    if distributed:
-        distributed.run(job, config, directory)
+    if multi_process:
+        distributed.run(lambda: job.run(config, directory))
     else:
         job.run(config, directory)
 

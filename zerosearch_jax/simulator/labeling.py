@@ -19,10 +19,10 @@ from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.chat import ChatClient
-from zerosearch_jax.search.remote import SearchFailed
+from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
-from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
+from zerosearch_jax.text.prompts import labeling_prompt, parse_verdict
 from zerosearch_jax.training import factory
 
 KINDS = ("none", "reader", "local", "server")
@@ -114,7 +114,7 @@ def verdicts(complete: Complete, searches: Sequence[Search]) -> list[str | None]
     Raises:
       UserError: the judge's server failed, after its retries.
     """
-    asked = [judge_prompt(question, golds, found) for question, golds, _, found in searches]
+    asked = [labeling_prompt(question, golds, found) for question, golds, _, found in searches]
     # A greedy judge draws nothing; the keys only tell the prompts apart.
     replies = complete(asked, [(i, 0) for i in range(len(asked))])
     for reply in replies:

@@ -28,7 +28,7 @@ from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.noisy import NoisyEngine
-from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
