@@ -1,4 +1,4 @@
-"""Benchmarks on this machine; every figure is a median, every row a ratio of one run.
+"""Benchmarks on this machine: medians, and ratios to peers measured in the same run.
 
   python -m zerosearch_jax.main --config=configs/bench.py:rollout   # against a lockstep loop
   python -m zerosearch_jax.main --config=configs/bench.py:decode    # against other libraries
@@ -6,12 +6,12 @@
   python -m zerosearch_jax.main --config=configs/bench.py:decode-gpu --config.peak_gb_per_s=3350
   python -m zerosearch_jax.main --config=configs/bench.py:learner-gpu --config.peak_tflops=989
 
-`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch; the other peers
-live in environments of their own, named by `peers.tunix_python`, `peers.llamacpp_python` and
-`peers.trl_python` (how to make them: zerosearch_jax/jobs/peers/). A peer whose interpreter is not
-given is reported as not run. `learner` takes about an hour; `parts` chooses of it. `decode-gpu`
-and `learner-gpu` have not been run: they need a GPU of 80 GB, and the figure of its memory's
-bandwidth or of its dense bfloat16 peak.
+`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch. The other peers run
+in separate environments: set `peers.tunix_python`, `peers.llamacpp_python` and
+`peers.trl_python` to their interpreters. The scripts in zerosearch_jax/benchmarks/peers/ say how to
+make them. A peer without an interpreter is reported as not run. `learner` takes about an hour;
+`parts` selects parts of it. `decode-gpu` and `learner-gpu` need a GPU of 80 GB and its memory
+bandwidth or its dense bfloat16 peak; they have not been run. Results: docs/speed.md.
 """
 
 from ml_collections import ConfigDict

@@ -32,7 +32,7 @@ JOBS = {
     "miniature": "experiments.miniature",
     "algorithms": "experiments.algorithms",
     "bench": "benchmarks.bench",
-    "compile": "tpu_aot.compile",
+    "compile": "tpu_aot.compile_report",
 }
 
 DISTRIBUTED_JOBS = ("rl",)
