@@ -43,11 +43,11 @@ class SFTDataConfig:
     end_of_text: bool
     """End every example with the end-of-text token."""
     source: str | None = None
-    """Questions of `answers`: `world`, made_up:COUNT:SEED, or a file of questions."""
+    """Questions of `answers`: `world`, synthetic:COUNT:SEED, or a file of questions."""
     split: str | None = None
     """Split of `source`."""
     worlds: int | None = None
-    """Worlds of `policy_transcripts`. Every tenth is the embedded world; the others are synthetic."""
+    """Worlds of `policy_transcripts`: every tenth is the embedded world, the others synthetic."""
     entities_per_world: int | None = None
     """Entities of a synthetic world."""
     questions_per_world: int | None = None
@@ -103,7 +103,7 @@ class CollectDataConfig:
     """Questions of the collecting agent."""
 
     source: str
-    """`world`, made_up:COUNT:SEED, or a file of questions."""
+    """`world`, synthetic:COUNT:SEED, or a file of questions."""
     split: str
     """Split of `source`."""
     limit: int
