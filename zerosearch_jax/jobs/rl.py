@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,6 @@ from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import RLConfig, keep_config
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics, reward_of
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
@@ -53,14 +52,13 @@ from zerosearch_jax.training.validate import check
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains, evaluates and writes `workdir/summary.json`; resumes from `workdir`'s checkpoint."""
-    raw, config = config, config_flags.typed(RLConfig, config)
     began = time.monotonic()
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
     check_simulator(config)
 
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**config.mesh)
     simulator = config.search.simulator
     policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
     policy = factory.load_model(config.policy.model, mesh, "float32")
@@ -99,7 +97,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         print(f"resuming after step {first}")
     writes = jax.process_index() == 0  # of several processes only the first
     if writes:
-        keep_config(raw, workdir)
+        keep_config(config, workdir / "config.json")
     kl_coef = kept["kl_coef"] if config.kl.target else config.kl.coef
     nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
     watch = CollapseWatch(window=config.watch.window)
@@ -120,7 +118,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     ):
         for step in range(first, config.rl.steps):
             # From p_s in the first step to p_e in the last.
-            p_noisy = noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
+            p_noisy = noise_probability(step, max(1, config.rl.steps - 1), **config.curriculum)
             with timer.section("weights"):
                 generator.load(learner.policy(state))
             with timer.section("rollout"):
@@ -199,6 +197,15 @@ def run(config: ConfigDict, workdir: str) -> None:
         engine_name=judge.name if judge else "none",
         began=began,
     )
+
+
+def keep_config(config: ConfigDict, path: Path) -> None:
+    """Writes the config to `path` as JSON; prints what differs from the one that stood there."""
+    now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
+    if path.exists():
+        for difference in config_flags.differences(json.loads(path.read_text()), now):
+            print(f"this directory was begun with another config.{difference}")
+    write_atomically(path, json.dumps(now, indent=1) + "\n")
 
 
 def check_simulator(config: ConfigDict) -> None:
