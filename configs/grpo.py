@@ -163,7 +163,7 @@ def embedded() -> ConfigDict:
                 trunk="own",  # or shared: a value head on the policy
                 learning_rate=5e-4,
                 warmup_steps=2,
-                value=0.5,
+                coef=0.5,
                 value_clip=0.2,
             ),
             lora=dict(

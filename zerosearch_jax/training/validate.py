@@ -3,11 +3,9 @@
 from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.rl.experience import BY_TOKEN
-from zerosearch_jax.rl.learner import TRUNKS
-from zerosearch_jax.rl.losses import AGGREGATES
+from zerosearch_jax.rl.config import BY_TOKEN
 from zerosearch_jax.rl.rewards import RULES
-from zerosearch_jax.training.policy_update import estimator_of, objective_of
+from zerosearch_jax.training.policy_update import objective_of
 
 CHOICES = {
     "old_logprobs": ("sampler", "learner"),
