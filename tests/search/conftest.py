@@ -1,4 +1,4 @@
-"""A real HTTP server on a free local port, for the engines that ask one."""
+"""A real HTTP server on a free local port, for tests of the engines that use one."""
 
 import json
 import threading
@@ -11,20 +11,22 @@ import pytest
 
 @dataclass(frozen=True)
 class Call:
-    """One request as the server saw it."""
+    """One request as the server received it."""
 
     method: str
     path: str
     params: dict[str, str]
     headers: dict[str, str]  # names in lower case
     payload: object
+    peer: tuple[str, int]  # address and port of the client; one port per connection
 
 
 @pytest.fixture
 def serve():
-    """`serve(reply) -> (url, calls)`: a server that answers each call with `reply(call)`.
+    """`serve(reply) -> (url, calls)`: starts a server that answers each call with `reply(call)`.
 
-    `reply` returns a status and what is sent as JSON (bytes are sent as they are). `calls` grows.
+    `reply` returns a status and a JSON body; a body of bytes is sent unchanged. The list `calls`
+    receives each call.
     """
     servers = []
 
@@ -32,6 +34,8 @@ def serve():
         calls = []
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # keeps connections alive
+
             def _answer(self):
                 length = int(self.headers.get("Content-Length", 0))
                 sent = self.rfile.read(length)
@@ -42,6 +46,7 @@ def serve():
                     dict(parse_qsl(url.query)),
                     {name.lower(): value for name, value in self.headers.items()},
                     json.loads(sent) if sent else None,
+                    self.client_address,
                 )
                 calls.append(call)
                 status, body = reply(call)
@@ -59,7 +64,7 @@ def serve():
                 pass
 
         class Server(ThreadingHTTPServer):
-            request_queue_size = 128  # with fewer, a burst of connections has some reset
+            request_queue_size = 128  # a shorter queue resets some connections of a burst
 
         server = Server(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.chat import ChatClient, request_seed
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.remote import JsonClient, SearchFailed
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.text.prompts import simulator_prompt
 

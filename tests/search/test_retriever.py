@@ -4,7 +4,7 @@ import pytest
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.retriever import RetrieverEngine, plain
 
 REQUESTS = [

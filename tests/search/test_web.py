@@ -11,7 +11,7 @@ from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.remote import JsonClient
+from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.web import (
     RecordedWeb,
     WebEngine,

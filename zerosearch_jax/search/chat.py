@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.search.remote import JsonClient, SearchFailed
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed, closed_on_interrupt
 
 _PATH = "/v1/chat/completions"
 
@@ -55,7 +55,7 @@ class ChatClient:
 
         In the place of a text that could not be had stands the `SearchFailed` that says why.
         """
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.workers) as pool, closed_on_interrupt():
             return list(pool.map(self._text_or_failure, zip(prompts, keys, strict=True)))
 
     def _text_or_failure(self, request: tuple[str, tuple[int, int]]) -> str | SearchFailed:

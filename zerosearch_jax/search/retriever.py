@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.remote import JsonClient, SearchFailed, answer, answer_all
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, answer_all
 
 
 class RetrieverEngine:

@@ -6,7 +6,7 @@ It is given a `generate` callable and knows neither jax nor how the text is made
 from collections.abc import Callable, Sequence
 
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.remote import SearchFailed
+from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.text.prompts import cut_documents, simulator_prompt
 
 

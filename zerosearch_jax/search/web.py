@@ -13,7 +13,7 @@ from urllib.parse import urldefrag, urlsplit
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
-from zerosearch_jax.search.remote import JsonClient, SearchFailed, answer_all
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
 
 Organic = dict[str, object]  # one result as Serper and SerpAPI give it: title, snippet, link, …
 _KEYS = ("title", "snippet", "link")

@@ -19,7 +19,7 @@ from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.chat import ChatClient
-from zerosearch_jax.search.remote import SearchFailed
+from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
 from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
