@@ -34,6 +34,7 @@ from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.tpu_aot import roofline
 from zerosearch_jax.tpu_aot.collectives import collectives
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.policy_update import objective_of
 
 INTS = ("tokens", "targets", "positions", "segment_ids")
@@ -276,7 +277,9 @@ def learner_programs(
     programs = [
         Program(
             "learner step",
-            lambda: learner.lower_rl_step(batch(*FLOATS, *OF_UPDATES), objective_of(rl)),
+            lambda: learner.lower_rl_step(
+                batch(*FLOATS, *OF_UPDATES), objective_of(config_flags.typed(RLConfig, rl))
+            ),
             trained * sizes.microbatches + updated,
             (sizes.microbatches, chunks),
             resident["learner state"],

@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from zerosearch_jax.rl import rewards
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.training.config import RewardConfig
 
 
-def reward_of(trajectory: Trajectory, step: int, reward: ConfigDict) -> float:
+def reward_of(trajectory: Trajectory, step: int, reward: RewardConfig) -> float:
     """Returns the reward of an episode in training step `step` (from 0).
 
     It reads only the policy's turns and its last answer. The released code also finds answers in
     documents.
-
-    Args:
-      reward: the `reward` section of an rl config.
     """
     return rewards.episode_reward(
         reward.rule,

@@ -5,22 +5,22 @@ learner step per minibatch. `rl/losses.py` and `rl/advantages.py` have the equat
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from zerosearch_jax.data.packing import Minibatches, PackedBatch, TokenSequence, pack_minibatches
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.processes import to_host
 from zerosearch_jax.rl import advantages, losses
-from zerosearch_jax.rl.config import BY_TOKEN, AdvantageConfig, CriticConfig, KLConfig, LossConfig
+from zerosearch_jax.rl.config import BY_TOKEN, AdvantageConfig, KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 
@@ -40,7 +40,7 @@ class PolicyUpdater:
         self,
         learner: Learner,
         reference: Any,
-        config: ConfigDict,
+        config: RLConfig,
         nonfinite: NonFiniteCounter,
         clock: DeviceClock,
     ):
@@ -237,18 +237,9 @@ def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def objective_of(config: ConfigDict) -> Objective:
-    """Returns the loss settings of an rl config as a hashable objective."""
-
-    def section(kind: type, values: Any) -> Any:
-        return kind(**{field.name: getattr(values, field.name) for field in fields(kind)})
-
-    return Objective(
-        loss=section(LossConfig, config.loss),
-        kl=section(KLConfig, config.kl),
-        critic=section(CriticConfig, config.critic),
-        temperature=config.rollout.temperature,
-    )
+def objective_of(config: RLConfig) -> Objective:
+    """Returns the settings of the loss that an rl config describes."""
+    return Objective(config.loss, config.kl, config.critic, config.rollout.temperature)
 
 
 def _inserted_as_sampled(

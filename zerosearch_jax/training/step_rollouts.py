@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.generate.generator import Generator
@@ -15,6 +14,7 @@ from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.curriculum import draw_noisy
 from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.training.config import RLConfig, RolloutConfig
 from zerosearch_jax.training.episode_metrics import reward_of
 from zerosearch_jax.training.row_sampler import RowSampler
 
@@ -28,7 +28,7 @@ class StepRollouts:
     its shape stays fixed.
     """
 
-    def __init__(self, config: ConfigDict, step: int):
+    def __init__(self, config: RLConfig, step: int):
         self._config = config
         self._step = step
         self._rounds = 0
@@ -87,7 +87,7 @@ class StepRollouts:
 
 
 def run_step(
-    config: ConfigDict,
+    config: RLConfig,
     step: int,
     p_noisy: float,
     sampler: RowSampler,
@@ -132,6 +132,6 @@ def episodes_of(rows: Sequence[QARow], group_size: int, draw: int) -> list[Episo
     ]
 
 
-def limits_of(rollout: ConfigDict) -> Limits:
+def limits_of(rollout: RolloutConfig) -> Limits:
     """Returns the limits of an episode, the same in training and evaluation."""
     return Limits(rollout.max_turns, rollout.response_tokens, rollout.observation_tokens)
