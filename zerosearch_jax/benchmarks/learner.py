@@ -7,6 +7,7 @@ entropy bonus, k3 KL), clipping and AdamW. A *step* samples the completions as w
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +28,10 @@ from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.experience import (
-    AdvantageEstimator,
-    with_advantages,
-    with_scores,
-    with_weights,
-)
+from zerosearch_jax.rl.advantages import group_advantages
+from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rl.logprobs import chunked_logprobs
+from zerosearch_jax.rl.losses import aggregation_weights
 from zerosearch_jax.rl.objective import Objective, policy_terms
 from zerosearch_jax.text.tokenizer import encode
 from zerosearch_jax.training import factory
@@ -68,19 +66,19 @@ class Updater:
         self.state = self.learner.init(model.params)
         self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
 
-    def update(self, batch: dict[str, jax.Array]) -> tuple[float, float]:
+    def update(self, batch: LearnerBatch) -> tuple[float, float]:
         """Seconds and loss of one update on a device batch."""
         began = time.monotonic()
         scores = self.learner.logprobs(self.reference, batch)
         self.state, metrics = self.learner.rl_step(
-            self.state, batch | {"ref_logprobs": scores}, objective=OBJECTIVE, kl_coef=KL
+            self.state, replace(batch, ref_logprobs=scores), objective=OBJECTIVE, kl_coef=KL
         )
         jax.block_until_ready(self.state)
         return time.monotonic() - began, float(metrics["loss/total"])
 
     def put(
         self, sequences: Sequence[TokenSequence], row_tokens: int, rows: int, room: int
-    ) -> dict[str, jax.Array]:
+    ) -> LearnerBatch:
         """Packs onto the device; in the shape that holds `room` rows, `rows` a micro-batch."""
         return self.learner.put(
             pack(sequences, row_tokens=row_tokens, rows=rows, microbatches=-(-room // rows))
@@ -90,17 +88,27 @@ class Updater:
         """The sequences as if the reference had sampled them, with random rewards."""
         batch = pack(sequences, row_tokens=row_tokens, rows=1, microbatches=None)
         scores = self.learner.logprobs(self.reference, self.learner.put(batch))
-        scored = with_scores(sequences, batch, {"old_logprobs": np.asarray(scores)})
+        scored = [
+            with_columns(sequence, old_logprobs=row[: len(sequence.tokens)])
+            for sequence, row in zip(sequences, batch.unpack(np.asarray(scores)), strict=True)
+        ]
         rewards = np.random.default_rng(1).random((1, len(sequences)), np.float32)
-        return rewarded(scored, rewards, row_tokens)
+        return rewarded(scored, rewards)
 
 
-def rewarded(
-    sequences: Sequence[TokenSequence], rewards: np.ndarray, row_tokens: int
-) -> list[TokenSequence]:
+def rewarded(sequences: Sequence[TokenSequence], rewards: np.ndarray) -> list[TokenSequence]:
     """Adds GRPO's advantages of `rewards` `[Q, G]` and the weights of a mean over tokens."""
-    with_all, _ = with_advantages(sequences, rewards, AdvantageEstimator(), row_tokens=row_tokens)
-    return with_weights(with_all, "token_mean", 0)
+    advantages = np.asarray(group_advantages(jnp.asarray(rewards))).ravel()
+    lengths = jnp.array([sum(s.mask[1:]) for s in sequences], jnp.float32)
+    weights = np.asarray(aggregation_weights(lengths, aggregate="token_mean"))
+    return [
+        with_columns(s, advantages=np.full(len(s.tokens), a), weights=np.full(len(s.tokens), w))
+        for s, a, w in zip(sequences, advantages, weights, strict=True)
+    ]
+
+
+def with_columns(sequence: TokenSequence, **columns: np.ndarray) -> TokenSequence:
+    return replace(sequence, columns={**sequence.columns, **columns})
 
 
 def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> TokenSequence:
@@ -117,7 +125,7 @@ def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
 def peer_settings(config: ConfigDict) -> dict[str, float]:
     """Optimizer and loss of every peer."""
     names = ("learning_rate", "beta1", "beta2", "weight_decay", "clip_norm")
-    loss = dict(clip=OBJECTIVE.clip_low, kl=KL, entropy=OBJECTIVE.entropy)
+    loss = dict(clip=OBJECTIVE.loss.clip_low, kl=KL, entropy=OBJECTIVE.loss.entropy)
     return {name: config.optimizer[name] for name in names} | loss
 
 
@@ -243,7 +251,7 @@ def step_secs(
             sequence_of([*prompt, *c.tokens], mask, old_logprobs=[0.0] * len(prompt) + c.logprobs)
             for prompt, c in zip(asked, completions, strict=True)
         ]
-        ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size), row_tokens)
+        ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size))
         updater.update(updater.put(ready, row_tokens, sizes.micro_rows["ours"], len(slots)))
         secs.append(time.monotonic() - began)
     return secs[1:]
@@ -324,16 +332,16 @@ def gradient_bytes(config: ModelConfig, tokens: int, logprobs_of: Callable) -> i
 
     def loss(params, batch):
         model = nnx.merge(graphdef, params)
-        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        logprobs, entropy = logprobs_of(hidden, model.unembedding(), batch["targets"])
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
+        logprobs, entropy = logprobs_of(hidden, model.unembedding(), batch.targets)
         return policy_terms(OBJECTIVE, KL, logprobs, entropy, batch)[0]
 
     names = ("old_logprobs", "ref_logprobs", "advantages", "weights")
     zeros = dict.fromkeys(names, np.zeros(tokens))
     sequence = sequence_of([0] * tokens, [1.0] * tokens, **zeros)
     batch = pack([sequence], row_tokens=tokens, rows=1, microbatches=1)
-    arrays = {name: array[0] for name, array in batch.arrays().items() if array.ndim}
-    compiled = jax.jit(jax.grad(loss)).lower(params, arrays).compile()
+    microbatch = LearnerBatch(**batch.arrays()).microbatch(0)
+    compiled = jax.jit(jax.grad(loss)).lower(params, microbatch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

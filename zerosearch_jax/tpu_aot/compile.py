@@ -29,10 +29,12 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.transformer import KEY_BLOCK, split_layers
 from zerosearch_jax.parallel import mesh as mesh_lib
+from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.tpu_aot import roofline
 from zerosearch_jax.tpu_aot.collectives import collectives
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.policy_update import objective_of
 
 INTS = ("tokens", "targets", "positions", "segment_ids")
@@ -254,12 +256,12 @@ def learner_programs(
     length, tensor = rl.learner.row_tokens, sizes.mesh["tensor"]
     shape = (sizes.microbatches, sizes.rows, length)
 
-    def batch(*floats: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(*floats: str) -> LearnerBatch:
         by_row = mesh_lib.sharding_of_batch(mesh)
         dtypes = dict.fromkeys(INTS, jnp.int32) | dict.fromkeys(floats, jnp.float32)
         arrays = {k: jax.ShapeDtypeStruct(shape, t, sharding=by_row) for k, t in dtypes.items()}
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-        return arrays | {"num_microbatches": scalar}
+        return LearnerBatch(**arrays, num_microbatches=scalar)
 
     each = dict(rows=config.rows_each, length=length, tensor=tensor)
     chunks = -(-length // rl.learner.logprob_chunk)
@@ -275,7 +277,9 @@ def learner_programs(
     programs = [
         Program(
             "learner step",
-            lambda: learner.lower_rl_step(batch(*FLOATS, *OF_UPDATES), objective_of(rl)),
+            lambda: learner.lower_rl_step(
+                batch(*FLOATS, *OF_UPDATES), objective_of(config_flags.typed(RLConfig, rl))
+            ),
             trained * sizes.microbatches + updated,
             (sizes.microbatches, chunks),
             resident["learner state"],
