@@ -7,7 +7,7 @@ import pytest
 from zerosearch_jax.files import write_atomically
 
 
-def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_atomically(path, "old")
 
@@ -20,3 +20,5 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     write_atomically(path, "néw")
     assert path.read_text(encoding="utf-8") == "néw"
+    write_atomically(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"

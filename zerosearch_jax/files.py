@@ -1,6 +1,6 @@
 """Atomic file writes, and the format version of the files in a workdir.
 
-A reader finds the old file or the new one, never a part of it.
+A reader finds the old file or the new one, never a partial one.
 """
 
 import os
@@ -28,10 +28,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Replaces the content of `path` with `text`, encoded as UTF-8."""
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replaces the content of `path`; text is encoded as UTF-8."""
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The rl job on several real processes (launch/local.sh) does what it does on one."""
+"""Tests that the rl job on several processes (launch/local.sh) equals the run on one process."""
 
 import json
 import os
@@ -17,16 +17,21 @@ from safetensors.numpy import load_file
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
+from zerosearch_jax.parallel.mesh import local_meshes
+from zerosearch_jax.training import factory
+from zerosearch_jax.training.validate import check
 
 ROOT = Path(__file__).parents[2]
-RATE = 1e-4  # Adam divides by a gradient's size: where that is 0, rounding turns into RATE
+# Adam divides by the gradient's magnitude, so a rounding error of a zero gradient moves a parameter
+# by up to RATE.
+RATE = 1e-4
 FLAGS = ("--config.rl.steps=2", f"--config.optimizer.learning_rate={RATE}", "--config.eval.every=2")
-CHEAP = "--xla_backend_optimization_level=0"  # to compile; the results are what is compared
+CHEAP = "--xla_backend_optimization_level=0"  # compiles faster
 SINGLE_WRITERS = ("metrics.jsonl", "summary.json", "answers.jsonl")
-# Name → processes, devices of each, flags. Slots are of a process, rows of all of them.
+# Name → processes, devices per process, flags. Slots are counted per process, rows over all.
 CASES = {
     "2 x 1": (2, 1, ("--config.mesh.data=2",)),
-    "4 x 1": (4, 1, ("--config.mesh.data=4",)),  # two of them have no group to play
+    "4 x 1": (4, 1, ("--config.mesh.data=4",)),  # two processes have no group to roll out
     "2 x 2": (2, 2, ("--config.mesh.fsdp=2", "--config.mesh.data=2")),
     "2 x 2 disjoint": (
         2,
@@ -40,7 +45,7 @@ CASES = {
 }
 
 
-def _alone(config: Path, workdir: Path, *flags: str, devices: int = 1, programs: Path) -> str:
+def _run_single(config: Path, workdir: Path, *flags: str, devices: int = 1, programs: Path) -> str:
     environment = os.environ | {
         "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(programs),
@@ -54,8 +59,8 @@ def _alone(config: Path, workdir: Path, *flags: str, devices: int = 1, programs:
     return done.stdout
 
 
-def _together(config: Path, workdir: Path, name: str, *flags: str, programs: Path):
-    """Starts a case's processes."""
+def _start_processes(config: Path, workdir: Path, name: str, *flags: str, programs: Path):
+    """Starts the processes of a case."""
     processes, devices, own = CASES[name]
     command = ["bash", "launch/local.sh", "--processes", str(processes)]
     command += ["--devices-per-process", str(devices), "--log-dir", f"{workdir}/logs"]
@@ -73,50 +78,52 @@ def programs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(rl_config, tmp_path_factory, programs):
-    """The run of one process on one device."""
-    workdir = tmp_path_factory.mktemp("alone")
-    _alone(rl_config, workdir, programs=programs)
+def single(rl_config, tmp_path_factory, programs):
+    """The workdir of a run with one process on one device."""
+    workdir = tmp_path_factory.mktemp("single")
+    _run_single(rl_config, workdir, programs=programs)
     return workdir
 
 
-def _assert_same_run(workdir: Path, alone: Path, markov_model: Path) -> None:
+def _assert_same_run(workdir: Path, single: Path, markov_model: Path) -> None:
     got, wanted, base = (
         load_file(d / "model.safetensors")
-        for d in (workdir / "policy", alone / "policy", markov_model)
+        for d in (workdir / "policy", single / "policy", markov_model)
     )
     assert got.keys() == wanted.keys() == base.keys()
-    off, moved = 0.0, 0.0
+    difference, moved = 0.0, 0.0
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-5, err_msg=name)
         assert np.abs(value - base[name]).max() > 0.5 * RATE, name
-        off += np.sum(np.square(got[name] - value))
+        difference += np.sum(np.square(got[name] - value))
         moved += np.sum(np.square(value - base[name]))
-    assert off < 1e-4 * moved  # a hundredth of how far training went
+    assert difference < 1e-4 * moved  # squared norms: 1 % of the distance that training moved
     rows = [
         [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]
-        for d in (workdir, alone)
+        for d in (workdir, single)
     ]
     assert [row["step"] for row in rows[0]] == [1, 2]
     assert max(row["searches_per_episode"] for row in rows[1]) > 0
     for ours, theirs in zip(*rows, strict=True):
-        for figure in ("reward", "em", "searches_per_episode", "tokens_per_episode", "p_noisy"):
-            assert ours[figure] == pytest.approx(theirs[figure], abs=1e-6), figure
+        for metric in ("reward", "em", "searches_per_episode", "tokens_per_episode", "p_noisy"):
+            assert ours[metric] == pytest.approx(theirs[metric], abs=1e-6), metric
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours["seconds/weights"] > 0
         assert ours["weights_bytes"] >= theirs["weights_bytes"] > 0
-    answers = [(d / "answers.jsonl").read_text() for d in (workdir, alone)]
+    answers = [(d / "answers.jsonl").read_text() for d in (workdir, single)]
     assert answers[0] == answers[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_processes_train_as_one_does(rl_config, markov_model, tmp_path, alone, programs, name):
-    run = _together(rl_config, tmp_path, name, programs=programs)
+def test_several_processes_train_as_one_does(
+    rl_config, markov_model, tmp_path, single, programs, name
+):
+    run = _start_processes(rl_config, tmp_path, name, programs=programs)
     output, _ = run.communicate(timeout=1800)
     assert run.returncode == 0, output
-    _assert_same_run(tmp_path, alone, markov_model)
-    assert output.count("step 2/2") == 1  # the first process speaks for all
+    _assert_same_run(tmp_path, single, markov_model)
+    assert output.count("step 2/2") == 1  # only process 0 prints
     events = list((tmp_path / "tensorboard").iterdir())
     assert len(events) == 1
     for file in SINGLE_WRITERS:
@@ -124,10 +131,10 @@ def test_processes_train_as_one_does(rl_config, markov_model, tmp_path, alone, p
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_job_and_the_next_start_resumes(
-    rl_config, markov_model, tmp_path, alone, programs
+def test_killed_process_ends_the_job_and_the_next_start_resumes(
+    rl_config, markov_model, tmp_path, single, programs
 ):
-    run = _together(rl_config, tmp_path, "2 x 1", programs=programs)
+    run = _start_processes(rl_config, tmp_path, "2 x 1", programs=programs)
     deadline = time.monotonic() + 1500
     while not (tmp_path / "checkpoints" / "1").is_dir():
         assert run.poll() is None, run.communicate()[0]
@@ -138,19 +145,19 @@ def test_a_dead_process_ends_the_job_and_the_next_start_resumes(
     assert run.returncode != 0
     assert "ended with exit status" in output and "ending the others" in output
     assert not (tmp_path / "summary.json").exists()
-    # On one device of one process, and on the two processes.
-    shutil.copytree(tmp_path, tmp_path.with_name("on-one"))
-    shown = _alone(rl_config, tmp_path.with_name("on-one"), programs=programs)
+    # Resumes on one process with one device, and on the two processes.
+    shutil.copytree(tmp_path, tmp_path.with_name("single-process"))
+    shown = _run_single(rl_config, tmp_path.with_name("single-process"), programs=programs)
     assert "resuming after step 1" in shown
-    _assert_same_run(tmp_path.with_name("on-one"), alone, markov_model)
-    run = _together(rl_config, tmp_path, "2 x 1", programs=programs)
+    _assert_same_run(tmp_path.with_name("single-process"), single, markov_model)
+    run = _start_processes(rl_config, tmp_path, "2 x 1", programs=programs)
     output, _ = run.communicate(timeout=1800)
     assert run.returncode == 0 and output.count("resuming after step 1") == 1, output
-    _assert_same_run(tmp_path, alone, markov_model)
+    _assert_same_run(tmp_path, single, markov_model)
 
 
 def _process_of(run: subprocess.Popen, number: int) -> int:
-    """The pid of the job's process `number`, found by the environment that local.sh gave it."""
+    """Returns the pid of the job's process `number`, found by its JAX_PROCESS_ID variable."""
     for entry in Path("/proc").iterdir():
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
@@ -163,38 +170,36 @@ def _process_of(run: subprocess.Popen, number: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_eight_devices_resumes_on_two_processes_of_two(
-    rl_config, markov_model, tmp_path, alone, programs
+def test_checkpoint_of_eight_devices_resumes_on_two_processes_with_two_each(
+    rl_config, markov_model, tmp_path, single, programs
 ):
     flags = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
-    _alone(rl_config, tmp_path, "--config.rl.steps=1", *flags, devices=8, programs=programs)
-    run = _together(rl_config, tmp_path, "2 x 2", programs=programs)
+    _run_single(rl_config, tmp_path, "--config.rl.steps=1", *flags, devices=8, programs=programs)
+    run = _start_processes(rl_config, tmp_path, "2 x 2", programs=programs)
     output, _ = run.communicate(timeout=1800)
     assert run.returncode == 0 and output.count("resuming after step 1") == 1, output
-    _assert_same_run(tmp_path, alone, markov_model)
+    _assert_same_run(tmp_path, single, markov_model)
 
 
 # ---- one process, disjoint devices ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (dict(search=dict(simulator=dict(devices=1))), "overlap by rollout.concurrent_searches"),
         (dict(search=dict(engine="bm25", simulator=dict(devices=1))), "simulator that runs here"),
     ],
 )
-def test_devices_apart_that_would_idle_are_refused(rl_config, change, told):
+def test_simulator_devices_that_would_idle_are_refused(rl_config, change, message):
     config = config_flags.load(str(rl_config))
     config.update(change)
-    with pytest.raises(UserError, match=told):
-        rl.check(config)
+    with pytest.raises(UserError, match=message):
+        check(config)
 
 
 @pytest.mark.slow
-def test_a_simulator_on_devices_of_its_own_changes_no_result(
-    rl_config, markov_model, tmp_path, alone
-):
+def test_simulator_on_separate_devices_changes_no_result(rl_config, markov_model, tmp_path, single):
     config = config_flags.load(str(rl_config))
     config.update(
         dict(
@@ -206,14 +211,16 @@ def test_a_simulator_on_devices_of_its_own_changes_no_result(
             eval=dict(every=2),
         )
     )
-    seen = []
-    make_mesh = rl.build.local_meshes
+    meshes = []
+
+    def recorded(*arguments):
+        meshes.append(local_meshes(*arguments))
+        return meshes[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            rl.build, "local_meshes", lambda *a: seen.append(make_mesh(*a)) or make_mesh(*a)
-        )
+        patch.setattr(factory, "local_meshes", recorded)
         rl.run(config, str(tmp_path))
-    ((policy, simulator),) = seen
+    ((policy, simulator),) = meshes
     assert not {*policy.devices.flat} & {*simulator.devices.flat}
     assert {*policy.devices.flat, *simulator.devices.flat} == {*jax.devices()[:2]}
-    _assert_same_run(tmp_path, alone, markov_model)
+    _assert_same_run(tmp_path, single, markov_model)

@@ -1,4 +1,4 @@
-"""The mesh and its table of axes, on eight pretended devices."""
+"""Tests of the mesh and its table of axes, on eight virtual devices."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from zerosearch_jax.parallel.mesh import (
 )
 
 
-def test_mesh_has_the_sizes_asked_for_in_order():
+def test_mesh_axes_have_the_requested_sizes_and_order():
     mesh = make_mesh(2, 1, 4)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     assert mesh.axis_names == AXES
@@ -27,13 +27,13 @@ def test_mesh_has_the_sizes_asked_for_in_order():
     assert list(make_mesh(2, devices=jax.devices()[4:]).devices.flat) == jax.devices()[4:6]
 
 
-def test_too_few_devices_is_a_user_error():
+def test_mesh_larger_than_the_devices_is_refused():
     with pytest.raises(UserError, match="needs 32 devices, there are 8"):
         make_mesh(4, 4, 2)
 
 
 class _Chip:
-    """A chip of a slice, as TPUs show theirs: 2 × 2 chips a slice."""
+    """A TPU chip in slices of 2 × 2 chips, with the attributes of a `jax.Device`."""
 
     platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
 
@@ -43,7 +43,7 @@ class _Chip:
         self.coords, self.core_on_chip = [inner % 2, inner // 2, 0], 0
 
 
-def test_only_the_data_axis_goes_between_slices():
+def test_only_the_data_axis_spans_slices():
     chips = [_Chip(number) for number in range(8)]
     for sizes in ((2, 4, 1), (4, 1, 2), (2, 2, 2)):
         mesh = make_mesh(*sizes, devices=chips)
@@ -56,23 +56,23 @@ def test_only_the_data_axis_goes_between_slices():
             make_mesh(*sizes, devices=chips)
 
 
-def test_every_rule_names_a_mesh_axis():
+def test_rules_use_every_mesh_axis_and_no_other():
     used = {name for entry in TRAIN_RULES.values() if entry for name in jax.tree.leaves(entry)}
     assert used == set(AXES)
 
 
-def test_partition_spec_reads_the_table():
+def test_partition_spec_follows_the_rules():
     assert partition_spec(("embed", "heads", "head_dim")) == P("fsdp", "tensor", None)
     assert partition_spec(("batch", "length")) == P(("data", "fsdp"), None)
 
 
 @pytest.mark.parametrize("axes", [("heads", "mlp"), ("batch", "embed")])
-def test_a_mesh_axis_used_twice_is_refused(axes):
+def test_mesh_axis_used_twice_is_refused(axes):
     with pytest.raises(ValueError, match="use a mesh axis twice"):
         partition_spec(axes)
 
 
-def test_sharding_splits_an_array_over_devices():
+def test_sharding_splits_and_replicated_copies():
     mesh = make_mesh(2, 2, 2)
     x = jax.device_put(jnp.zeros((8, 4)), sharding(mesh, ("batch", "length"), (8, 4)))
     assert {shard.data.shape for shard in x.addressable_shards} == {(2, 4)}
@@ -80,7 +80,7 @@ def test_sharding_splits_an_array_over_devices():
     assert {shard.data.shape for shard in y.addressable_shards} == {(8, 4)}
 
 
-def test_sizes_that_do_not_divide_are_user_errors():
+def test_sizes_that_do_not_divide_are_refused():
     mesh = make_mesh(2, 2, 2)
     with pytest.raises(UserError, match="batch of size 6 does not divide by 4"):
         sharding(mesh, ("batch", "length"), (6, 4))
@@ -88,12 +88,12 @@ def test_sizes_that_do_not_divide_are_user_errors():
         sharding(mesh, ("embed", "mlp"), (4, 5))
 
 
-def test_one_process_that_shares_its_devices_generates_on_the_learners_mesh():
+def test_single_process_with_shared_devices_generates_on_the_learner_mesh():
     mesh = make_mesh(2, 2, 2)
     assert local_meshes(mesh) == (mesh, mesh)
 
 
-def test_disjoint_meshes_are_whole_tensor_groups():
+def test_disjoint_meshes_hold_whole_tensor_groups():
     mesh = make_mesh(2, 2, 2)
     policy, simulator = local_meshes(mesh, 2)
     groups = mesh.devices.reshape(4, 2)
@@ -104,12 +104,12 @@ def test_disjoint_meshes_are_whole_tensor_groups():
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8, -2])
-def test_disjoint_meshes_that_cannot_be_are_refused(devices):
+def test_impossible_simulator_devices_are_refused(devices):
     with pytest.raises(UserError, match=f"simulator.devices={devices} must be a multiple of"):
         local_meshes(make_mesh(2, 2, 2), devices)
 
 
-def test_a_simulator_may_need_larger_or_smaller_groups_than_the_policy():
+def test_simulator_groups_may_differ_in_size_from_the_policy():
     mesh = make_mesh(1, 4, 2)
     for tensor in (1, 4):
         policy, simulator = local_meshes(mesh, 0, tensor)
@@ -131,7 +131,7 @@ class _Device:
 
 
 def _mesh_of(monkeypatch, owners, shape, process):
-    """A mesh of made-up devices; device i is of process `owners[i]`, and this is `process`."""
+    """Returns a mesh of fake devices as `process` sees it; `owners[i]` owns device i."""
     devices = np.array([_Device(i, owner) for i, owner in enumerate(owners)]).reshape(shape)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: process)
@@ -139,7 +139,7 @@ def _mesh_of(monkeypatch, owners, shape, process):
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_process_generates_on_its_own_devices(monkeypatch, process):
+def test_process_generates_on_its_own_devices(monkeypatch, process):
     owners = (0, 0, 0, 0, 1, 1, 1, 1)
     mesh = _mesh_of(monkeypatch, owners, (1, 4, 2), process)
     for devices in (0, 2):
@@ -149,7 +149,7 @@ def test_a_process_generates_on_its_own_devices(monkeypatch, process):
         assert policy.shape["tensor"] == simulator.shape["tensor"] == 2
 
 
-def test_meshes_that_processes_cannot_generate_on_are_refused(monkeypatch):
+def test_mesh_without_a_whole_group_in_each_process_is_refused(monkeypatch):
     with pytest.raises(UserError, match="config.mesh.tensor=4 spans processes"):
         local_meshes(_mesh_of(monkeypatch, (0, 0, 1, 1), (1, 1, 4), 0))
     with pytest.raises(UserError, match="leaves out process 1; raise config.mesh's"):

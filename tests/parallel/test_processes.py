@@ -1,4 +1,4 @@
-"""Shares of work: together they are the whole, in order."""
+"""Tests of splitting work between processes and gathering the results."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from zerosearch_jax.parallel.mesh import make_mesh, sharding_of_rows
 
 @settings(deadline=None, max_examples=60)
 @given(groups=st.integers(0, 20), size=st.integers(1, 5), count=st.integers(1, 6))
-def test_the_parts_of_all_processes_are_the_whole_in_order(groups, size, count):
+def test_parts_of_all_processes_concatenate_to_the_whole(groups, size, count):
     items = list(range(groups * size))
     parts = []
     with pytest.MonkeyPatch.context() as patch:
@@ -25,12 +25,12 @@ def test_the_parts_of_all_processes_are_the_whole_in_order(groups, size, count):
     assert max(map(len, parts)) - min(map(len, parts)) <= size
 
 
-def test_what_is_gathered_is_what_each_gave(monkeypatch):
-    """Two processes are played by the collective that would join them."""
+def test_gather_concatenates_the_items_of_each_process(monkeypatch):
+    """A fake all-gather adds the contribution of a second process."""
     given = [[("a", 1.5)], [("b" * 5000, None), ("c", float("inf"))]]
     sent = []
 
-    def allgather(array):  # what this process sends; the other one's is made alike
+    def allgather(array):  # `array` comes from process 0; process 1 would send the same kind
         sent.append(np.asarray(array))
         if array.ndim == 0:
             return np.array([_size(part) for part in given], np.int32)
@@ -52,13 +52,13 @@ def _size(items) -> int:
     return len(_dump(items))
 
 
-def test_one_process_gathers_nothing():
+def test_single_process_gathers_its_own_list():
     items = [object()]
     assert processes.gather(items) is items
     assert processes.part(items, 1) == items
 
 
-def test_an_array_that_is_split_over_devices_comes_whole():
+def test_to_host_returns_the_whole_sharded_array():
     values = np.arange(12.0).reshape(4, 3)
     mesh = make_mesh(2, 2, 2)
     np.testing.assert_array_equal(

@@ -1,3 +1,5 @@
+"""Tests of the BM25 engine."""
+
 import pytest
 
 from zerosearch_jax.data.embedded.world import corpus, load_entities, write_questions
@@ -25,14 +27,14 @@ def engine(world):
     return BM25Engine(corpus(world))
 
 
-def test_finds_the_capital_of_chad(engine):
+def test_search_finds_the_capital_of_chad(engine):
     (result,) = engine.search([request("capital of Chad", episode=7)])
     assert result.key == (7, 0) and result.failure == ""
     assert len(result.documents) == 3
     assert "Chad" in result.documents[0] and "N'Djamena" in result.documents[0]
 
 
-def test_one_result_a_request_in_any_company(engine):
+def test_results_are_independent_of_the_batch(engine):
     queries = ["capital of Chad", "", "zzzz qqqq", "of the"]
     alone = [engine.search([request(q, i)])[0] for i, q in enumerate(queries)]
     assert engine.search([request(q, i) for i, q in enumerate(queries)]) == alone
@@ -40,8 +42,8 @@ def test_one_result_a_request_in_any_company(engine):
     assert engine.search([]) == []
 
 
-def test_good_queries_bring_the_hop_answer(world, engine):
-    """Measured: 99.7 % of the hops of test questions, both ways."""
+def test_good_queries_find_the_answer_of_the_hop(world, engine):
+    """Measured: 99.7 % of the hops of the test questions."""
     hops = [hop for q in write_questions(world, "test", 0) for hop in q.hops]
     ranked = engine.ranked_batch([hop.query for hop in hops], 3)
     hits = [any(mentions(p.text, hop.answer) for p in found)
@@ -50,8 +52,8 @@ def test_good_queries_bring_the_hop_answer(world, engine):
     assert sum(hits) / len(hits) >= 0.99
 
 
-def test_a_bare_name_is_a_poor_query(world, engine):
-    """Measured: 54 %. Otherwise there would be nothing for a policy to learn about queries."""
+def test_bare_name_is_a_poor_query(world, engine):
+    """Measured: 54 %. If it were high, a policy could not learn anything about queries."""
     hops = [q.hops[-1] for q in write_questions(world, "test", 0)]
     ranked = engine.ranked_batch([hop.subject for hop in hops], 3)
     hits = [any(mentions(p.text, hop.answer) for p in found)
@@ -59,7 +61,7 @@ def test_a_bare_name_is_a_poor_query(world, engine):
     assert sum(hits) / len(hits) <= 0.65
 
 
-def test_ties_go_to_the_first_passage_and_scores_of_zero_are_left_out():
+def test_ties_go_to_the_first_passage_and_zero_scores_are_dropped():
     engine = BM25Engine([passage(i, "red fox" if i % 2 else "blue whale") for i in range(10)])
     assert [p.id for p in engine.ranked("fox", 3)] == ["1", "3", "5"]
     assert [p.id for p in engine.ranked("fox", 99)] == ["1", "3", "5", "7", "9"]
@@ -69,18 +71,18 @@ def test_ranking_follows_the_formula():
     """score = idf * tf / (tf + k1 * (1 - b + b * len / avglen)), idf as in Lucene."""
     texts = ["fox fox", "fox bird bird bird", "bird bird"]
     engine = BM25Engine([passage(i, t) for i, t in enumerate(texts)])
-    assert [p.id for p in engine.ranked("fox", 3)] == ["0", "1"]  # more often, in fewer words
+    assert [p.id for p in engine.ranked("fox", 3)] == ["0", "1"]  # higher frequency, fewer words
     assert [p.id for p in engine.ranked("bird fox", 3)] == ["1", "0", "2"]
 
 
-def test_case_accents_and_marks_do_not_matter():
+def test_case_accents_and_punctuation_do_not_matter():
     engine = BM25Engine([passage(0, "N'Djamena and Brasilia."), passage(1, "The symbol is K.")])
     for query in ("n’djamena", "BRASÍLIA?"):
         assert [p.id for p in engine.ranked(query, 3)] == ["0"]
     assert [p.id for p in engine.ranked("k", 3)] == ["1"]
 
 
-def test_bad_arguments():
+def test_empty_corpus_and_bad_topk_are_refused():
     with pytest.raises(UserError, match="corpus is empty"):
         BM25Engine([])
     with pytest.raises(UserError, match="topk is 0"):

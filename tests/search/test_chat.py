@@ -1,4 +1,4 @@
-"""The simulator behind a chat server, as the simulated engine uses it."""
+"""Tests of the simulator on a chat server, alone and within the simulated engine."""
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def prompt_of(call):
     return call.payload["messages"][-1]["content"]
 
 
-def test_what_is_sent(serve):
+def test_request_has_prompt_sampling_and_seed(serve):
     url, calls = serve(lambda call: (200, completion(f"about {prompt_of(call)}")))
     keys = [(3, 0), (3, 1), (8, 0)]
     texts = chat(url)(["a", "b", "c"], keys)
@@ -53,7 +53,7 @@ def test_what_is_sent(serve):
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 20))
-def test_seeds_are_fixed_by_run_episode_and_turn(seed, episode, turn):
+def test_seed_depends_on_run_episode_and_turn(seed, episode, turn):
     drawn = request_seed(seed, (episode, turn))
     assert 0 <= drawn < 2**31
     assert drawn == request_seed(seed, (episode, turn))
@@ -71,7 +71,7 @@ def test_seeds_are_fixed_by_run_episode_and_turn(seed, episode, turn):
         (200, completion(None), "choices"),
     ],
 )
-def test_a_request_fails_alone_and_its_search_says_why(serve, status, body, reason):
+def test_failed_request_fails_only_its_own_search(serve, status, body, reason):
     def reply(call):
         good = (200, completion("Doc 1: one\nDoc 2: two\nDoc 3: three"))
         return (status, body) if "Query: bad" in prompt_of(call) else good
@@ -89,7 +89,7 @@ def test_a_request_fails_alone_and_its_search_says_why(serve, status, body, reas
     assert second == SearchResult((2, 0), ("one", "two"))
 
 
-def test_the_engine_sends_each_request_its_own_prompt(serve):
+def test_engine_sends_each_request_its_own_prompt(serve):
     url, calls = serve(lambda call: (200, completion("Doc 1: x")))
     requests = [SearchRequest(n, 0, f"q{n}", f"Q{n}?", (f"a{n}",), n % 2 == 1) for n in range(4)]
     SimulatedEngine(chat(url), form="prompted", topk=3).search(requests)
@@ -102,14 +102,14 @@ def test_the_engine_sends_each_request_its_own_prompt(serve):
     }
 
 
-def test_a_retried_request_asks_for_the_same(serve):
+def test_retry_sends_the_same_payload(serve):
     statuses = iter([503, 200])
     url, calls = serve(lambda call: (next(statuses), completion("t")))
     assert chat(url, attempts=2)(["a"], [(0, 0)]) == ["t"]
     assert len(calls) == 2 and calls[0].payload == calls[1].payload
 
 
-def test_bad_arguments():
+def test_limits_below_one_are_refused():
     for change in ({"max_tokens": 0}, {"workers": 0}):
         with pytest.raises(UserError, match="must be at least 1"):
             chat("http://127.0.0.1", **change)

@@ -1,3 +1,5 @@
+"""Tests of the curriculum: the probability of noise and the draws."""
+
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ from zerosearch_jax.search.curriculum import draw_noisy, noise_probability
 probabilities = st.floats(0, 1)
 
 
-def test_noise_probability_by_hand():
+def test_noise_probability_matches_values_computed_by_hand():
     # b=4, i/m=1/2: (4^0.5 - 1) / (4 - 1) = 1/3 of the way from 0 to 0.6.
     assert noise_probability(50, 100, start=0.0, end=0.6) == pytest.approx(0.2)
     # b=9, i/m=1/2: (3 - 1) / (9 - 1) = 1/4 of the way from 0.25 to 0.75.
@@ -24,7 +26,7 @@ def test_noise_probability_by_hand():
 
 
 @given(probabilities, probabilities, st.sampled_from([0.1, 1.0, 1 + 1e-12, 4.0, 50.0]))
-def test_ends_are_exact_and_the_way_is_monotone(start, end, base):
+def test_ends_are_exact_and_the_path_is_monotone(start, end, base):
     path = [noise_probability(i, 20, start=start, end=end, base=base) for i in range(21)]
     assert path[0] == start and path[-1] == pytest.approx(end, abs=1e-15)
     rising = [(b - a) * (1 if end >= start else -1) for a, b in zip(path, path[1:], strict=False)]
@@ -49,7 +51,7 @@ def test_base_close_to_one_is_close_to_linear():
         ({"base": float("inf")}, "base is inf"),
     ],
 )
-def test_bad_values_are_refused(change, names):
+def test_values_out_of_range_are_refused(change, names):
     values = {"step": 1, "total_steps": 10, "start": 0.0, "end": 0.5, "base": 4.0} | change
     step, total_steps = values.pop("step"), values.pop("total_steps")
     with pytest.raises(UserError, match=names):
@@ -58,19 +60,19 @@ def test_bad_values_are_refused(change, names):
         draw_noisy(0, 0, 0, 0, 2)
 
 
-def test_share_of_noisy_draws_is_the_probability():
+def test_share_of_noisy_draws_approaches_the_probability():
     # 4000 draws: the standard error of the share is below 0.008.
     for p in (0.1, 0.5, 0.75):
         share = sum(draw_noisy(1, i // 100, i % 100, 0, p) for i in range(4000)) / 4000
         assert share == pytest.approx(p, abs=0.03)
 
 
-def test_certain_draws():
+def test_probabilities_zero_and_one_are_certain():
     assert not any(draw_noisy(0, 0, i, 0, 0.0) for i in range(200))
     assert all(draw_noisy(0, 0, i, 0, 1.0) for i in range(200))
 
 
-def test_every_part_of_the_key_matters():
+def test_seed_step_episode_and_turn_all_change_the_draws():
     def draws(**fixed):
         base = {"seed": 3, "step": 3, "episode": 3, "turn": 3}
         varied = next(name for name in base if name not in fixed)
@@ -82,19 +84,19 @@ def test_every_part_of_the_key_matters():
     ]
     assert len(set(patterns)) == 4
     assert all(0 < sum(pattern) < 64 for pattern in patterns)
-    # Not a join of digits: (1, 23) and (12, 3) are different keys.
+    # The key is not a concatenation of digits: (1, 23) and (12, 3) differ.
     assert [draw_noisy(0, 1, 20 + i, 0, 0.5) for i in range(64)] != [
         draw_noisy(0, 12, i, 0, 0.5) for i in range(64)
     ]
 
 
 @given(st.integers(0, 10**6), st.integers(0, 500), probabilities, probabilities)
-def test_a_noisy_draw_stays_noisy_when_the_probability_rises(episode, step, p, q):
+def test_noisy_draw_stays_noisy_when_the_probability_rises(episode, step, p, q):
     low, high = min(p, q), max(p, q)
     assert draw_noisy(0, step, episode, 1, low) <= draw_noisy(0, step, episode, 1, high)
 
 
-def test_the_draw_is_the_same_in_another_process():
+def test_draw_is_the_same_in_another_process():
     program = (
         "from zerosearch_jax.search.curriculum import draw_noisy\n"
         "print([int(draw_noisy(7, 2, i, 1, 0.5)) for i in range(32)])"

@@ -1,4 +1,4 @@
-"""BM25 of which a share of the searches misleads."""
+"""Tests of the BM25 engine with noisy results."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,32 +20,32 @@ def bm25():
 
 @pytest.fixture(scope="module")
 def requests():
-    """Good queries for the answer's hop, of 60 test questions."""
+    """Good queries for the last hop of 60 test questions."""
     return [
         SearchRequest(n, n % 3, q.hops[-1].query, q.question, q.golden_answers, noisy=n % 2 == 0)
         for n, q in enumerate(write_questions(load_entities(), "test", 0)[:60])
     ]
 
 
-def helps(request, result):
+def has_answer(request, result):
     return any(mentions(d, a) for d in result.documents for a in request.golden_answers)
 
 
-def test_no_share_is_the_engine(bm25, requests):
+def test_share_zero_equals_the_engine(bm25, requests):
     assert NoisyEngine(bm25, 0.0, 3).search(requests) == bm25.search(requests)
 
 
-def test_every_search_misleads_with_share_one(bm25, requests):
+def test_share_one_withholds_every_answer(bm25, requests):
     results = NoisyEngine(bm25, 1.0, 3).search(requests)
     assert [r.key for r in results] == [r.key for r in requests]
     assert all(len(result.documents) == 3 and result.failure == "" for result in results)
-    assert not any(helps(*pair) for pair in zip(requests, results, strict=True))
-    # Where BM25 itself does help, so that this says something:
+    assert not any(has_answer(*pair) for pair in zip(requests, results, strict=True))
+    # BM25 itself finds most of the answers.
     good = bm25.search(requests)
-    assert sum(helps(*pair) for pair in zip(requests, good, strict=True)) > 50
+    assert sum(has_answer(*pair) for pair in zip(requests, good, strict=True)) > 50
 
 
-def test_noise_is_the_best_of_the_useless():
+def test_noisy_result_holds_the_best_passages_without_the_answer():
     texts = ["fox fox Fe", "fox fox bird", "fox bird bird", "fox iron", "bird", "fox gold bird"]
     engine = BM25Engine([Passage(str(i), "e", "t", t, ()) for i, t in enumerate(texts)], topk=2)
     request = SearchRequest(0, 0, "fox", "?", ("fe", "Iron"))
@@ -59,7 +59,7 @@ def test_noise_is_the_best_of_the_useless():
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 99), share=st.floats(0, 1), higher=st.floats(0, 1))
-def test_the_draw_decides_each_search_alone(bm25, requests, seed, share, higher):
+def test_each_search_follows_its_own_draw(bm25, requests, seed, share, higher):
     requests = requests[:8]
     clean, noise = bm25.search(requests), NoisyEngine(bm25, 1.0, seed).search(requests)
     engine = NoisyEngine(bm25, share, seed)
@@ -73,6 +73,6 @@ def test_the_draw_decides_each_search_alone(bm25, requests, seed, share, higher)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_out_of_range(bm25, share):
+def test_share_out_of_range_is_refused(bm25, share):
     with pytest.raises(UserError, match="share is"):
         NoisyEngine(bm25, share, 0)

@@ -1,4 +1,4 @@
-"""Refinement: whose documents go into which request, and what comes of odd answers."""
+"""Tests of document refinement."""
 
 import pytest
 
@@ -21,12 +21,12 @@ FOUND = {
 
 
 class Engine:
-    """Answers in another order than it was asked."""
+    """Answers in reversed order."""
 
     name = "shelf"
 
     def search(self, requests):
-        self.asked = list(requests)
+        self.requests = list(requests)
         return [FOUND[request.key] for request in reversed(requests)]
 
 
@@ -39,11 +39,11 @@ class Reader:
         return [self.texts[key] for key in keys]
 
 
-def test_each_results_documents_are_read_for_their_own_request_and_replaced_by_one():
+def test_documents_are_refined_for_their_own_request():
     engine, reader = Engine(), Reader({(7, 0): " It is N'Djamena.\n", (3, 2): "Fe"})
     refining = RefiningEngine(engine, reader)
     results = {result.key: result for result in refining.search(REQUESTS)}
-    assert engine.asked == REQUESTS and refining.name == "refined shelf"
+    assert engine.requests == REQUESTS and refining.name == "refined shelf"
     assert reader.calls == [
         {r.key: refine_prompt(r.question, r.query, FOUND[r.key].documents) for r in REQUESTS[:2]}
     ]
@@ -51,18 +51,18 @@ def test_each_results_documents_are_read_for_their_own_request_and_replaced_by_o
     assert results[3, 2] == SearchResult((3, 2), ("Fe",))
 
 
-def test_failures_and_empty_results_are_handed_on_unread():
+def test_failed_and_empty_results_are_returned_unchanged():
     reader = Reader({})
     results = RefiningEngine(Engine(), reader).search(REQUESTS[2:])
     assert sorted(results, key=lambda r: r.key) == [FOUND[3, 1], FOUND[5, 0]]
     assert reader.calls == [{}]
 
 
-def test_a_reader_that_writes_nothing_has_found_nothing():
+def test_empty_text_becomes_no_helpful_information():
     (result,) = RefiningEngine(Engine(), Reader({(7, 0): " \n"})).search(REQUESTS[:1])
     assert result.documents == (NO_HELPFUL_INFORMATION,)
 
 
-def test_a_reader_that_loses_a_text_is_an_error():
+def test_missing_text_raises():
     with pytest.raises(ValueError, match="zip"):
         RefiningEngine(Engine(), lambda prompts, keys: []).search(REQUESTS[:1])

@@ -1,4 +1,4 @@
-"""Both retriever dialects over a real server."""
+"""Tests of both retriever dialects against a real server."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_search_r1_reads_bare_documents_and_keeps_topk(serve):
         ({"result": [[hit("a")]]}, '"result" has 1 lists for 2 queries'),
     ],
 )
-def test_search_r1_with_a_useless_reply_fails_the_batch(serve, body, reason):
+def test_search_r1_reply_of_the_wrong_shape_fails_the_batch(serve, body, reason):
     url, _ = serve(lambda call: (200, body))
     results = engine(url, "search_r1").search(REQUESTS)
     assert [r.key for r in results] == [(4, 0), (9, 2)]
@@ -72,14 +72,14 @@ def test_search_r1_with_a_useless_reply_fails_the_batch(serve, body, reason):
         ([hit("a"), hit(7)], '"contents"'),
     ],
 )
-def test_search_r1_with_one_bad_result_fails_that_request_alone(serve, hits, reason):
+def test_search_r1_bad_result_fails_only_its_request(serve, hits, reason):
     url, _ = serve(lambda call: (200, {"result": [[hit("good")], hits]}))
     first, second = engine(url, "search_r1").search(REQUESTS)
     assert first == SearchResult((4, 0), ("good",))
     assert second.key == (9, 2) and second.documents == () and reason in second.failure
 
 
-def test_zerosearch_asks_for_each_query(serve):
+def test_zerosearch_sends_one_request_per_query(serve):
     url, calls = serve(
         lambda call: (200, [{"text": f"{call.payload['query']} {i}"} for i in range(3)])
     )
@@ -102,7 +102,7 @@ def test_zerosearch_asks_for_each_query(serve):
         (200, ["a"], '"text"'),
     ],
 )
-def test_zerosearch_fails_a_request_alone(serve, status, body, reason):
+def test_zerosearch_bad_reply_fails_only_its_request(serve, status, body, reason):
     def reply(call):
         return (status, body) if call.payload["query"] == "iron" else (200, [{"text": "good"}])
 
@@ -123,11 +123,11 @@ def test_zerosearch_fails_a_request_alone(serve, status, body, reason):
         ("", ""),
     ],
 )
-def test_contents_become_plain(contents, document):
+def test_plain_converts_quoted_titles(contents, document):
     assert plain(contents) == document
 
 
-def test_bad_arguments():
+def test_unknown_dialect_and_bad_topk_are_refused():
     with pytest.raises(UserError, match="dialect is 'e5'"):
         engine("http://127.0.0.1", "e5")
     with pytest.raises(UserError, match="topk is 0"):

@@ -1,4 +1,4 @@
-"""The simulated engine: each request's prompt, key and documents."""
+"""Tests of the simulated engine."""
 
 import pytest
 
@@ -24,7 +24,7 @@ class Writer:
 
 
 @pytest.mark.parametrize("form", ["finetuned", "prompted"])
-def test_each_prompt_holds_its_own_request(form):
+def test_each_prompt_contains_only_its_own_request(form):
     writer = Writer(["Doc 1: a"] * 3)
     SimulatedEngine(writer, form=form, topk=3).search(REQUESTS)
     ((prompts, keys),) = writer.calls
@@ -39,7 +39,7 @@ def test_each_prompt_holds_its_own_request(form):
         assert not any(r.query in prompt or r.question in prompt for r in others)
 
 
-def test_documents_are_cut_and_keyed():
+def test_texts_are_cut_into_documents_of_their_request():
     texts = [
         " Doc 1: one\nDoc 2: two\nover two lines\nDoc 3: three\nDoc 4: four",
         "I do not know any documents.",
@@ -53,6 +53,6 @@ def test_documents_are_cut_and_keyed():
     assert not any(result.failure for result in results)
 
 
-def test_a_writer_that_loses_a_text_is_an_error():
+def test_missing_text_raises():
     with pytest.raises(ValueError, match="zip"):
         SimulatedEngine(Writer(["Doc 1: a"]), form="finetuned", topk=3).search(REQUESTS)

@@ -1,4 +1,4 @@
-"""Web search: the filter, both providers, recordings and the embedded world's own recording."""
+"""Tests of web search: filter, providers, recordings and the embedded world's recording."""
 
 import json
 
@@ -39,7 +39,7 @@ def kept(results, blocked=BLOCKED, topk=99):
 # ---- the filter ----------------------------------------------------------------------------
 
 
-def test_filter_drops_what_is_incomplete_or_repeated():
+def test_filter_drops_incomplete_and_repeated_results():
     good = [result(f"t{i}", f"s{i}", f"https://a.example/{i}") for i in range(3)]
     bad = [
         {"title": "t", "link": "https://b.example/1"},
@@ -59,7 +59,7 @@ def test_filter_drops_what_is_incomplete_or_repeated():
 
 
 @pytest.mark.parametrize(
-    ("link", "stays"),
+    ("link", "accepted"),
     [
         ("https://huggingface.co/datasets/x", False),
         ("http://HuggingFace.co:443/", False),
@@ -73,9 +73,9 @@ def test_filter_drops_what_is_incomplete_or_repeated():
     ],
 )
 @pytest.mark.parametrize("blocked", ["huggingface.co", "HuggingFace.co", ".huggingface.co"])
-def test_blocked_domains(link, stays, blocked):
+def test_blocked_domains_include_their_subdomains(link, accepted, blocked):
     one = result(link=link)
-    assert kept([one], (blocked,)) == [one] * stays
+    assert kept([one], (blocked,)) == [one] * accepted
 
 
 _organic = st.lists(
@@ -98,19 +98,19 @@ _organic = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(_organic, st.integers(1, 5))
-def test_filter_keeps_a_clean_first_part_in_order(organic, topk):
+def test_filter_keeps_the_first_acceptable_results_in_order(organic, topk):
     everything = kept(organic)
     assert kept(organic, topk=topk) == everything[:topk]
     assert kept(everything) == everything
-    places = iter(organic)
-    assert all(any(one is other for other in places) for one in everything)
+    remaining = iter(organic)
+    assert all(any(one is other for other in remaining) for one in everything)
     assert all(r["title"] and r["snippet"].strip() and "huggingface" not in r["link"]
                for r in everything)  # fmt: skip
     assert len({r["snippet"].strip() for r in everything}) == len(everything)
     assert len({r["link"].partition("#")[0] for r in everything}) == len(everything)
 
 
-# ---- live ----------------------------------------------------------------------------------
+# ---- live search ---------------------------------------------------------------------------
 
 
 def web(url, provider, topk=2, api_key="k3y"):
@@ -139,7 +139,7 @@ DOCUMENTS = [
 REQUESTS = [request("iron", 5), request("chad & co", 3)]
 
 
-def test_serper(serve):
+def test_serper_request_and_documents(serve):
     url, calls = serve(lambda call: (200, {"organic": page(call.payload["q"]), "credits": 1}))
     assert web(url, "serper").search(REQUESTS) == DOCUMENTS
     assert {(c.method, c.path, c.headers["x-api-key"]) for c in calls} == {
@@ -149,7 +149,7 @@ def test_serper(serve):
     assert payloads == [{"q": "chad & co", "num": 10}, {"q": "iron", "num": 10}]
 
 
-def test_serpapi(serve):
+def test_serpapi_request_and_documents(serve):
     url, calls = serve(lambda call: (200, {"organic_results": page(call.params["q"])}))
     assert web(url, "serpapi", topk=2).search(REQUESTS) == DOCUMENTS
     assert {(c.method, c.path) for c in calls} == {("GET", "/search")}
@@ -171,7 +171,7 @@ def test_serpapi(serve):
         ("serpapi", {"organic_results": None}, "organic_results"),
     ],
 )
-def test_nothing_found_is_not_a_failure_but_a_wrong_shape_is(serve, provider, body, failure):
+def test_empty_result_is_a_success_and_a_wrong_shape_a_failure(serve, provider, body, failure):
     url, _ = serve(lambda call: (200, body))
     (found,) = web(url, provider).search([request("q")])
     assert found.documents == () and found.key == (0, 1)
@@ -179,14 +179,14 @@ def test_nothing_found_is_not_a_failure_but_a_wrong_shape_is(serve, provider, bo
     assert "k3y" not in found.failure
 
 
-def test_a_refused_key_fails_each_search(serve):
+def test_refused_key_fails_each_search(serve):
     url, _ = serve(lambda call: (403, {"message": "Unauthorized."}))
     assert [r.failure for r in web(url, "serper").search(REQUESTS)] == [
         "POST /search: HTTP 403"
     ] * 2
 
 
-def test_bad_arguments():
+def test_bad_key_provider_and_topk_are_refused():
     for key in ("", " k", "k\n"):
         with pytest.raises(UserError, match="API key for serper") as error:
             web("http://127.0.0.1", "serper", api_key=key)
@@ -218,7 +218,7 @@ def recorded(rows=ROWS, topk=3):
     return RecordedWeb(rows, topk=topk, blocked_domains=BLOCKED)
 
 
-def test_a_recorded_query_gets_its_own_results():
+def test_recorded_query_gets_its_own_results():
     results = recorded().search([request("whale", 9), request("fox", 2), request("nothing", 4)])
     assert results == [
         SearchResult((9, 1), ("Whale: the blue whale",)),
@@ -228,26 +228,26 @@ def test_a_recorded_query_gets_its_own_results():
     assert recorded(topk=1).search([request("fox")])[0].documents == ("Fox: the red fox",)
 
 
-def test_another_query_is_answered_by_bm25_over_all_filtered_results():
+def test_other_queries_are_answered_by_bm25_over_all_filtered_results():
     whale, den, none = recorded().search([request(q) for q in ("Blue whale", "sleeps", "zzz")])
     assert whale.documents == ("Whale: the blue whale",)
     assert den.documents == ("Den: where it sleeps",)
     assert none.documents == () and none.failure == ""
 
 
-def test_the_later_recording_of_a_query_counts():
+def test_latest_recording_of_a_query_counts():
     rows = [*ROWS, record_of("fox", [result("New", "fox now", "https://a.example/new")])]
     assert recorded(rows).search([request("fox")])[0].documents == ("New: fox now",)
 
 
-def test_a_recording_of_nothing_is_refused():
+def test_recording_without_results_is_refused():
     with pytest.raises(UserError, match="recorded_web: no result"):
         recorded([ROWS[2]])
     with pytest.raises(UserError, match="topk is 0"):
         recorded(topk=0)
 
 
-def test_a_live_search_can_be_recorded_and_played_back(serve, tmp_path):
+def test_recorded_live_search_gives_the_same_documents(serve, tmp_path):
     url, _ = serve(lambda call: (200, {"organic": page(call.payload["q"])}))
     live = web(url, "serper")
     path = tmp_path / "web.jsonl"
@@ -257,7 +257,7 @@ def test_a_live_search_can_be_recorded_and_played_back(serve, tmp_path):
     assert recorded(load_recording(path), topk=2).search(REQUESTS) == DOCUMENTS
 
 
-def test_other_keys_of_serpers_are_ignored(tmp_path):
+def test_unused_keys_of_serper_are_ignored(tmp_path):
     path = tmp_path / "web.jsonl"
     full = {
         "searchParameters": {"q": "fox", "gl": "us"},
@@ -269,28 +269,28 @@ def test_other_keys_of_serpers_are_ignored(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "message"),
     [
         ("{", "not JSON"),
         ("[]", "searchParameters.q"),
         ('{"searchParameters": "fox", "organic": []}', "searchParameters.q"),
         ('{"searchParameters": {"q": 7}, "organic": []}', "searchParameters.q"),
-        ('{"searchParameters": {"q": "fox"}}', "organic is not there"),
-        ('{"searchParameters": {"q": "fox"}, "organic": ["a"]}', "organic is not there"),
+        ('{"searchParameters": {"q": "fox"}}', "organic is missing"),
+        ('{"searchParameters": {"q": "fox"}, "organic": ["a"]}', "organic is missing"),
         (
             '{"searchParameters": {"q": "fox"}, "organic": [{}, {"snippet": 3}]}',
             r"organic\[1\].snippet is not text",
         ),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, complaint):
+def test_bad_row_is_named(tmp_path, row, message):
     path = tmp_path / "web.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n\n" + row + "\n")
-    with pytest.raises(UserError, match=rf"web.jsonl: row 3: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"web.jsonl: row 3: .*{message}"):
         load_recording(path)
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path):
+def test_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match="none.jsonl: cannot read"):
         load_recording(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -316,7 +316,7 @@ def passages(entities):
 
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 2**31))
-def test_filtering_a_world_recording_leaves_the_passages(entities, passages, seed):
+def test_filtered_world_recording_equals_the_passages(entities, passages, seed):
     rows = world_recording(passages, seed)
     assert rows == world_recording(passages, seed)
     assert [row["searchParameters"]["q"] for row in rows] == [e.name for e in entities]
@@ -324,7 +324,7 @@ def test_filtering_a_world_recording_leaves_the_passages(entities, passages, see
     assert sorted(texts) == sorted(p.text for p in passages)
 
 
-def test_a_world_recording_has_the_flaws_of_real_pages(entities, passages):
+def test_world_recording_has_the_flaws_of_real_pages(entities, passages):
     rows = world_recording(passages, 0)
     assert rows != world_recording(passages, 1)
     results = [r for row in rows for r in row["organic"]]
@@ -335,19 +335,19 @@ def test_a_world_recording_has_the_flaws_of_real_pages(entities, passages):
     assert 0 < len(leaks) < len(entities)
     for entity in entities:
         if entity.name in leaks:
-            asked = [entity.facts[a] for a in ATTRIBUTES[entity.kind] if a in entity.facts]
-            assert all(mentions(leaks[entity.name]["snippet"], value) for value in asked)
-    # First come the overviews, which state nothing: a bare name is a poor query here, too.
+            facts = [entity.facts[a] for a in ATTRIBUTES[entity.kind] if a in entity.facts]
+            assert all(mentions(leaks[entity.name]["snippet"], value) for value in facts)
+    # Overviews without facts come first, so a bare name is a poor query here, too.
     overviews = {p.text for p in passages if not p.attributes}
     assert all(kept(row["organic"])[0]["snippet"] in overviews for row in rows)
 
 
-def test_a_world_recording_can_be_searched(entities, passages):
+def test_world_recording_can_be_searched(entities, passages):
     engine = recorded(world_recording(passages, 0))
     chad = next(e for e in entities if "capital" in e.facts)
     named, asked = engine.search([request(chad.name), request(f"capital of {chad.name}")])
     assert len(named.documents) == len(asked.documents) == 3
     assert all(d.startswith(f"{chad.name}: ") for d in named.documents)
     assert mentions(asked.documents[0], chad.facts["capital"])
-    told = {p.text for p in passages}
-    assert all(d.partition(": ")[2] in told for d in asked.documents)
+    texts = {p.text for p in passages}
+    assert all(d.partition(": ")[2] in texts for d in asked.documents)

@@ -1,4 +1,4 @@
-"""Each warning of a collapse turns on at the step computed by hand, and a healthy run has none."""
+"""Tests of the collapse signals against steps computed by hand and against a reference."""
 
 import json
 import math
@@ -16,17 +16,17 @@ from zerosearch_jax.telemetry.recorder import Recorder
 NAN = float("nan")
 
 
-def _columns(**figures: list[float | None]) -> list[dict[str, float]]:
-    """Rows of figures; None is a missing entry."""
-    names = list(figures)
+def _columns(**metrics: list[float | None]) -> list[dict[str, float]]:
+    """Converts columns of metrics to rows; None is a missing entry."""
+    names = list(metrics)
     return [
         {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        for values in zip(*figures.values(), strict=True)
+        for values in zip(*metrics.values(), strict=True)
     ]
 
 
 def _steps_on(watch: CollapseWatch, signal: str, rows: list[dict[str, float]]) -> list[int]:
-    """The steps, counted from 1, in which the signal holds."""
+    """Returns the steps, counted from 1, in which the signal holds."""
     return [
         step
         for step, row in enumerate(rows, start=1)
@@ -47,13 +47,13 @@ FALLING = [-0.25, -0.25, -0.25, -0.25, -0.375, -0.5, -0.5, -0.5]
         ([0.5] * 4 + [0.25] * 4, []),
     ],
 )
-def test_correct_loglik_falls_by_more_than_the_threshold_while_the_reward_holds(reward, expected):
+def test_correct_loglik_signal_needs_a_large_fall_and_a_steady_reward(reward, expected):
     watch = CollapseWatch(window=2, loglik_fall=0.125)
     rows = _columns(correct_loglik=FALLING, reward=reward)
     assert _steps_on(watch, "correct_loglik_falls", rows) == expected
 
 
-def test_a_fall_of_exactly_the_threshold_does_not_count():
+def test_fall_of_exactly_the_threshold_gives_no_signal():
     watch = CollapseWatch(window=1, loglik_fall=0.125)
     rows = _columns(correct_loglik=[-0.25, -0.375, -0.75], reward=[0.5] * 3)
     assert _steps_on(watch, "correct_loglik_falls", rows) == [3]
@@ -65,12 +65,12 @@ def test_a_fall_of_exactly_the_threshold_does_not_count():
         # Step 8: 1.25 after 1, 1. Step 9: 1.375 after 1.0625, 1. Step 10: 1.375 after 1.25, 1.
         ([1.0] * 6 + [1.125, 1.375, 1.375, 1.375], [8, 9]),
         ([0.25 * step for step in range(12)], []),  # fast, but not faster
-        ([4.0, 3.0, 2.0, 1.0] + [1.0] * 6, []),  # a fall that ends is no rise
+        ([4.0, 3.0, 2.0, 1.0] + [1.0] * 6, []),  # the end of a fall is no rise
         ([1.0, 1.0, 1.0, 1.0, 3.0, 3.0], [6]),  # three windows are needed
         ([float(2**step) for step in range(10)], [6, 7, 8, 9, 10]),
     ],
 )
-def test_entropy_rises_by_more_than_it_did_before(entropy, expected):
+def test_entropy_signal_needs_a_growing_rise(entropy, expected):
     watch = CollapseWatch(window=2, entropy_rise=0.125)
     assert _steps_on(watch, "entropy_accelerates", _columns(entropy=entropy)) == expected
 
@@ -78,14 +78,14 @@ def test_entropy_rises_by_more_than_it_did_before(entropy, expected):
 @pytest.mark.parametrize(
     ("grad_norm", "expected"),
     [
-        # A spike (9) changes no median; step 7 is the first whose newest 3 have two large ones.
+        # One spike (9) changes no median; at step 7, two of the newest three are large.
         ([1.0, 2.0, 1.0, 1.0, 9.0, 1.0, 3.0, 3.0, 1.0, 3.0], [7, 8, 9]),
         ([1.0] * 3 + [2.0] * 3, []),  # twice is not more than twice
         ([1.0] * 3 + [2.5] * 3, [6]),
-        ([0.0] * 3 + [1.0] * 3, []),  # no ratio to nothing
+        ([0.0] * 3 + [1.0] * 3, []),  # no ratio to zero
     ],
 )
-def test_grad_norm_surges_over_the_median_before(grad_norm, expected):
+def test_grad_norm_signal_compares_medians_of_windows(grad_norm, expected):
     watch = CollapseWatch(window=3, grad_norm_ratio=2.0)
     assert _steps_on(watch, "grad_norm_surges", _columns(grad_norm=grad_norm)) == expected
 
@@ -94,17 +94,17 @@ def test_grad_norm_surges_over_the_median_before(grad_norm, expected):
     ("share", "reward", "expected"),
     [
         (0.5, [0.25, 0.75, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 1.0], [7, 8]),
-        (0.5, [1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [8, 9]),  # never fast, yet far
+        (0.5, [1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [8, 9]),  # slow but far
         (0.75, [1.0, 1.0, 0.0, 0.0], [4]),  # two windows are needed
         (0.5, [0.0] * 6, []),
     ],
 )
-def test_reward_drops_below_a_share_of_its_best_window(share, reward, expected):
+def test_reward_signal_needs_a_fall_below_a_share_of_the_best_window(share, reward, expected):
     watch = CollapseWatch(window=2, reward_share=share)
     assert _steps_on(watch, "reward_drops", _columns(reward=reward)) == expected
 
 
-def test_a_window_counts_when_half_of_its_steps_have_the_figure():
+def test_window_counts_if_half_of_its_steps_have_the_metric():
     before = [-0.25, None, None, -0.25]
     rows = _columns(correct_loglik=[*before, None, -0.5, -0.5, None], reward=[0.5] * 8)
     assert _steps_on(CollapseWatch(window=4), "correct_loglik_falls", rows) == [8]
@@ -115,24 +115,24 @@ def test_a_window_counts_when_half_of_its_steps_have_the_figure():
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize(("signal", "figure"), [(s, f) for s, (f, _) in SIGNALS.items()])
-def test_a_figure_that_is_not_finite_is_its_own_signal_in_that_step_alone(value, signal, figure):
+@pytest.mark.parametrize(("signal", "metric"), [(s, m) for s, (m, _) in SIGNALS.items()])
+def test_value_that_is_not_finite_gives_its_signal_in_that_step_only(value, signal, metric):
     watch = CollapseWatch(window=2)
     usual = {"correct_loglik": -0.1, "entropy": 0.3, "grad_norm": 0.1, "reward": 0.4}
     for step in range(12):
-        signals = watch.update({**usual, figure: value} if step in (0, 6) else usual)
+        signals = watch.update({**usual, metric: value} if step in (0, 6) else usual)
         held = {name for name in SIGNALS if signals[name]}
         assert held == ({signal} if step in (0, 6) else set())
         assert signals["collapse/signals"] == len(held)
 
 
 def _expected(rows: list[dict[str, float]], window: int) -> dict[str, bool]:
-    """The default thresholds over the whole history at once; NaN marks what is missing."""
+    """Computes the signals from the whole history at once; NaN marks a missing value."""
     names = ("correct_loglik", "entropy", "grad_norm", "reward")
     table = {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
     def spans(name: str, reduce=np.mean) -> np.ndarray:
-        """One value for every window of the history, oldest first; NaN where too few are there."""
+        """Reduces every window of the history, oldest first; NaN if too few values are present."""
         every = np.lib.stride_tricks.sliding_window_view(table[name], window)
         present = [span[~np.isnan(span)] for span in every]
         return np.array([reduce(p) if len(p) >= window / 2 else np.nan for p in present])
@@ -178,7 +178,7 @@ ROW = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=80)
 @given(rows=st.lists(ROW, max_size=20), window=st.integers(1, 4))
-def test_signals_equal_those_of_the_whole_history_at_once(rows, window):
+def test_signals_equal_the_reference_over_the_whole_history(rows, window):
     watch = CollapseWatch(window=window)
     for count, row in enumerate(rows, start=1):
         signals = watch.update(row)
@@ -190,8 +190,8 @@ def test_signals_equal_those_of_the_whole_history_at_once(rows, window):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_healthy_run_has_no_signal(seed):
-    """Reward up, later a little down as the curriculum hardens; entropy slowly down; all noisy."""
+def test_healthy_run_gives_no_signal(seed):
+    """The reward rises, then falls a little; the entropy falls slowly; all metrics have noise."""
     noise = random.Random(seed)
     watch = CollapseWatch(window=10)
     for step in range(203):
@@ -211,7 +211,7 @@ def test_a_healthy_run_has_no_signal(seed):
 
 
 def _collapse(steps: int = 60) -> list[dict[str, float]]:
-    """Steps 1 … `steps`: the figures leave their level in the order of a collapse."""
+    """Returns rows of steps 1 … `steps` whose metrics change in the order of a collapse."""
     return [
         {
             "correct_loglik": -0.1 - 0.02 * max(step - 20, 0),
@@ -223,7 +223,7 @@ def _collapse(steps: int = 60) -> list[dict[str, float]]:
     ]
 
 
-def test_a_collapse_gives_the_signals_in_their_order():
+def test_collapse_gives_the_signals_in_order():
     watch = CollapseWatch(window=5)
     first: dict[str, int] = {}
     alarms: dict[int, str] = {}
@@ -242,16 +242,16 @@ def test_a_collapse_gives_the_signals_in_their_order():
     assert first["collapse/grad_norm_surges"] == 46
     # 60 % of 0.3 is 0.18; the mean is 0.3 - 0.025 · (n - 2), below it from n = 7 on.
     assert first["collapse/reward_drops"] == 52
-    # One signal is no alarm; each later one is, in its first step.
+    # The first signal raises no alarm; each later one does, in its first step.
     assert sorted(alarms) == sorted(first.values())[1:]
     assert "correct_loglik_falls" in alarms[min(alarms)]
 
 
-def test_an_alarm_comes_only_when_a_signal_is_new():
+def test_alarm_needs_a_new_signal():
     watch = CollapseWatch(window=100)
 
-    def alarm_of(*figures: str) -> str | None:
-        watch.update(dict.fromkeys(figures, NAN))  # exactly their signals hold
+    def alarm_of(*metrics: str) -> str | None:
+        watch.update(dict.fromkeys(metrics, NAN))  # exactly the signals of `metrics` hold
         return watch.alarm()
 
     assert ALARM_AT == 2
@@ -260,7 +260,7 @@ def test_an_alarm_comes_only_when_a_signal_is_new():
     assert "WARNING: 2 of 4" in text
     assert "entropy_accelerates" in text and "reward_drops" in text
     assert "grad_norm_surges" not in text
-    assert watch.alarm() == text  # asking changes nothing
+    assert watch.alarm() == text  # reading the alarm does not reset it
     assert alarm_of("entropy", "reward") is None
     assert alarm_of("entropy") is None
     assert alarm_of("entropy", "reward") is None
@@ -269,11 +269,11 @@ def test_an_alarm_comes_only_when_a_signal_is_new():
     text = alarm_of("entropy", "grad_norm", "reward", "correct_loglik")
     assert "WARNING: 4 of 4" in text
     assert len(text.splitlines()) == 6
-    assert alarm_of() is None  # over: forgotten
+    assert alarm_of() is None  # the collapse is over, so all signals count as new
     assert "WARNING: 2 of 4" in alarm_of("entropy", "reward")
 
 
-def test_a_resumed_run_has_the_signals_and_alarms_of_the_uninterrupted_one(tmp_path):
+def test_resumed_run_has_the_signals_and_alarms_of_the_uninterrupted_run(tmp_path):
     rows = _collapse(50) + [{"reward": 0.3}] * 7 + _collapse(12) + [{"entropy": NAN, "reward": 0.0}]
     for missing in range(0, len(rows), 4):
         rows[missing] = {k: v for k, v in rows[missing].items() if k != "correct_loglik"}
@@ -292,7 +292,7 @@ def test_a_resumed_run_has_the_signals_and_alarms_of_the_uninterrupted_one(tmp_p
         assert resumed == whole[first - 1 :]
 
 
-def test_earlier_rows_end_before_the_first_step_and_a_cut_row_is_left_out(tmp_path):
+def test_earlier_rows_end_before_the_first_step_and_skip_a_truncated_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert earlier_rows(path, 3) == []
     rows = [{"step": step, "reward": 0.5 * step} for step in range(4)]
@@ -302,7 +302,7 @@ def test_earlier_rows_end_before_the_first_step_and_a_cut_row_is_left_out(tmp_pa
     assert earlier_rows(path, 9) == rows
 
 
-def test_bad_input_is_a_clear_error(tmp_path):
+def test_bad_window_and_bad_rows_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 1 step, not 0"):
         CollapseWatch(window=0)
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""The recorder writes what the glossary names, once for each step, also after a resume."""
+"""Tests of the recorder: known metrics only, and one row per step even after a resume."""
 
 import json
 
@@ -14,7 +14,7 @@ def _rows(workdir) -> list[dict]:
 
 
 def _events(workdir) -> list[Event]:
-    """Reads TensorBoard's files: records of length (8 bytes), crc (4), data, crc (4)."""
+    """Parses TensorBoard's event files: length (8 bytes), crc (4), data, crc (4) per record."""
     events = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = path.read_bytes()
@@ -25,7 +25,7 @@ def _events(workdir) -> list[Event]:
     return events
 
 
-def test_figures_reach_the_rows_and_tensorboard(tmp_path):
+def test_metrics_reach_the_rows_and_tensorboard(tmp_path):
     recorder = Recorder(tmp_path)
     recorder.scalars(0, {"reward": 0.25, "kl": 0.5})
     recorder.text(0, "episode", "<search> a\nb")
@@ -38,7 +38,7 @@ def test_figures_reach_the_rows_and_tensorboard(tmp_path):
     assert texts == ["    <search> a\n    b"]
 
 
-def test_a_name_outside_the_glossary_is_refused_and_nothing_is_written(tmp_path):
+def test_unknown_metric_is_refused_and_nothing_is_written(tmp_path):
     recorder = Recorder(tmp_path)
     with pytest.raises(KeyError, match="rewrd"):
         recorder.scalars(0, {"reward": 1.0, "rewrd": 1.0})
@@ -46,7 +46,7 @@ def test_a_name_outside_the_glossary_is_refused_and_nothing_is_written(tmp_path)
     assert _rows(tmp_path) == []
 
 
-def test_a_name_outside_the_glossary_is_refused_on_silent_processes_too(tmp_path):
+def test_disabled_recorder_refuses_unknown_metrics_and_writes_nothing(tmp_path):
     recorder = Recorder(tmp_path / "none", enabled=False)
     with pytest.raises(KeyError, match="rewrd"):
         recorder.scalars(0, {"rewrd": 1.0})
@@ -56,7 +56,7 @@ def test_a_name_outside_the_glossary_is_refused_on_silent_processes_too(tmp_path
     assert not (tmp_path / "none").exists()
 
 
-def test_a_resumed_run_doubles_no_row_and_drops_a_row_cut_by_the_kill(tmp_path):
+def test_resume_replaces_later_rows_and_drops_a_truncated_row(tmp_path):
     first = Recorder(tmp_path)
     for step in range(4):
         first.scalars(step, {"reward": step})
@@ -69,6 +69,6 @@ def test_a_resumed_run_doubles_no_row_and_drops_a_row_cut_by_the_kill(tmp_path):
     assert [(row["step"], row["reward"]) for row in _rows(tmp_path)] == [(0, 0), (1, 1), (2, 20)]
 
 
-def test_every_metric_has_a_meaning():
+def test_every_metric_has_a_description():
     assert {"reward", "eval/em", "seconds/search", "correct_loglik"} <= METRICS.keys()
-    assert all(len(meaning) > 10 for meaning in METRICS.values())
+    assert all(len(description) > 10 for description in METRICS.values())

@@ -1,4 +1,4 @@
-"""The viewer sets inserted text apart from the policy's, with and without colours."""
+"""Tests of the rendering of episodes, with and without colours."""
 
 from zerosearch_jax.telemetry.trajectories import render_segments
 
@@ -11,7 +11,7 @@ EPISODE = [
 ]
 
 
-def test_without_colour_every_inserted_line_and_no_other_has_the_margin():
+def test_without_colour_exactly_the_inserted_lines_have_a_margin():
     assert render_segments(EPISODE, color=False) == (
         "│ Question: capital of Chad?\n"
         "<think> I search.</think><search> Chad </search>\n"
@@ -21,15 +21,15 @@ def test_without_colour_every_inserted_line_and_no_other_has_the_margin():
     )
 
 
-def test_with_colour_the_text_is_unchanged_but_for_the_colours():
+def test_with_colour_only_colour_codes_are_added():
     rendered = render_segments([("ab", True), ("c\n", False), ("", True), ("d", False)], color=True)
     assert rendered == "\x1b[36mab\x1b[0m\x1b[2mc\nd\x1b[0m"
 
 
-def test_a_document_cannot_smuggle_in_terminal_codes():
+def test_terminal_codes_in_documents_are_neutralised():
     rendered = render_segments([("a\x1b[0mb\rc", False)], color=True)
     assert rendered == "\x1b[2ma\ufffd[0mb\ufffdc\x1b[0m"
 
 
-def test_nothing_renders_as_nothing():
+def test_empty_episode_renders_as_empty_text():
     assert render_segments([], color=False) == ""

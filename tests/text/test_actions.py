@@ -1,3 +1,5 @@
+"""Tests of parsing actions and final answers."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ from zerosearch_jax.text.actions import INVALID, Action, final_answer, parse_act
         ("< search >q</ search >", INVALID),
     ],
 )
-def test_parse_action_by_hand(text, action):
+def test_parse_action_follows_the_grammar(text, action):
     assert parse_action(text) == action
 
 
@@ -52,12 +54,12 @@ def test_forced_answer_needs_only_its_closing_tag():
     st.text(alphabet="ab", min_size=1, max_size=5),
     st.text(alphabet=" \n.,", max_size=3),
 )
-def test_the_block_that_ends_the_turn_is_the_action(before, kind, content, spare):
+def test_block_that_ends_the_turn_is_the_action(before, kind, content, spare):
     text = f"<think>{before}</think><{kind}>{content}</{kind}>{spare}"
     assert parse_action(text) == Action(kind, content)
 
 
-def test_final_answer_is_the_last_of_the_policy():
+def test_final_answer_is_the_last_answer_of_the_policy():
     assert final_answer(["<search>q</search>", "<answer> Lima </answer>"]) == "Lima"
     assert final_answer(["<answer>a</answer>", "<answer>b</answer>"]) == "b"
     assert final_answer(["<answer>a</answer>", "nothing"]) == "a"
@@ -67,17 +69,19 @@ def test_final_answer_is_the_last_of_the_policy():
     assert final_answer([]) is None
 
 
-def test_an_answer_cannot_straddle_turns():
+def test_answer_cannot_span_turns():
     assert final_answer(["<answer> half", "other half </answer>"]) is None
 
 
-def test_neither_prompt_nor_document_can_answer():
-    """Where the released code errs: the whole episode holds answers that are not the policy's."""
+def test_answers_in_prompt_and_documents_do_not_count():
+    """The released code parses the whole episode, which contains answers of others."""
     prompt = prompts.policy_prompt("What is the capital of Peru?")
     turns = ["<think>hm</think><search>Peru</search>", "<think>I do not know."]
     document = prompts.information_block(prompts.format_documents(["<answer>Lima</answer>"]))
     whole_episode = prompt + turns[0] + document + turns[1]
-    assert parse_action(prompt[prompt.index("For example") :]).content == "Beijing"  # the trap
+    assert (
+        parse_action(prompt[prompt.index("For example") :]).content == "Beijing"
+    )  # a parser of the prompt finds it
     assert "Lima" in whole_episode
     assert final_answer(turns) is None
     assert parse_action(document) == INVALID

@@ -1,4 +1,4 @@
-"""How long the devices had work, seen from the host: the rest of a step they waited for Python."""
+"""Measures how long the devices have work; for the rest of a step they wait for the host."""
 
 import time
 from collections.abc import Iterator
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 class DeviceClock:
-    """Sums the time from a first dispatch to the moment when all that was dispatched is done.
+    """Sum of the periods between a first dispatch and the completion of all dispatched work.
 
-    One clock serves all programs that share the devices. Work that ends before its result is
-    asked for counts until then, so the sum is an upper bound.
+    All programs that share the devices use one clock. Work that ends before its result is read
+    counts until the read, so the sum is an upper bound.
     """
 
     def __init__(self):
@@ -17,24 +17,27 @@ class DeviceClock:
         self._since: float | None = None
 
     def started(self) -> None:
-        """Call before a program is dispatched."""
+        """Starts a period, unless one is running; call it before dispatching a program."""
         if self._since is None:
             self._since = time.monotonic()
 
     def drained(self) -> None:
-        """Call when the results of everything dispatched are there."""
+        """Ends the period; call it when the results of all dispatched work have been read."""
         if self._since is not None:
             self._secs += time.monotonic() - self._since
             self._since = None
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Around a block that dispatches work and reads all of its results."""
+        """Counts a block that dispatches work and reads all of its results."""
         self.started()
         yield
         self.drained()
 
     def take(self) -> float:
-        """Seconds since the last call of `take`; work still under way counts at the next."""
+        """Returns the seconds since the last `take` and resets the sum.
+
+        A running period counts in the next sum.
+        """
         secs, self._secs = self._secs, 0.0
         return secs

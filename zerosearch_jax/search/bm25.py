@@ -1,6 +1,6 @@
-"""BM25 over a fixed set of passages: the real search engine of the embedded world.
+"""BM25 over a fixed set of passages, the real search engine of the embedded world.
 
-It reads nothing of a request but its query. No jax here.
+It reads only the query of a request.
 """
 
 import logging
@@ -13,11 +13,11 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.text.matching import words
 
-# bm25s sets its logger to DEBUG when it is imported and would speak at every index.
+# bm25s sets its logger to DEBUG at import, and logs whenever an index is built.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-# Words of grammar only: two-letter words that are also symbols or domains stay findable
-# ("no", "as" and "in" do not: no engine can tell nobelium's symbol from the word).
+# Grammatical words only, so that most two-letter symbols and domains can be found. The symbols
+# "no", "as" and "in" cannot: BM25 does not distinguish nobelium's symbol from the word.
 STOPWORDS = frozenset(
     "a an and are as at be but by for has have if in into is it its no not of on or such that the "
     "their then there these they this to was what which who whose will with".split()
@@ -25,23 +25,23 @@ STOPWORDS = frozenset(
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case ASCII words of `text` without stop words; single letters are kept."""
+    """Splits `text` into lower-case words without accents and stop words; keeps single letters."""
     return [word for word in words(text) if word not in STOPWORDS]
 
 
 class BM25Engine:
-    """Ranks `passages` by BM25 (Robertson's k1 = 1.5, b = 0.75, Lucene's idf, as in bm25s).
+    """Search engine that ranks passages by BM25 (k1 = 1.5, b = 0.75, Lucene's idf, by bm25s).
 
-    Ties go to the passage that was given first, so a ranking never depends on the machine.
+    Ties go to the earlier passage, so that a ranking is the same on every machine.
     """
 
     name = "bm25"
 
     def __init__(self, passages: Sequence[Passage], topk: int = 3):
-        """Indexes `passages`; `topk` documents are returned for a search.
+        """Indexes `passages`. A search returns up to `topk` documents.
 
         Raises:
-          UserError: no passages, or topk < 1.
+          UserError: there are no passages, or topk < 1.
         """
         if not passages:
             raise UserError("BM25 engine: the corpus is empty; give at least one passage")
@@ -58,7 +58,10 @@ class BM25Engine:
         self._index.index((ids, self._vocabulary), show_progress=False, create_empty_token=False)
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request; no documents when no word of the query is in the corpus."""
+        """Returns one result per request, in order.
+
+        A result has no documents if no word of its query is in the corpus.
+        """
         ranked = self.ranked_batch([r.query for r in requests], self.topk)
         return [
             SearchResult(r.key, tuple(p.text for p in passages))
@@ -66,14 +69,14 @@ class BM25Engine:
         ]
 
     def ranked(self, query: str, n: int) -> list[Passage]:
-        """The `n` best passages for `query`, best first; fewer when fewer share a word with it."""
-        found = [self._vocabulary[t] for t in tokens(query) if t in self._vocabulary]
-        if not found:
+        """Returns the `n` best passages for `query` among those that share a word with it."""
+        ids = [self._vocabulary[t] for t in tokens(query) if t in self._vocabulary]
+        if not ids:
             return []
-        scores = self._index.get_scores_from_ids(found)  # [passages]
+        scores = self._index.get_scores_from_ids(ids)  # [passages]
         best = np.argsort(-scores, kind="stable")[:n]
         return [self._passages[i] for i in best if scores[i] > 0]
 
     def ranked_batch(self, queries: Sequence[str], n: int) -> list[list[Passage]]:
-        """`ranked` for each query, in order."""
+        """Returns `ranked` of each query, in order."""
         return [self.ranked(query, n) for query in queries]

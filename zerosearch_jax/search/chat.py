@@ -1,4 +1,4 @@
-"""The simulator behind an OpenAI-compatible server (vLLM, SGLang, or ours)."""
+"""Client of a simulator on an OpenAI-compatible server (vLLM, SGLang, or ours)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ _PATH = "/v1/chat/completions"
 
 
 class ChatClient:
-    """Completes prompts on a chat server: the `generate` of a `SimulatedEngine`.
+    """Callable that completes prompts on a chat server; `generate` of a `SimulatedEngine`.
 
     Args:
-      client: of the server; its address has no `/v1`. An API key goes into its headers.
-      model: the name that the server knows the simulator by.
-      temperature: of sampling; 0 is greedy.
+      client: client of the server, with an address without `/v1` and any API key in its headers.
+      model: name of the simulator on the server.
+      temperature: sampling temperature; 0 is greedy.
       top_p: nucleus of sampling, in (0, 1].
-      max_tokens: most tokens of a reply.
-      workers: requests under way at once.
-      seed: of the run; with a request's key it makes the seed that is sent, so a repeated request
-        asks for the same text. Whether the server then writes the same is the server's affair.
+      max_tokens: maximum number of tokens in a reply.
+      workers: maximum number of concurrent requests.
+      seed: seed of the run. It determines a request's seed together with the request's key, so a
+        repeated request sends the same seed. The server may not guarantee the same text.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ChatClient:
     def __call__(
         self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]
     ) -> list[str | SearchFailed]:
-        """The completion of each prompt (user turn; the system turn is empty), in order.
+        """Returns the completion of each prompt, or its `SearchFailed`, in order.
 
-        In the place of a text that could not be had stands the `SearchFailed` that says why.
+        A prompt is the user turn; the system turn is empty.
         """
         with ThreadPoolExecutor(self.workers) as pool, closed_on_interrupt():
             return list(pool.map(self._text_or_failure, zip(prompts, keys, strict=True)))
@@ -87,7 +87,7 @@ class ChatClient:
 
 
 def request_seed(seed: int, key: tuple[int, int]) -> int:
-    """A seed in [0, 2^31) for the request `key`, (episode, turn), of a run with `seed`."""
+    """Returns a seed in [0, 2^31) for the request (episode, turn) of a run with `seed`."""
     text = f"chat/{int(seed)}/{int(key[0])}/{int(key[1])}"
     digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,8 +1,7 @@
-"""How noisy the simulated search is: the share of noisy searches, and the draw for each search.
+"""The curriculum of noise: the probability of noisy searches, and the draw for each search.
 
-Both are pure functions of numbers that a resumed run knows as well, so that the noise is the
-same whatever the order of episodes, the number of processes or the restarts. This module must
-not know engines, models or jax.
+Both are pure functions of the run's settings and of the numbers of step, episode and turn. The
+noise is therefore independent of the order of episodes, of the number of processes and of restarts.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from zerosearch_jax.errors import UserError
 def noise_probability(
     step: int, total_steps: int, *, start: float, end: float, base: float = 4.0
 ) -> float:
-    """The probability that a search of this step is noisy (ZeroSearch, arXiv 2505.04588).
+    """Returns the probability that a search of this step is noisy (ZeroSearch, arXiv 2505.04588).
 
         p_i = p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s)
 
@@ -23,10 +22,10 @@ def noise_probability(
       total_steps: m, at least 1.
       start: p_s, in [0, 1].
       end: p_e, in [0, 1]; below `start` for a reversed curriculum, equal for a constant one.
-      base: b > 0; above 1 the noise comes late, below 1 early; 1 is the limit, a straight line.
+      base: b > 0. Above 1 the noise changes late, below 1 early; 1 is the limit, a straight line.
 
     Raises:
-      UserError: a value out of its range.
+      UserError: a value is out of its range.
     """
     if total_steps < 1:
         raise UserError(f"curriculum: total_steps is {total_steps}; it must be at least 1")
@@ -38,17 +37,17 @@ def noise_probability(
         raise UserError(f"curriculum: base is {base}; it must be a finite number above 0")
     progress = step / total_steps
     if base != 1:
-        # expm1 keeps its digits when the base is close to 1, where b^x - 1 has none left.
+        # expm1 stays accurate for a base close to 1, where b^x - 1 cancels.
         progress = math.expm1(progress * math.log(base)) / math.expm1(math.log(base))
     return (1 - progress) * start + progress * end
 
 
 def draw_noisy(seed: int, step: int, episode: int, turn: int, probability: float) -> bool:
-    """Whether this one search is noisy; the same arguments always give the same draw.
+    """Draws whether one search is noisy; the same arguments always give the same draw.
 
-    The draw compares `probability` with a uniform number in [0, 1) that is a hash of the other
-    four: 0 never draws noisy, 1 always, and a noisy search stays noisy when the probability
-    rises.
+    The draw compares `probability` with a uniform number in [0, 1), a hash of the other arguments.
+    Probability 0 never draws noisy, 1 always does, and a noisy search stays noisy when the
+    probability rises.
 
     Raises:
       UserError: `probability` is not in [0, 1].

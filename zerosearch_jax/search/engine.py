@@ -1,6 +1,6 @@
-"""What a search is: a request that carries its episode, a result that carries its request.
+"""The interface of all search engines: requests, results and passages.
 
-Every engine (simulated, BM25, a server) speaks this and nothing else. No jax here.
+A request carries its episode, and a result carries the key of its request.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Passage:
-    """About 30 words on one entity; `attributes` are the facts it states."""
+    """Text of about 30 words on one entity; `attributes` names the facts in it."""
 
     id: str
     entity_id: str
@@ -21,16 +21,18 @@ class Passage:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """One search of one episode. It carries everything an engine may need, so that a query
-    can never be paired with another row's question (in the released code it can).
+    """One search of one episode.
+
+    It carries everything an engine may need, so that a query can never be paired with another
+    row's question (in the released code it can).
 
     Attributes:
       episode: number of the episode, unique within a run.
       turn: number of the episode's turn, from 0; (episode, turn) identifies the request.
-      query: what the policy wrote between the search tags, stripped.
-      question: the question the episode answers, for simulated engines and refinement.
-      golden_answers: its gold answers, for simulated engines and to keep them out of noise. A
-        real engine reads neither.
+      query: the policy's text between the search tags, stripped.
+      question: the episode's question, for simulated engines and refinement.
+      golden_answers: gold answers of the question, for simulated engines and to keep answers out
+        of noisy documents. A real engine reads neither them nor the question.
       noisy: whether the curriculum drew a noisy search, for simulated engines.
     """
 
@@ -43,6 +45,7 @@ class SearchRequest:
 
     @property
     def key(self) -> tuple[int, int]:
+        """The pair (episode, turn), which identifies the request."""
         return (self.episode, self.turn)
 
 
@@ -52,8 +55,8 @@ class SearchResult:
 
     Attributes:
       key: the request's `(episode, turn)`.
-      documents: best first; empty when nothing was found or the search failed.
-      failure: why the search failed after its retries, or "" when it did not.
+      documents: documents, best first; empty if nothing was found or the search failed.
+      failure: reason of a search that failed after its retries, or "" for a successful one.
     """
 
     key: tuple[int, int]
@@ -62,8 +65,10 @@ class SearchResult:
 
 
 class SearchEngine(Protocol):
-    """Anything that answers a batch of requests with exactly one result each, in any order."""
+    """Search engine that answers a batch of requests."""
 
     name: str
 
-    def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]: ...
+    def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        """Returns exactly one result per request, in any order."""
+        ...

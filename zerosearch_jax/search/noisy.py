@@ -1,4 +1,4 @@
-"""A real engine made unreliable: to measure what a policy does when searches mislead it.
+"""A real engine with noisy results, to measure how a policy handles misleading searches.
 
 Unlike a real engine it reads the gold answers, but only to keep them out of noisy results.
 """
@@ -15,17 +15,17 @@ from zerosearch_jax.text.matching import mentions
 
 
 class NoisyEngine:
-    """BM25, of which a share of the searches finds the best passages that hold no gold answer.
+    """BM25 engine that withholds passages with a gold answer in a share of the searches.
 
-    Noisy documents are what such an engine would rank next: on the subject, without the answer.
-    Which searches are noisy depends on (seed, episode, turn) alone, and a search that is noisy
-    at one share is noisy at every higher one, so that shares can be compared. A request's own
-    `noisy` is not read.
+    A noisy search returns the best of the other passages: on the subject, but useless.
+    Only (seed, episode, turn) decides which searches are noisy. A search that is noisy at one share
+    is noisy at every higher share, so that results at different shares are comparable. The
+    request's `noisy` flag has no effect.
 
     Args:
-      engine: answers the other searches; with share 0, all of them.
+      engine: engine of the searches that are not noisy, and source of the noisy passages.
       share: expected share of noisy searches, in [0, 1].
-      seed: of the draws.
+      seed: seed of the draws.
     """
 
     name = "bm25+noise"
@@ -39,16 +39,15 @@ class NoisyEngine:
         self.seed = seed
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request, in order; a noisy one may have fewer documents than asked for."""
+        """Returns one result per request, in order; noisy ones may lack documents."""
         return [
-            self._mislead(request) if self._is_noisy(request) else self.engine.search([request])[0]
+            self._noisy_result(request)
+            if draw_noisy(self.seed, 0, request.episode, request.turn, self.share)
+            else self.engine.search([request])[0]
             for request in requests
         ]
 
-    def _is_noisy(self, request: SearchRequest) -> bool:
-        return draw_noisy(self.seed, 0, request.episode, request.turn, self.share)
-
-    def _mislead(self, request: SearchRequest) -> SearchResult:
+    def _noisy_result(self, request: SearchRequest) -> SearchResult:
         useless = (
             passage.text
             for passage in self.engine.ranked(request.query, sys.maxsize)

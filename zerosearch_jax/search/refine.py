@@ -1,8 +1,8 @@
-"""Document refinement: a model reads an engine's documents and hands on what helps.
+"""Document refinement: a model extracts the helpful information from an engine's documents.
 
-Search-o1's "reason in documents" (arXiv 2501.05366, section 3) as an engine around an engine. The
-paper's request also holds the reasoning so far; a search request carries none, so here it holds
-the question, the query and the documents. No jax here: the model is a `generate` callable.
+This is Search-o1's "reason in documents" (arXiv 2501.05366, section 3) as an engine that wraps an
+engine. The paper's prompt also contains the reasoning so far. A search request has none, so this
+prompt contains the question, the query and the documents.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
 
 
 class RefiningEngine:
-    """Puts one refined document in the place of each of `engine`'s results.
+    """Search engine that replaces the documents of each of `engine`'s results by a refined one.
 
     Args:
-      generate: `(prompts, keys) -> texts`, as `SimulatedEngine`'s.
+      generate: `(prompts, keys) -> texts`, as for `SimulatedEngine`.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class RefiningEngine:
         self.generate = generate
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request. What failed or found nothing is handed on as it is.
+        """Returns one result per request; failed and empty results are returned unchanged.
 
-        A model that writes nothing has found nothing helpful.
+        An empty text of the model becomes `NO_HELPFUL_INFORMATION`.
         """
-        asked = {request.key: request for request in requests}
+        by_key = {request.key: request for request in requests}
         results = self.engine.search(requests)
         found = [result for result in results if result.documents]
         prompts = [
-            refine_prompt(asked[r.key].question, asked[r.key].query, r.documents) for r in found
+            refine_prompt(by_key[r.key].question, by_key[r.key].query, r.documents) for r in found
         ]
         texts = self.generate(prompts, [result.key for result in found])
         refined = {

@@ -1,4 +1,4 @@
-"""Passage retrievers behind HTTP, in the two dialects that others already serve."""
+"""Client of passage retrieval servers, in the dialects of Search-R1 and ZeroSearch."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, 
 
 
 class RetrieverEngine:
-    """Documents of a retrieval server, best first, at most `topk`.
+    """Search engine that returns up to `topk` documents of a retrieval server.
 
-    A reply of the wrong shape fails the requests that it was to answer; a batch with the wrong
-    number of results fails all of them, for nothing tells which result is whose.
+    A reply of the wrong shape fails its requests. A batch with the wrong number of results fails
+    all of its requests, because results cannot be assigned to queries.
 
     Args:
-      client: of the server; its address has no `/retrieve`.
-      topk: documents asked for.
-      dialect: "search_r1", one batch for all queries, its passages' `contents` made plain by
-        `plain`; or "zerosearch", one request a query, its `text` passed on as it is.
-      workers: requests under way at once; "search_r1" sends one, whatever is given.
+      client: client of the server, with an address without `/retrieve`.
+      topk: number of documents to request.
+      dialect: "search_r1" sends one batch of all queries and converts `contents` with `plain`;
+        "zerosearch" sends one request per query and returns each `text` unchanged.
+      workers: maximum number of concurrent requests; "search_r1" always sends one.
     """
 
     name = "retriever"
@@ -27,8 +27,8 @@ class RetrieverEngine:
         """Raises UserError for an unknown dialect, or topk or workers below 1."""
         if dialect not in ("search_r1", "zerosearch"):
             raise UserError(
-                f"retriever: dialect is {dialect!r}; choose search_r1 (a batch of queries) or "
-                "zerosearch (a query at a time)"
+                f"retriever: dialect is {dialect!r}; choose search_r1 (one batch of queries) or "
+                "zerosearch (one request per query)"
             )
         if topk < 1 or workers < 1:
             raise UserError(
@@ -40,7 +40,7 @@ class RetrieverEngine:
         self.workers = workers
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request, in order."""
+        """Returns one result per request, in order."""
         if self.dialect == "zerosearch":
             return answer_all(requests, self._ask_one, self.workers)
         if not requests:
@@ -56,8 +56,8 @@ class RetrieverEngine:
         ]
 
     def _ask_batch(self, queries: list[str]) -> list[object]:
-        """What the server found for each query, not yet checked."""
-        # With scores, as Search-R1's own rollouts ask; they are not read.
+        """Returns the server's hits of each query; their contents are not checked yet."""
+        # Like Search-R1's own rollouts, request scores; they are not read.
         payload = {"queries": queries, "topk": self.topk, "return_scores": True}
         reply = self.client.post("/retrieve", payload)
         found = reply.get("result") if isinstance(reply, dict) else None
@@ -70,7 +70,7 @@ class RetrieverEngine:
         return found
 
     def _batch_documents(self, hits: object) -> list[str]:
-        """Passages of one query, with scores (`{"document": …, "score": …}`) or bare."""
+        """Returns the texts of one query's hits: `{"document": …, "score": …}` or bare passages."""
         if not isinstance(hits, list):
             raise SearchFailed('POST /retrieve: "result" holds something that is not a list')
         passages = [
@@ -87,7 +87,7 @@ class RetrieverEngine:
 
 
 def _strings(rows: list[object], key: str) -> list[str]:
-    """The text under `key` of each row."""
+    """Returns the text under `key` of each row."""
     texts = [row.get(key) if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(text, str) for text in texts):
         raise SearchFailed(f'POST /retrieve: a result has no text "{key}"')
@@ -95,9 +95,9 @@ def _strings(rows: list[object], key: str) -> list[str]:
 
 
 def plain(contents: str) -> str:
-    """A passage's `"Title"\\ntext` as `Title: text`, like a web result; nothing is left out.
+    """Converts a passage `"Title"\\ntext` to `Title: text`, the format of a web result.
 
-    Contents without a quoted first line are passed on as they are.
+    Contents without a quoted first line are returned unchanged.
     """
     title, line_break, text = contents.partition("\n")
     title = title.strip()

@@ -1,7 +1,4 @@
-"""The simulated search engine: a language model writes the documents, useful or noisy.
-
-It is given a `generate` callable and knows neither jax nor how the text is made.
-"""
+"""The simulated search engine: a language model writes useful or noisy documents."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,13 +8,13 @@ from zerosearch_jax.text.prompts import cut_documents, simulator_prompt
 
 
 class SimulatedEngine:
-    """Answers each request from its own question, gold answer and query (paper §3.2).
+    """Search engine that writes documents from question, gold answer and query (paper §3.2).
 
     Args:
-      generate: `(prompts, keys) -> texts`; each text depends on its prompt and key alone. A
-        `SearchFailed` in the place of a text fails that request.
+      generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. A
+        `SearchFailed` instead of a text fails its request.
       form: "finetuned" or "prompted", see `text.prompts.simulator_prompt`.
-      topk: documents asked for.
+      topk: number of documents to request.
     """
 
     name = "simulated"
@@ -34,7 +31,7 @@ class SimulatedEngine:
         self.topk = topk
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request. A text without any `Doc i:` line is a result with no documents."""
+        """Returns one result per request, in order; without `Doc i:` lines it has no documents."""
         prompts = [
             simulator_prompt(
                 request.question,

@@ -1,8 +1,8 @@
 """Web search: live through Serper or SerpAPI, or from a recording of Serper's replies.
 
-Results are filtered before they become documents: a page that publishes the benchmark's answers
-would turn a test of searching into a test of finding that page. (Training on the live web:
-DeepResearcher, arXiv 2504.03160.)
+Results are filtered before they become documents. Otherwise a page that publishes a benchmark's
+answers would turn a test of searching into a test of finding that page. DeepResearcher
+(arXiv 2504.03160) trains on the live web.
 """
 
 import json
@@ -15,22 +15,24 @@ from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
 
-Organic = dict[str, object]  # one result as Serper and SerpAPI give it: title, snippet, link, …
+Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 _KEYS = ("title", "snippet", "link")
-_PAGE = 10  # results on a page of Google's, whatever is asked; the filter needs some to spare
+_PAGE = 10  # results on one page of Google; the filter needs more than topk
 
 SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.com"}
-"""Where each provider is; the address of a `WebEngine`'s client."""
+"""Server address of each provider, for the client of a `WebEngine`."""
 
 
 def filter_results(
     organic: Iterable[Organic], *, blocked_domains: Collection[str], topk: int
 ) -> list[Organic]:
-    """The first `topk` results that are worth reading, in their order.
+    """Returns the first `topk` acceptable results, in order.
 
-    Left out are results without a title, a snippet or a link with a host; a link (whatever its
-    `#fragment`) or a snippet that came before; and hosts that are one of `blocked_domains` or
-    below it: "huggingface.co" blocks "datasets.huggingface.co", too.
+    These results are dropped:
+      - results without a title, a snippet or a link with a host;
+      - results with the link (ignoring its `#fragment`) or the snippet of an earlier result;
+      - results whose host is one of `blocked_domains` or a subdomain of it: "huggingface.co" also
+        blocks "datasets.huggingface.co".
     """
     blocked = [domain.lower().strip(".") for domain in blocked_domains]
     links, snippets, kept = set(), set(), []
@@ -48,10 +50,10 @@ def filter_results(
 
 
 def _host(link: str) -> str:
-    """The lower-case host of an absolute link, "" when it has none."""
+    """Returns the lower-case host of an absolute link, or "" without one."""
     try:
         return (urlsplit(link).hostname or "").strip(".")
-    except ValueError:  # a bad port or IPv6 address
+    except ValueError:  # an invalid port or IPv6 address
         return ""
 
 
@@ -60,15 +62,15 @@ def _document(result: Organic) -> str:
 
 
 class WebEngine:
-    """Searches the web now; a document is `title: snippet`.
+    """Search engine of the live web; a document is `title: snippet`.
 
     Args:
-      client: of the provider's server, see `SERVERS`.
+      client: client of the provider's server, see `SERVERS`.
       provider: "serper" or "serpapi".
-      api_key: the user's; sent to the provider, never logged.
-      topk: most documents of a search, after filtering.
+      api_key: the user's key; sent to the provider, never logged.
+      topk: maximum number of documents per search, after filtering.
       blocked_domains: see `filter_results`.
-      workers: searches under way at once.
+      workers: maximum number of concurrent searches.
     """
 
     name = "web"
@@ -83,7 +85,7 @@ class WebEngine:
         blocked_domains: Collection[str],
         workers: int,
     ):
-        """Raises UserError: unknown provider, a bad key, or topk or workers below 1."""
+        """Raises UserError for an unknown provider, a bad key, or topk or workers below 1."""
         if provider not in SERVERS:
             raise UserError(f"web: provider is {provider!r}; choose {' or '.join(SERVERS)}")
         if not api_key or api_key != api_key.strip():
@@ -100,7 +102,7 @@ class WebEngine:
         self._api_key = api_key
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request, in order."""
+        """Returns one result per request, in order."""
         return answer_all(requests, self._ask, self.workers)
 
     def _ask(self, request: SearchRequest) -> list[str]:
@@ -110,10 +112,10 @@ class WebEngine:
         return [_document(result) for result in kept]
 
     def organic(self, query: str) -> list[Organic]:
-        """The provider's results, unfiltered; `record_of` makes a row of a recording of them.
+        """Returns the provider's unfiltered results; `record_of` converts them for a recording.
 
         Raises:
-          SearchFailed: no reply after the client's retries, or not a reply of the provider's.
+          SearchFailed: no reply after the client's retries, or a reply of the wrong shape.
         """
         results = max(self.topk, _PAGE)
         if self.provider == "serper":
@@ -121,7 +123,7 @@ class WebEngine:
             return _organic(self.client.post("/search", payload, headers), "organic")
         params = {"engine": "google", "q": query, "num": results, "api_key": self._api_key}
         reply = self.client.get("/search", params)
-        # The list is left out when Google found nothing; then the search was a success.
+        # SerpAPI omits the list if Google found nothing; such a search is successful.
         if isinstance(reply, dict) and "organic_results" not in reply:
             metadata = reply.get("search_metadata")
             if isinstance(metadata, dict) and metadata.get("status") == "Success":
@@ -137,12 +139,12 @@ def _organic(reply: object, key: str) -> list[Organic]:
 
 
 class RecordedWeb:
-    """Answers from recorded Serper replies, the same for ever and without a network.
+    """Search engine that answers from recorded Serper replies, deterministically and offline.
 
-    A query that was recorded, letter for letter, gets its recorded results; of two recordings of
-    a query the later counts. Any other query is answered by BM25 over the title and snippet of
-    every recorded result, which is NOT what the web would have found: only where all queries were
-    recorded does a score stand for web search. Both ways `filter_results` comes first.
+    A query that equals a recorded query exactly gets its recorded results; the latest recording of
+    a query counts. BM25 over the title and snippet of all recorded results answers any other query.
+    Such an answer is NOT that of the web, so a score represents web search only if all queries were
+    recorded. All results pass `filter_results`.
     """
 
     name = "recorded_web"
@@ -150,10 +152,10 @@ class RecordedWeb:
     def __init__(
         self, responses: Iterable[Mapping], *, topk: int, blocked_domains: Collection[str]
     ):
-        """Indexes `responses`, rows as `load_recording` gives them.
+        """Indexes `responses`, rows of `load_recording`.
 
         Raises:
-          UserError: topk < 1, or no result is left after filtering.
+          UserError: topk < 1, or filtering drops all results.
         """
         recorded = {row["searchParameters"]["q"]: row["organic"] for row in responses}
         everything = [result for organic in recorded.values() for result in organic]
@@ -173,29 +175,29 @@ class RecordedWeb:
         passages = [
             Passage(r["link"], _host(r["link"]), r["title"], _document(r), ()) for r in pool
         ]
-        self._other = BM25Engine(passages, topk)
+        self._fallback = BM25Engine(passages, topk)
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """One result a request, in order."""
+        """Returns one result per request, in order."""
         return [
             SearchResult(request.key, self._recorded[request.query])
             if request.query in self._recorded
-            else self._other.search([request])[0]
+            else self._fallback.search([request])[0]
             for request in requests
         ]
 
 
 def record_of(query: str, organic: Iterable[Organic]) -> dict:
-    """One row of a recording: what Serper's `/search` replied, cut to what is read here."""
+    """Returns one row of a recording: a reply of Serper's `/search`, reduced to the keys in use."""
     results = [{key: result[key] for key in _KEYS if key in result} for result in organic]
     return {"searchParameters": {"q": query}, "organic": results}
 
 
 def load_recording(path: str | Path) -> list[dict]:
-    """The rows of a .jsonl file of Serper's replies; other keys than `record_of`'s are ignored.
+    """Reads a .jsonl file of Serper's replies into rows like those of `record_of`.
 
     Raises:
-      UserError: the file is missing, empty or not UTF-8, or a row is not such a reply.
+      UserError: the file is missing, empty or not UTF-8, or a row is not a reply of Serper.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -216,10 +218,10 @@ def _row(path: str | Path, number: int, line: str) -> dict:
     parameters = row.get("searchParameters") if isinstance(row, dict) else None
     query = parameters.get("q") if isinstance(parameters, dict) else None
     if not isinstance(query, str):
-        raise UserError(f"{where}: searchParameters.q, the query, is not there or not text")
+        raise UserError(f"{where}: searchParameters.q, the query, is missing or not text")
     organic = row.get("organic")
     if not isinstance(organic, list) or not all(isinstance(result, dict) for result in organic):
-        raise UserError(f"{where}: organic is not there or not a list of results")
+        raise UserError(f"{where}: organic is missing or not a list of results")
     for rank, result in enumerate(organic):
         bad = [key for key in _KEYS if not isinstance(result.get(key, ""), str)]
         if bad:

@@ -1,11 +1,11 @@
-"""Watches an RL run's figures for the early warnings of a collapse.
+"""Watches an RL run's metrics for early signals of a collapse.
 
-A collapse announces itself in an order (arXiv 2512.04220): correct episodes become less likely
+A collapse shows its signals in this order (arXiv 2512.04220): correct episodes become less likely
 while the reward still rises; the entropy accelerates; the gradient norm surges; the reward drops.
-Each warning is a comparison of windows of steps. The thresholds are heuristics: a warning is a
-reason to look at the curves, not a proof, and its absence promises nothing.
+Each signal compares windows of steps. The thresholds are heuristics: a signal is a reason to look
+at the curves, not a proof, and no signal is no guarantee.
 
-This module knows the glossary's names and plain numbers; it knows no config and stops no run.
+The watch only reports; the caller decides whether to stop the run.
 """
 
 import json
@@ -16,56 +16,59 @@ from statistics import fmean, median
 
 from zerosearch_jax.errors import UserError
 
-# Signal → (the figure it watches, what it means), in the order in which a collapse shows them.
+# Signal → (metric, meaning), in the order in which a collapse shows them.
 SIGNALS: dict[str, tuple[str, str]] = {
     "collapse/correct_loglik_falls": (
         "correct_loglik",
         "correct episodes become less likely although the reward holds",
     ),
-    "collapse/entropy_accelerates": ("entropy", "the policy's entropy rises faster and faster"),
-    "collapse/grad_norm_surges": ("grad_norm", "the gradients have grown to a multiple"),
-    "collapse/reward_drops": ("reward", "the policy loses what it had learnt"),
+    "collapse/entropy_accelerates": ("entropy", "the policy's entropy rises at a growing rate"),
+    "collapse/grad_norm_surges": (
+        "grad_norm",
+        "the gradient norm grew to a multiple of its past",
+    ),
+    "collapse/reward_drops": ("reward", "the reward fell far below its best"),
 }
 ADVICE = (
-    "try a lower optimizer.learning_rate, a higher kl.coef, a smaller loss.clip_high or, with several updates "
-    "a step, loss.llds above 0; an earlier checkpoint may be better than the last one"
+    "try a lower optimizer.learning_rate, a higher kl.coef, a smaller loss.clip_high or, with "
+    "several updates per step, loss.llds above 0; an earlier checkpoint may be better than the last"
 )
 ALARM_AT = 2  # one signal alone is often noise
-REWARD_HELD = 0.1  # a fall of the reward by less than this share of itself is taken for noise
+REWARD_HELD = 0.1  # a smaller relative fall of the reward counts as noise
 
 
 class CollapseWatch:
-    """Compares the newest `window` steps with the windows before them, one `update` a step.
+    """Comparison of the newest `window` steps with the windows before them.
 
-    Below, m is the mean over the newest `window` steps, m' over the `window` steps before those,
-    m'' over the ones before those; the windows move with every step.
+    The table uses m for the mean over the newest `window` steps, m' for the window before it, and
+    m'' for the window before that. The windows move with every step.
 
-    | signal                 | holds when                                                        |
-    |------------------------|-------------------------------------------------------------------|
+    | signal                 | holds when                                                         |
+    |------------------------|--------------------------------------------------------------------|
     | `correct_loglik_falls` | m' − m > `loglik_fall`, and the reward held: its m ≥ m' − 0.1·m'   |
-    | `entropy_accelerates`  | (m − m') − max(m' − m'', 0) > `entropy_rise`                      |
-    | `grad_norm_surges`     | median > `grad_norm_ratio` · median of the window before, if > 0  |
-    | `reward_drops`         | m < `reward_share` · best mean of any window so far, if > 0       |
+    | `entropy_accelerates`  | (m − m') − max(m' − m'', 0) > `entropy_rise`                       |
+    | `grad_norm_surges`     | median > `grad_norm_ratio` · median of the previous window, if > 0 |
+    | `reward_drops`         | m < `reward_share` · best mean of any window so far, if > 0        |
 
-    So an entropy whose fall ends does not count, only one that rises, and by more than before.
-    No signal holds before 2·`window` steps, the entropy's not before 3·`window` steps.
+    The entropy must rise, and by more than before; the end of a fall does not count. No signal
+    holds before 2·`window` steps, and the entropy's signal not before 3·`window` steps.
 
-    A figure may be missing: a mean is taken over the steps that have it, and where fewer than
-    half of a window's steps do, what needs that window does not hold. Leave `correct_loglik` out
-    where a step had no correct episode. NaN or ±inf is never healthy: its own signal holds in
-    that step, from the first step on; means and medians leave the value out.
+    A step may lack a metric, as `correct_loglik` without a correct episode. Means and medians then
+    use the other steps; a window in which fewer than half of the steps have the metric gives no
+    signal. NaN or ±inf gives the metric's signal in that step, even in the first one, and does not
+    enter means and medians.
 
-    The defaults stand well clear of what seven healthy runs of the embedded example (14 to 18
-    steps, windows of 5 and 7) showed at most, given below as "healthy".
+    The default thresholds have a margin over the extremes of seven healthy runs of the embedded
+    example (14 to 18 steps, windows of 5 and 7), which are given below as "healthy".
 
     Args:
-      window: steps in a window. About 10 for steps of 100 episodes; more for fewer episodes. In
-        a run shorter than two windows no signal can hold, but for figures that are not finite.
-      loglik_fall: nats per policy token; healthy 0.012.
-      entropy_rise: nats per policy token; healthy windows rose by 0.011.
-      grad_norm_ratio: healthy 1.3.
-      reward_share: healthy runs ended at 0.78 of their best window or above, for the best is
-        partly luck and the curriculum gets harder.
+      window: steps per window: about 10 for steps of 100 episodes, more for fewer episodes. In a
+        run shorter than two windows, only values that are not finite give signals.
+      loglik_fall: nats per policy token; healthy: up to 0.012.
+      entropy_rise: nats per policy token; healthy: up to 0.011.
+      grad_norm_ratio: ratio of medians; healthy: up to 1.3.
+      reward_share: share of the best window; healthy: 0.78 or more at the end. The best window is
+        partly luck, and the curriculum gets harder.
 
     Raises:
       UserError: `window` is below 1.
@@ -81,7 +84,7 @@ class CollapseWatch:
         reward_share: float = 0.6,
     ) -> None:
         if window < 1:
-            raise UserError(f"the collapse watch needs a window of at least 1 step, not {window}")
+            raise UserError(f"config.watch.window must be at least 1 step, not {window}")
         self._window = window
         self._loglik_fall = loglik_fall
         self._entropy_rise = entropy_rise
@@ -89,22 +92,22 @@ class CollapseWatch:
         self._reward_share = reward_share
         self._rows: list[dict[str, float]] = []  # the newest 3 windows
         self._best_reward = -math.inf
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._alarm: str | None = None
 
-    def update(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Takes one step's figures; returns which signals hold now.
+    def update(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adds one step's metrics and returns which signals hold now.
 
-        After a resume, feed the rows of the steps before it first (`earlier_rows`): signals and
-        alarms are then those of the uninterrupted run.
+        After a resume, first pass the rows of all earlier steps (`earlier_rows`). Signals and
+        alarms then equal those of the uninterrupted run.
 
         Args:
-          figures: by the glossary's names; those that are not watched are ignored.
+          metrics: metrics by name; metrics without a signal are ignored.
 
         Returns:
-          1.0 or 0.0 for each of `SIGNALS`, and their number as `collapse/signals`.
+          1.0 or 0.0 for each of `SIGNALS`, and their sum as `collapse/signals`.
         """
-        row = {name: float(figures[name]) for name, _ in SIGNALS.values() if name in figures}
+        row = {name: float(metrics[name]) for name, _ in SIGNALS.values() if name in metrics}
         self._rows = [*self._rows, row][-3 * self._window :]
         reward = self._mean("reward")
         if reward is not None:
@@ -117,34 +120,33 @@ class CollapseWatch:
         }
         holding = {
             signal
-            for signal, (figure, _) in SIGNALS.items()
-            if found[signal] or not math.isfinite(row.get(figure, 0.0))
+            for signal, (metric, _) in SIGNALS.items()
+            if found[signal] or not math.isfinite(row.get(metric, 0.0))
         }
-        self._note(holding)
+        self._update_alarm(holding)
         signals = {signal: float(signal in holding) for signal in SIGNALS}
         return signals | {"collapse/signals": float(len(holding))}
 
     def alarm(self) -> str | None:
-        """What to log loudly after the last `update`, at most 6 lines; None: nothing new.
+        """Returns the alarm of the last `update`, at most 6 lines, or None.
 
-        There is an alarm when two signals or more hold and one of them was not in an alarm yet,
-        so a lasting collapse gives at most three. When no signal holds any more, all is forgotten
-        and the next alarm may name them again.
+        An alarm needs two signals or more, of which one is new, so a lasting collapse gives at
+        most three alarms. Signals count as new again once no signal holds.
         """
         return self._alarm
 
-    def _note(self, holding: set[str]) -> None:
+    def _update_alarm(self, holding: set[str]) -> None:
         self._alarm = None
         if not holding:
-            self._told = set()
-        elif len(holding) >= ALARM_AT and not holding <= self._told:
-            self._told |= holding
+            self._reported = set()
+        elif len(holding) >= ALARM_AT and not holding <= self._reported:
+            self._reported |= holding
             meanings = [
                 f"  {signal}: {meaning}"
                 for signal, (_, meaning) in SIGNALS.items()
                 if signal in holding
             ]
-            head = f"WARNING: {len(holding)} of {len(SIGNALS)} early signs of a collapse"
+            head = f"WARNING: {len(holding)} of {len(SIGNALS)} early signals of a collapse"
             self._alarm = "\n".join([head, *meanings, ADVICE])
 
     def _correct_loglik_falls(self) -> bool:
@@ -178,7 +180,7 @@ class CollapseWatch:
         return fmean(values) if values else None
 
     def _finite(self, name: str, back: int = 0) -> list[float]:
-        """Finite values of the window `back` windows before the newest; [] if too few."""
+        """Returns finite values of the window `back` windows before the newest; [] if too few."""
         end = len(self._rows) - back * self._window
         start = end - self._window
         if start < 0:
@@ -189,9 +191,9 @@ class CollapseWatch:
 
 
 def earlier_rows(path: str | Path, first_step: int) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl` with `step` < `first_step`, in the file's order.
+    """Reads the rows of a run's `metrics.jsonl` with `step` < `first_step`, in file order.
 
-    A missing file has no rows; a last row cut by a kill is left out.
+    Returns [] if the file is missing, and ignores a last row that a kill truncated.
 
     Raises:
       UserError: a line is not JSON.

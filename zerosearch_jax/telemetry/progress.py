@@ -1,7 +1,4 @@
-"""Shows a run's progress: a bar on a terminal, one plain line a step elsewhere.
-
-It formats figures and knows nothing of what they measure.
-"""
+"""Shows a run's progress: a bar on a terminal, one plain line per step elsewhere."""
 
 import sys
 import time
@@ -10,7 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# The figures worth a glance, in this order, under names short enough for one line.
+# Metric → short label. The metrics appear in this order.
 SHOWN: dict[str, str] = {
     "reward": "reward",
     "em": "em",
@@ -22,13 +19,13 @@ SHOWN: dict[str, str] = {
 
 
 class Progress:
-    """Progress over steps `first_step` … `total`.
+    """Progress of a run that has `first_step` steps behind it and ends after `total`.
 
     Args:
-      total: the run's number of steps.
-      first_step: steps already done before this run (a resumed run).
-      stream: where to write; standard output by default.
-      clock: seconds, from any origin.
+      total: number of steps of the whole run.
+      first_step: steps that an earlier, resumed run has done.
+      stream: destination; standard output by default.
+      clock: returns seconds from any origin.
     """
 
     def __init__(
@@ -49,9 +46,9 @@ class Progress:
                 total=total, initial=first_step, file=self._stream, dynamic_ncols=True, unit="step"
             )
 
-    def update(self, done: int, figures: Mapping[str, float]) -> None:
-        """Shows that `done` steps are finished, with the figures of the last one."""
-        text = " ".join(f"{short} {figures[n]:.3g}" for n, short in SHOWN.items() if n in figures)
+    def update(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Shows that `done` steps are finished, with the metrics of the last one."""
+        text = " ".join(f"{label} {metrics[n]:.3g}" for n, label in SHOWN.items() if n in metrics)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -60,26 +57,17 @@ class Progress:
         each = (now - self._began) / max(done - self._first, 1)
         eta = _minutes(each * (self._total - done))
         seconds, self._last = now - self._last, now
-        self._print(f"step {done}/{self._total} {text} | {seconds:.1f} s/step eta {eta}")
-
-    def note(self, text: str) -> None:
-        """Prints lines above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            self._print(text)
+        line = f"step {done}/{self._total} {text} | {seconds:.1f} s/step eta {eta}"
+        print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is and ends its line."""
+        """Keeps the bar on the screen and ends its line."""
         if self._bar is not None:
             self._bar.close()
 
-    def _print(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
 
 def _minutes(seconds: float) -> str:
-    """`190.2` → `3:10`; from an hour on `1:02:03`."""
+    """Formats seconds: `190.2` → `3:10`, `3723` → `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,27 +1,24 @@
-"""Writes a run's figures: TensorBoard events and `metrics.jsonl`, one row a step.
-
-It knows the glossary's names and nothing of what they measure.
-"""
+"""Writes a run's metrics: TensorBoard events and `metrics.jsonl`, one row per step."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.telemetry.metrics import METRICS
 
 
 class Recorder:
-    """The figures of one run in `workdir`.
+    """Writer of the metrics of one run.
 
-    A killed run may have written rows of steps after its last checkpoint. The resumed run
-    writes those again, so what stands there from `first_step` on is dropped first.
+    A killed run may have written rows of steps after its last checkpoint. The resumed run repeats
+    these steps, so the recorder first drops all rows from `first_step` on.
 
     Args:
-      workdir: gets `metrics.jsonl` and TensorBoard's event files in `tensorboard/`.
-      enabled: False on all processes but one: nothing is written.
+      workdir: directory of `metrics.jsonl` and of TensorBoard's event files, in `tensorboard/`.
+      enabled: whether this process writes; only one process of a run should.
       first_step: number of the first step that this run will write.
     """
 
@@ -39,7 +36,11 @@ class Recorder:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the figures of one step. Raises KeyError for a name not in the glossary."""
+        """Writes the metrics of one step.
+
+        Raises:
+          KeyError: a name is not in telemetry/metrics.py, which is checked on every process.
+        """
         unknown = sorted(values.keys() - METRICS.keys())
         if unknown:
             raise KeyError(f"not in telemetry/metrics.py: {', '.join(unknown)}")
@@ -52,9 +53,9 @@ class Recorder:
             self._board.add_scalar(name, float(value), step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Writes text (a rendered trajectory) to TensorBoard, line breaks kept."""
+        """Writes text, for example a rendered trajectory, to TensorBoard with its line breaks."""
         if self._board is not None:
-            # TensorBoard reads Markdown: indented lines are shown as they are, tags and all.
+            # TensorBoard renders Markdown, and shows indented lines verbatim, including tags.
             self._board.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
@@ -65,7 +66,7 @@ class Recorder:
 
 
 def _drop_rows_from(path: Path, first_step: int) -> None:
-    """Keeps the complete rows of steps before `first_step`; a row cut by a kill goes, too."""
+    """Drops rows of steps from `first_step` on, and a last row that a kill truncated."""
     if not path.exists():
         return
     kept = [
@@ -73,6 +74,4 @@ def _drop_rows_from(path: Path, first_step: int) -> None:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
         if line.endswith("\n") and json.loads(line)["step"] < first_step
     ]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, "".join(kept))

@@ -1,46 +1,53 @@
-"""Adds up where a step's time goes. It knows the glossary's `seconds/…` names, not the phases."""
+"""Measures how the time of a step divides into sections."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
+
 from zerosearch_jax.telemetry.metrics import METRICS
 
 
 class StepTimer:
-    """Seconds by phase, from one `take` to the next.
+    """Seconds per section of a step.
 
-    JAX returns before the device is done: a phase counts what the host waited for, so end it
-    with a value read on the host. A phase inside another one is taken off the outer one, so
-    the phases add up to no more than the step.
+    JAX dispatches work asynchronously, so a section counts only the time that the host waits. End
+    a section by reading a value on the host. The time of a nested section is subtracted from the
+    outer one, so the sections add up to no more than the step.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._began = clock()
         self._seconds: dict[str, float] = {}
-        self._inner: list[float] = []
+        self._nested: list[float] = []  # for each open section, the seconds of its nested ones
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Counts the block as phase `name` ("rollout"); KeyError when the glossary lacks it."""
+    def section(self, name: str) -> Iterator[None]:
+        """Times the block as metric `seconds/{name}` and names it in profiler traces.
+
+        Raises:
+          KeyError: the metric is not in telemetry/metrics.py.
+        """
         metric = f"seconds/{name}"
         if metric not in METRICS:
             raise KeyError(f"not in telemetry/metrics.py: {metric}")
         began = self._clock()
-        self._inner.append(0.0)
+        self._nested.append(0.0)
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             spent = self._clock() - began
-            own = spent - self._inner.pop()
+            own = spent - self._nested.pop()
             self._seconds[metric] = self._seconds.get(metric, 0.0) + own
-            if self._inner:
-                self._inner[-1] += spent
+            if self._nested:
+                self._nested[-1] += spent
 
-    def take(self) -> dict[str, float]:
-        """The seconds by phase since the last `take`, with `seconds/step`; starts anew."""
+    def pop(self) -> dict[str, float]:
+        """Returns the seconds of each section and `seconds/step`, and resets them."""
         now = self._clock()
-        taken = {**self._seconds, "seconds/step": now - self._began}
+        seconds = {**self._seconds, "seconds/step": now - self._began}
         self._began, self._seconds = now, {}
-        return taken
+        return seconds

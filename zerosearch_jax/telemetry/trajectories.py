@@ -1,6 +1,6 @@
-"""Shows an episode to people: what the policy wrote, set apart from what was inserted.
+"""Renders an episode for people and marks which text the policy wrote.
 
-It is given text with its provenance and reads no tags: a document cannot pass for the policy.
+The provenance comes with the text, not from tags, so a document cannot pass for the policy.
 """
 
 import unicodedata
@@ -14,17 +14,17 @@ def render_segments(segments: Sequence[tuple[str, bool]], color: bool) -> str:
     """Renders an episode.
 
     Args:
-      segments: in order, (text, whether the policy wrote it).
-      color: True for a terminal: inserted text is dim, the policy's coloured, and the text is
-        otherwise as it is. False: inserted lines stand behind a `│ ` margin and begin on a
-        line of their own, so the two never share a line; blank lines at a border go.
+      segments: (text, whether the policy wrote it), in order.
+      color: True, for a terminal: the policy's text is coloured, inserted text is dim, and the
+        layout is unchanged. False: inserted lines have a `│ ` margin. Each change of writer
+        begins a new line, and blank lines there are dropped.
 
     Returns:
       The rendering, without a final line break.
     """
     merged = _merge(segments)
     if color:
-        return "".join(f"{_CYAN if ours else _DIM}{_safe(t)}{_RESET}" for t, ours in merged)
+        return "".join(f"{_CYAN if own else _DIM}{_safe(text)}{_RESET}" for text, own in merged)
     lines: list[str] = []
     for text, by_policy in merged:
         margin = "" if by_policy else _MARGIN
@@ -33,7 +33,7 @@ def render_segments(segments: Sequence[tuple[str, bool]], color: bool) -> str:
 
 
 def _merge(segments: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
-    """Joins neighbours of one writer, so that a border is always a change of writer."""
+    """Joins adjacent segments of one writer and drops empty ones."""
     merged: list[tuple[str, bool]] = []
     for text, by_policy in segments:
         if not text:
@@ -46,7 +46,7 @@ def _merge(segments: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 def _safe(text: str) -> str:
-    """Without control characters, which a document could use to write over other text."""
+    """Replaces control characters, with which a document could overwrite other text."""
     return "".join(
         ch if ch in "\n\t" or unicodedata.category(ch) != "Cc" else "\ufffd" for ch in text
     )

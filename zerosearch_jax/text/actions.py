@@ -1,16 +1,15 @@
-"""Finds what the policy wants: to search, to answer, or nothing that can be understood.
+"""Parses the action of a policy's turn: a search, an answer, or an invalid action.
 
-It is given only text that the policy itself wrote, one turn at a time, never the prompt and
-never a document: the prompt's own `<answer> Beijing </answer>` and an `<answer>` inside a
-document cannot be read as the policy's (in the released code it can). This module must not know
-tokens, prompts or engines.
+The parser gets only the policy's own text, one turn at a time, never the prompt or a document.
+The prompt's own `<answer> Beijing </answer>` and an `<answer>` inside a document therefore cannot
+count as the policy's answer (in the released code they can).
 
 Grammar of a turn. Generation stops at the first `</search>` or `</answer>`, so the closing tag
-ends the text, save for the spare bytes of the token that completed it ('>\\n'); these are
-ignored. The action is the block that this tag closes: it begins at the *last* `<search>` or
-`<answer>` before it, and the names must agree. So tags that the policy only talks about while
-thinking do not count, and a query or answer holds no search or answer tag. (The released code
-takes the first opening tag instead.) Tags are exact: lower case, no spaces inside.
+ends the text. Only spare bytes of the token that completed the tag ('>\\n') may follow; they are
+ignored. The action is the block that this tag closes. The block begins at the *last* `<search>` or
+`<answer>` before the closing tag, and the two names must agree. Tags that the policy only mentions
+while thinking therefore do not count, and a query or answer contains no search or answer tag. (The
+released code uses the first opening tag instead.) Tags are exact: lower case, without spaces.
 """
 
 import re
@@ -23,11 +22,11 @@ _TAG = re.compile(r"<(/?)(search|answer)>")
 
 @dataclass(frozen=True)
 class Action:
-    """What one turn asks for.
+    """Action of one turn.
 
     Attributes:
       kind: "search", "answer" or "invalid".
-      content: the query or the answer, stripped and not empty; "" when invalid.
+      content: the query or the answer, stripped and not empty; "" if invalid.
     """
 
     kind: Literal["search", "answer", "invalid"]
@@ -38,19 +37,19 @@ INVALID = Action("invalid")
 
 
 def parse_action(text: str, open_tag: str = "") -> Action:
-    """The action of one turn; see the module's grammar.
+    """Parses the action of one turn by the module's grammar.
 
     Args:
-      text: what the policy wrote in this turn, and nothing else.
-      open_tag: "answer" or "search" when the caller has inserted that opening tag right before
-        `text` (a forced answer), so that only the closing tag is expected.
+      text: the policy's own text of this turn.
+      open_tag: "answer" or "search" if the caller inserted that opening tag right before `text`,
+        as for a forced answer. `text` then needs only the closing tag.
 
     Returns:
-      The first complete block's action. Invalid when there is none, when the closing tag
-      does not fit the last opened one, and when the block is empty.
+      The action of the first complete block. It is invalid if there is no block, if the closing
+      tag does not match the last opening tag, or if the block is empty.
 
     Raises:
-      ValueError: unknown `open_tag`.
+      ValueError: `open_tag` is unknown.
     """
     if open_tag not in ("", "search", "answer"):
         raise ValueError(f'open_tag is {open_tag!r}: use "", "search" or "answer"')
@@ -68,11 +67,11 @@ def parse_action(text: str, open_tag: str = "") -> Action:
 
 
 def final_answer(policy_texts: Sequence[str], open_tag: str = "") -> str | None:
-    """The last answer of an episode, or None when the policy gave none.
+    """Returns the last answer of an episode, or None if the policy gave none.
 
     Args:
-      policy_texts: the policy's own text of every turn, in order. Turns are read one by one: a
-        block cannot begin in one turn and end in another, across inserted text.
+      policy_texts: the policy's own text of every turn, in order. Each turn is parsed separately,
+        so a block cannot span inserted text.
       open_tag: as in `parse_action`, for the last turn.
     """
     for i, text in enumerate(reversed(policy_texts)):

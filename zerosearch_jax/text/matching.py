@@ -1,4 +1,4 @@
-"""Word matching: folds accents, splits text into words, finds names as whole words."""
+"""Word matching: removes accents, splits text into words, finds names as whole words."""
 
 import re
 import unicodedata
@@ -10,21 +10,21 @@ _LETTERS = str.maketrans(
 
 
 def fold(text: str) -> str:
-    """`text` without accents and typographic quotes. Letters it does not know stay."""
+    """Removes accents and typographic punctuation from `text`; other letters are unchanged."""
     text = unicodedata.normalize("NFKD", text.translate(_LETTERS))
     return "".join(c for c in text if not unicodedata.combining(c))
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words of folded `text`; an apostrophe or a decimal point stays inside one."""
+    """Splits folded `text` into lower-case words; apostrophes and decimal points stay."""
     return re.findall(r"\w+(?:['.]\w+)*", fold(text).lower())
 
 
 def padded(text: str) -> str:
-    """The words of `text` with a space on either side of each, so that `in` finds whole words."""
+    """Returns the words of `text` with a space around each, so that `in` finds whole words."""
     return f" {' '.join(words(text))} "
 
 
 def mentions(text: str, name: str) -> bool:
-    """Whether `name` occurs in `text` as whole words, whatever the case and the accents."""
+    """Returns whether `name` occurs in `text` as whole words, ignoring case and accents."""
     return padded(name) in padded(text)

@@ -1,9 +1,8 @@
-"""Every string that is put before a model: prompts, observations, requests to simulator and judge.
+"""All texts that models read: prompts, observations, and requests to simulator and labeller.
 
-The wording is interface: released policies and simulators were trained on it, so it is changed
-only with the checkpoints. Documents come from outside (a model, the web) and are made harmless
-here, at the one place where they become text of an episode. This module must not know tokens,
-engines or episodes.
+The wording is an interface: released policies and simulators were trained on it, so it changes only
+together with the checkpoints. Documents come from outside (a model, the web). This module
+neutralises their tags, because here they become text of an episode.
 """
 
 import re
@@ -24,16 +23,16 @@ INVALID_ACTION = (
     "<search> and </search>. If I want to give the final answer, I should put the answer between "
     "<answer> and </answer>. Let me try again.\n"
 )
-"""Inserted after a turn without a valid action. Inserted, hence masked out of every loss."""
+"""Inserted after a turn without a valid action. As inserted text it is masked in every loss."""
 
 FORCED_ANSWER = "<think> I know this. </think>\n<answer>"
-"""Inserted after the prompt where the policy has to answer at once: what follows is the answer."""
+"""Inserted after the prompt to make the policy answer at once; its text continues the answer."""
 
 NO_HELPFUL_INFORMATION = "No helpful information found."
-"""What a refined search says when its documents do not help."""
+"""The text of a refined search without helpful documents."""
 
 NO_RESULTS = "The search returned no documents."
-"""Stands in the information block, in the place of documents, when an engine found nothing."""
+"""Replaces the documents in the information block if the engine found nothing."""
 
 _REFINE = (
     "Below are documents that a search engine found. Write down what they say that helps to "
@@ -48,13 +47,13 @@ _REFINE = (
 )
 
 READER_OPENING = "<think> The {query} is"
-"""Inserted behind the documents that a fixed reader answers from.
+"""Inserted after the documents from which a fixed reader answers.
 
-Left to itself a reader that does not know how its episode came to this query searches on; asked for
-the answer at once, without a thought, it reads worse.
+Without it, a reader that does not know how its episode came to this query continues to search. A
+reader that must answer at once, without a thought, extracts the answer less reliably.
 """
 
-_JUDGE = (
+_LABELING = (
     "You judge the results of a search engine. Below are a question, its correct answer and the "
     "documents that a search returned.\n"
     "\n"
@@ -67,7 +66,7 @@ _JUDGE = (
     "one word: yes or no."
 )
 
-# Not f-strings: the blank line and the line breaks are part of the interface.
+# The blank line and the line breaks are part of the interface.
 _SIMULATOR_HEAD = (
     "You are the Google search engine.\n"
     "Given a query, you need to generate {count} {kind} documents for the query.\n"
@@ -119,7 +118,7 @@ _EXAMPLE_DOCUMENTS = {
     ),
 }
 
-_MOST_ALIASES = 5  # that a judge is told
+_MAX_ALIASES = 5  # gold answers in a labeller's prompt
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 _TAG = re.compile(r"<\s*(/?)\s*(think|search|information|answer)\s*>", re.IGNORECASE)
@@ -128,20 +127,20 @@ _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
 
 
 def policy_prompt(question: str) -> str:
-    """The policy's user turn. The chat template, if any, is applied by the tokenizer's owner."""
+    """Returns the policy's user turn, without any chat template."""
     return _POLICY.replace("{question}", question)
 
 
 def forced_search(query: str) -> str:
-    """A search as the policy would write it, inserted before the policy's first turn."""
+    """Returns a search in the policy's format, for insertion before the policy's first turn."""
     return f"<think> I search for the question. </think>\n<search> {_one_line(query)} </search>"
 
 
 def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
-    """The user turn that asks what `documents`, found for `query`, say that helps.
+    """Returns the user turn that asks for the helpful information in the documents of `query`.
 
-    Search-o1's "reason in documents" (arXiv 2501.05366, section 3), without the reasoning so far,
-    which the paper also gives.
+    This is Search-o1's "reason in documents" (arXiv 2501.05366, section 3). The paper's prompt also
+    contains the reasoning so far.
     """
     return _REFINE.format(
         nothing=NO_HELPFUL_INFORMATION,
@@ -152,19 +151,19 @@ def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
 
 
 def judge_prompt(question: str, golden_answers: Sequence[str], documents: Sequence[str]) -> str:
-    """The judge's user turn. Of many gold answers it is told the first five."""
+    """Returns the labeller's user turn, with at most the first five gold answers."""
     fields = {
         "question": _one_line(question),
-        "answer": " or ".join(golden_answers[:_MOST_ALIASES]),
+        "answer": " or ".join(golden_answers[:_MAX_ALIASES]),
         "documents": format_documents(documents),
     }
-    return _JUDGE.format_map(fields)
+    return _LABELING.format_map(fields)
 
 
 def parse_verdict(text: str) -> bool | None:
-    """Whether the judge said yes; None when its answer begins with neither yes nor no.
+    """Returns whether the labeller's answer begins with yes; None if with neither yes nor no.
 
-    What a reasoning model thinks first, up to `</think>`, is not its answer.
+    The thoughts of a reasoning model, up to `</think>`, are not part of its answer.
     """
     match = _VERDICT.match(text.rpartition("</think>")[2])
     return None if match is None else match.group(1).lower() == "yes"
@@ -173,21 +172,21 @@ def parse_verdict(text: str) -> bool | None:
 def neutralise_tags(text: str) -> str:
     """Replaces the angle brackets of our tags by round ones: '</Answer >' becomes '(/Answer)'.
 
-    The result holds no tag whatever the nesting: a replacement leaves no angle bracket behind
-    and no gap that could close up, so what surrounds it cannot join into a new tag.
+    The result contains no tag, even after nested ones. A replacement leaves neither angle brackets
+    nor a gap, so the text around it cannot join into a new tag.
     """
     return _TAG.sub(r"(\1\2)", text)
 
 
 def _one_line(text: str) -> str:
-    """One harmless line. Spaces are merged first, so that no later change can form a tag."""
+    """Joins `text` into one line without tags. Merging spaces first keeps it from forming a tag."""
     return neutralise_tags(" ".join(text.split()))
 
 
 def format_documents(docs: Sequence[str]) -> str:
-    """Documents, best first, as lines 'Doc 1: …', tags neutralised; `NO_RESULTS` if none.
+    """Formats documents, best first, as lines 'Doc 1: …' without tags; `NO_RESULTS` if none.
 
-    A document is put on one line, so that it cannot pretend to be several.
+    Each document is one line, so that it cannot imitate several documents.
     """
     if not docs:
         return NO_RESULTS
@@ -195,14 +194,14 @@ def format_documents(docs: Sequence[str]) -> str:
 
 
 def search_failed(reason: str) -> str:
-    """What stands in the information block when the engine gave up after its retries."""
+    """Returns the content of the information block for a search that failed after its retries."""
     return f"The search failed ({_one_line(reason)})."
 
 
 def information_block(docs_text: str) -> str:
     """Wraps the text of `format_documents`, `NO_RESULTS` or `search_failed` for insertion.
 
-    Cut long documents before they come here: the closing tag must never be lost.
+    Truncate long documents before this call, so that the closing tag is never lost.
     """
     return f"\n\n<information>{docs_text}</information>\n\n"
 
@@ -210,24 +209,24 @@ def information_block(docs_text: str) -> str:
 def simulator_prompt(
     question: str, answer: str, query: str, noisy: bool, form: str, topk: int
 ) -> str:
-    """The simulator's user turn; its system turn is empty.
+    """Returns the simulator's user turn; its system turn is empty.
 
     Args:
-      question: what the user of the imagined search engine wants to know.
-      answer: its gold answer; several aliases are joined by the caller.
-      query: the policy's query. It is put on one line, so that it cannot end the request early.
-      noisy: ask for noisy documents instead of useful ones.
-      form: "finetuned" (the wording that simulators are fine-tuned on) or "prompted" (for an
-        untuned model: adds a worked example and says to write nothing else).
+      question: the question that the user of the simulated engine wants to answer.
+      answer: the gold answer of the question; the caller joins several aliases.
+      query: the policy's query. It becomes one line, so that it cannot end the request early.
+      noisy: whether to request noisy documents instead of useful ones.
+      form: "finetuned", the wording that simulators are fine-tuned on; or "prompted", which adds a
+        worked example and forbids any other text, for a model without fine-tuning.
       topk: number of documents, at least 1.
 
     Raises:
-      ValueError: unknown form, or topk < 1.
+      ValueError: `form` is unknown, or topk < 1.
     """
     if form not in ("finetuned", "prompted"):
         raise ValueError(f'simulator prompt form is {form!r}: use "finetuned" or "prompted"')
     if topk < 1:
-        raise ValueError(f"a search asks for {topk} documents: topk must be at least 1")
+        raise ValueError(f"topk is {topk}: it must be at least 1")
     kind = "noisy" if noisy else "useful"
     count = _NUMBER_WORDS[topk - 1] if topk <= len(_NUMBER_WORDS) else str(topk)
     head = _SIMULATOR_HEAD.format(count=count, kind=kind)
@@ -250,11 +249,11 @@ def _simulator_request(question: str, answer: str, query: str, kind: str, prompt
 
 
 def cut_documents(text: str, topk: int) -> list[str]:
-    """The documents of a simulator's output, stripped and on one line each, at most `topk`.
+    """Cuts a simulator's output into at most `topk` documents, each stripped and on one line.
 
-    Reads 'Doc i: …' in rising i. Missing numbers and empty documents are skipped; the output
-    ends before `Doc {topk+1}` and where the numbers start again (a model that repeats itself).
-    Returns [] when the text holds no document.
+    Reads 'Doc i: …' with increasing i, and skips missing numbers and empty documents. The last
+    document ends before `Doc {topk+1}`, or where the numbers start again because a model repeats
+    itself. Returns [] if the text contains no document.
     """
     headers = list(_DOCUMENT_HEADER.finditer(text))
     documents = []

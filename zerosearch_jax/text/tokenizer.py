@@ -1,7 +1,6 @@
-"""Text to token ids and back, and the exact bytes behind each id.
+"""Converts text to token ids and back, and maps each id to its exact bytes.
 
-A thin layer over `transformers` and `tokenizers`. It knows nothing of prompts' wording, of tags
-or of models.
+A thin layer over `transformers` and `tokenizers`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,17 +13,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from zerosearch_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_STAND_IN = "\ue000"  # for the user's text, to see where a chat template puts it
+_PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 
 
 def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model directory, or of a hub name if the hub can be had.
+    """Loads the tokenizer of a Hugging Face model directory or, if the hub is reachable, hub name.
 
     Raises:
-      UserError: there is none, or its files cannot be read.
+      UserError: there is no tokenizer, or its files cannot be read.
     """
-    # tokenizer.json is what the model was trained with. AutoTokenizer would go by config.json's
-    # model_type instead and, for Qwen2, put its own pre-tokenizer in the place of the file's.
+    # The model was trained with tokenizer.json. AutoTokenizer would follow config.json's model_type
+    # and, for Qwen2, replace the file's pre-tokenizer by its own.
     in_file = (Path(directory_or_name) / "tokenizer.json").is_file()
     loader = PreTrainedTokenizerFast if in_file else AutoTokenizer
     try:
@@ -38,11 +37,11 @@ def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes that each vocabulary id stands for, `[V]`.
+    """Returns the bytes of each vocabulary id, `[V]`.
 
-    Special tokens (and ids without a token) are `b""`, so they never complete a tag that is
-    looked for in the text. The bytes of encoded text, joined, are the text in UTF-8; for a
-    SentencePiece vocabulary, after the one space that it puts before the text.
+    Special tokens and ids without a token are `b""`, so they never complete a stop string. The
+    joined bytes of encoded text equal the text in UTF-8. A SentencePiece vocabulary adds one space
+    before the text.
 
     Raises:
       UserError: the vocabulary is neither byte-level BPE nor SentencePiece.
@@ -53,13 +52,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     result = [b""] * (max(vocabulary.values()) + 1)
     for piece, token_id in vocabulary.items():
         if token_id not in special:
-            ours = token_id in added
-            result[token_id] = added[token_id].content.encode() if ours else piece_bytes(piece)
+            is_added = token_id in added
+            result[token_id] = added[token_id].content.encode() if is_added else piece_bytes(piece)
     return result
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text`, nothing added before or after it.
+    """Encodes `text` without adding tokens before or after it.
 
     A special token spelled out in `text` is ordinary text, so that a document cannot end a turn.
     """
@@ -69,18 +68,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | None = None
 ) -> list[int]:
-    """Ids of a prompt up to where the model is to go on.
+    """Encodes a prompt up to the point where the model continues.
 
-    With a chat template: a system turn (if `system` is not None; it may be empty), the user turn
-    and the opening of the assistant's. Without one: the plain text, with the special tokens that
-    the tokenizer puts first. A special token spelled out in `user_text` is ordinary text, so that
-    a question cannot end its turn; `system` is trusted.
+    With a chat template, the prompt is a system turn (unless `system` is None; it may be empty),
+    the user turn and the opening of the assistant's turn. Without a template, it is the plain text
+    after the special tokens that the tokenizer adds. A special token spelled out in `user_text` is
+    ordinary text, so that a question cannot end its turn. `system` is trusted.
     """
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
         return tokenizer(text, split_special_tokens=True)["input_ids"]
     text = _render(tokenizer, user_text, system)
-    head, _, tail = _render(tokenizer, _STAND_IN, system).partition(_STAND_IN)
+    head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     special = _special_ids(tokenizer)
     ids = []
@@ -94,7 +93,7 @@ def encode_prompt(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | None) -> str:
-    """The chat template's text up to where the assistant is to go on."""
+    """Renders the chat template up to the point where the assistant continues."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": user_text})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -106,23 +105,24 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of `ids` without special tokens; broken UTF-8 becomes U+FFFD."""
+    """Decodes `ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, directory: str | Path
 ) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE tokenizer on `texts`, saves it and returns it as loaded again.
+    """Trains a byte-level BPE tokenizer on `texts`, saves it and returns the loaded result.
 
-    Pre-tokens are GPT-2's, with every digit alone; tags such as `<search>` stay ordinary text of
-    several tokens. `<|endoftext|>` ends a text and pads. The same texts give the same files.
+    Pre-tokens are those of GPT-2, except that each digit is separate. Tags such as `<search>` are
+    ordinary text of several tokens. `<|endoftext|>` ends a text and pads. Training is
+    deterministic.
 
     Args:
-      vocab_size: at most this many tokens (fewer if the texts have no more pairs to merge).
+      vocab_size: maximum number of tokens; texts with too few pairs to merge give fewer.
 
     Raises:
-      UserError: `vocab_size` has no room for the 256 bytes and `<|endoftext|>`.
+      UserError: `vocab_size` is too small for the 256 bytes and `<|endoftext|>`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
@@ -149,19 +149,19 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, **settings: str) -> None:
-    """Writes files that `load_tokenizer` reads; `settings` name special tokens and the template."""
+    """Writes the files of a tokenizer; `settings` name its special tokens and chat template."""
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings
     ).save_pretrained(str(directory))
 
 
 def _piece_reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
-    """The function from a vocabulary piece to its bytes, by the kind of vocabulary."""
+    """Returns the function from a piece of this kind of vocabulary to its bytes."""
     decoder = str(tokenizer.backend_tokenizer.decoder)
     if "ByteLevel" in decoder:
         table = _byte_level_table()
-        # Added tokens are dealt with by the caller, so every piece is made of the 256 signs.
-        return lambda piece: bytes(table[sign] for sign in piece)
+        # The caller handles added tokens, so every piece consists of the 256 characters.
+        return lambda piece: bytes(table[character] for character in piece)
     if "ByteFallback" in decoder or "Metaspace" in decoder:
         return _sentencepiece_bytes
     raise UserError(
@@ -178,8 +178,10 @@ def _sentencepiece_bytes(piece: str) -> bytes:
 
 @lru_cache
 def _byte_level_table() -> dict[str, int]:
-    """Sign -> byte of byte-level BPE: printable Latin-1 bytes stand for themselves, the others
-    are numbered from U+0100 (GPT-2, Radford et al. 2019)."""
+    """Returns the map from character to byte of byte-level BPE (GPT-2, Radford et al. 2019).
+
+    Printable Latin-1 characters map to their own byte; the other bytes are numbered from U+0100.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}
