@@ -30,15 +30,17 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import decode_weights
-from zerosearch_jax.models.transformer import (
-    abstract_model,
+from zerosearch_jax.models.kv_cache import (
     append_to_cache,
     cache_shardings,
     empty_cache,
+    take_tokens,
+)
+from zerosearch_jax.models.transformer import (
+    abstract_model,
     join_layers,
     param_shardings,
     split_layers,
-    take_tokens,
 )
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.parallel.device_clock import DeviceClock
