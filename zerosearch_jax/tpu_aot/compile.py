@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.markdown import table
-from zerosearch_jax.generate.generator import AbstractGenerator, abstract_generator
+from zerosearch_jax.generate.abstract import AbstractGenerator, abstract_generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.models.attention import KEY_BLOCK
