@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zerosearch_jax.models.decode_weights import output_major
-from zerosearch_jax.models.transformer import dense
+from zerosearch_jax.models.layers import dense
 
 
 def test_int8_has_a_scale_for_each_output():

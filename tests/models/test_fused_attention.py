@@ -12,14 +12,10 @@ import pytest
 from flax import nnx
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.attention import packed_attention
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.fused_attention import cudnn_attention, kernel_for, splash_attention
-from zerosearch_jax.models.transformer import (
-    abstract_model,
-    init_params,
-    packed_attention,
-    param_shardings,
-)
+from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 
 ROWS, LENGTH, HEADS, KV_HEADS, SIZE = 2, 256, 4, 2, 128

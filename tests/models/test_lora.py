@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.layers import dense
 from zerosearch_jax.models.lora import (
     TARGETS,
     LoRA,
@@ -25,7 +26,7 @@ from zerosearch_jax.models.lora import (
     merge,
     save_adapters,
 )
-from zerosearch_jax.models.transformer import abstract_model, dense, init_params, param_shardings
+from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.models.weights import load_params, save_params
 from zerosearch_jax.parallel.mesh import GENERATE_RULES, make_mesh
 

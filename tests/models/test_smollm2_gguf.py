@@ -10,8 +10,9 @@ from flax import nnx
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
+from zerosearch_jax.models.kv_cache import empty_cache
 from zerosearch_jax.models.smollm2_gguf import hf_name, read_metadata, unpermute, write_tokenizer
-from zerosearch_jax.models.transformer import abstract_model, empty_cache
+from zerosearch_jax.models.transformer import abstract_model
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, load_tokenizer, token_bytes

@@ -8,15 +8,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.models import transformer
+from zerosearch_jax.models import attention
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
-from zerosearch_jax.models.transformer import (
-    REMAT_POLICIES,
-    abstract_model,
-    append_to_cache,
-    empty_cache,
-    param_shardings,
-)
+from zerosearch_jax.models.kv_cache import append_to_cache, empty_cache
+from zerosearch_jax.models.transformer import REMAT_POLICIES, abstract_model, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -97,7 +92,7 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
 
     Cached keys are scored in blocks of five, of which the last, of four, begins earlier.
     """
-    monkeypatch.setattr(transformer, "KEY_BLOCK", 5)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 5)
     lengths, total = np.array([5, 13, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)
@@ -152,7 +147,7 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
 
 def test_a_row_is_prefilled_alike_beside_longer_ones(params, unstacked, monkeypatch):
     """Bit for bit: blocks that only other rows need add nothing to it."""
-    monkeypatch.setattr(transformer, "KEY_BLOCK", 4)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 4)
     graphdef, _ = abstract_model(CONFIG, stacked=False)
     layered = unstacked(params, CONFIG.num_layers)
     tokens = np.random.default_rng(6).integers(0, 64, (2, 5))

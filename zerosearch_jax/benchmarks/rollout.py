@@ -69,10 +69,11 @@ class PeerGenerator(Generator):
         ride_along = self.features == LOCKSTEP
         self._fill([s for s in self.contexts if ride_along or s in slots])
 
-    def decode_chunk(self, *, key, sampling, share=0.25):
-        stopped = super().decode_chunk(key=key, sampling=sampling, share=share)
-        while self._turns and not self.features.return_early:
-            stopped |= super().decode_chunk(key=key, sampling=sampling, share=1.0)
+    def decode_chunk(self, *, key, sampling, min_finished_fraction=0.25):
+        options = dict(key=key, sampling=sampling)
+        stopped = super().decode_chunk(**options, min_finished_fraction=min_finished_fraction)
+        while self._decoding and not self.features.return_early:
+            stopped |= super().decode_chunk(**options, min_finished_fraction=1.0)
         for slot, generation in stopped.items():
             self.contexts[slot] += generation.tokens
         return stopped

@@ -173,8 +173,10 @@ class Rollouts:
         if self.concurrent_searches:  # what has landed is looked at after each burst
             return self.generator.decode_chunk(key=key, sampling=self.sampling)
         # With nobody to seat, coming back early would only make batches smaller.
-        share = MIN_FINISHED_FRACTION if table.queued else 1.0
-        return self.generator.decode_until(key=key, sampling=self.sampling, share=share)
+        fraction = MIN_FINISHED_FRACTION if table.queued else 1.0
+        return self.generator.decode_until(
+            key=key, sampling=self.sampling, min_finished_fraction=fraction
+        )
 
     def _seat(self, table: "SchedulerState") -> None:
         """Gives free slots to the next episodes."""

@@ -23,11 +23,12 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.markdown import table
-from zerosearch_jax.generate.generator import AbstractGenerator, abstract_generator
+from zerosearch_jax.generate.abstract import AbstractGenerator, abstract_generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.models.attention import KEY_BLOCK
 from zerosearch_jax.models.config import ModelConfig, from_hf
-from zerosearch_jax.models.transformer import KEY_BLOCK, split_layers
+from zerosearch_jax.models.transformer import split_layers
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
