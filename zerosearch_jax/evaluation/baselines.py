@@ -85,7 +85,7 @@ def play(
         opening=_OPENINGS.get(method, ""),
     )
     episodes = [Episode(i, row.question, row.golden_answers) for i, row in enumerate(rows)]
-    return gather(rollouts.play(part(episodes), jax.random.key(0) if key is None else key))
+    return gather(rollouts.run(part(episodes), jax.random.key(0) if key is None else key))
 
 
 def refiner(

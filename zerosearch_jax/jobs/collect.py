@@ -129,7 +129,7 @@ def collect(config: ConfigDict, episodes: Records) -> None:
     first = len(batches) - len(pending)
     with closing(Progress(len(batches), first)) as progress:
         for done, batch in enumerate(pending, first + 1):
-            played = rollouts.play(
+            played = rollouts.run(
                 [Episode(numbers[id_], row.question, row.golden_answers) for id_, row in batch],
                 jax.random.key(config.seed),
             )

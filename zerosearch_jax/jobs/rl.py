@@ -255,7 +255,7 @@ def play_step(
     played = Played(config, step)
     while not played.enough:
         episodes = part(played.next_round(epochs), config.rollout.group_size)
-        played.add(gather(rollouts.play(episodes, jax.random.key(config.seed))))
+        played.add(gather(rollouts.run(episodes, jax.random.key(config.seed))))
     return played
 
 
