@@ -22,7 +22,7 @@ from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.jobs.evaluate import FIGURES_DEPEND_ON
+from zerosearch_jax.jobs.evaluate import OUTPUT_SETTINGS
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
@@ -217,7 +217,7 @@ def collect_settings(config: ConfigDict) -> dict[str, object]:
     return {
         "seed": config.seed,
         "policy.model": config.policy.model,
-        "policy.generator": {key: config.policy.generator[key] for key in FIGURES_DEPEND_ON},
+        "policy.generator": {key: config.policy.generator[key] for key in OUTPUT_SETTINGS},
         "search": config.search.to_dict(),
         "rollout.stop_on_failure": config.rollout.stop_on_failure,
         "data.source": config.data.source,

@@ -22,10 +22,11 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.evaluation.baselines import evaluate_policy
+from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
-from zerosearch_jax.jobs.evaluate import evaluate_policy, summary, text_table
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
