@@ -17,9 +17,10 @@ FORMAT = 2
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; on success flushes it to disk and renames it.
+    """Yields a temporary path in the directory of `path`, for the block to write.
 
-    The block writes the temporary file. If it raises, `path` keeps its old content.
+    After the block, flushes the file to disk and renames it to `path`. If the block raises, `path`
+    keeps its old content.
     """
     part = Path(f"{path}.part")
     yield part

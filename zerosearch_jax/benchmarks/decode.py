@@ -21,9 +21,8 @@ from zerosearch_jax.benchmarks.rows import Row
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.stops import build_stop_table
-from zerosearch_jax.jobs.evaluate import GREEDY
 from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import load_params, save_params

@@ -96,10 +96,10 @@ class PeerGenerator(Generator):
 class Waves(Rollouts):
     """Rollouts whose slots take new episodes only when all have ended."""
 
-    def play(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
+    def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
         played = []
         for start in range(0, len(episodes), self.generator.slots):
-            played += super().play(episodes[start : start + self.generator.slots], key)
+            played += super().run(episodes[start : start + self.generator.slots], key)
         return played
 
 
@@ -297,13 +297,13 @@ class Player:
             concurrent_searches=mix.concurrent if features.overlap else 0,
         )
         self.rates: list[float] = []  # episodes per second
-        self.rollouts.play(mix.episodes[: 2 * config.group_size], jax.random.key(1))
+        self.rollouts.run(mix.episodes[: 2 * config.group_size], jax.random.key(1))
 
     def play(self) -> None:
         """Plays all episodes once."""
         self.generator.forget()
         began = time.monotonic()
-        trajectories = self.rollouts.play(self.mix.episodes, jax.random.key(0))
+        trajectories = self.rollouts.run(self.mix.episodes, jax.random.key(0))
         self.rates.append(len(trajectories) / (time.monotonic() - began))
         searches = sum(len(t.searches) for t in trajectories)
         self.tokens = (

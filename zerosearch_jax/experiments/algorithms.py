@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.evaluation.summary import text_table
 from zerosearch_jax.jobs import rl
-from zerosearch_jax.jobs.evaluate import text_table
 
 
 def run(config: ConfigDict, workdir: str) -> None:
