@@ -1,4 +1,4 @@
-"""The Wikipedia stage on a tiny made-up file; the package itself is never downloaded here."""
+"""The Wikipedia corpus, built from a tiny hand-written file instead of the downloaded package."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def _words(number: int, end: str = ".") -> str:
         ((10, 130, 20), [10, 100, 50]),
     ],
 )
-def test_passages_end_where_sentences_do_and_have_at_most_100_words(lengths, expected):
+def test_passages_hold_whole_sentences_and_at_most_100_words(lengths, expected):
     assert MAX_WORDS == 100
     passages = cut("\n".join(_words(n) for n in lengths))
     assert [len(p.split()) for p in passages] == expected
@@ -75,14 +75,14 @@ def test_passages_end_where_sentences_do_and_have_at_most_100_words(lengths, exp
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.sampled_from(["One", "two,", "3.", "End.", "(Yes!)", "St.", "\n", "\xa0"])))
-def test_cutting_loses_and_adds_nothing(pieces):
+def test_cut_keeps_all_words(pieces):
     text = "Start " + " ".join(pieces * 20)
     passages = cut(text)
     assert " ".join(passages).split() == text.split()
     assert all(0 < len(p.split()) <= MAX_WORDS for p in passages)
 
 
-def test_initials_saints_and_decimal_points_end_no_sentence():
+def test_full_stops_of_initials_saints_and_numbers_end_no_sentence():
     text = (
         "St. Davids lies in the U.S. Virgin Islands. J. Smith paid 3.5 Euros! "
         'He said "no." Then (in 1900) he left. 7 stayed.'
@@ -96,7 +96,7 @@ def test_initials_saints_and_decimal_points_end_no_sentence():
     ]
 
 
-def test_an_article_is_the_entitys_only_if_its_first_sentence_says_so(entities, articles):
+def test_the_first_sentence_decides_which_article_is_about_an_entity(entities, articles):
     names = {e.id: e.name for e in entities}
     found = {names[i]: title for i, title in match_articles(entities, articles).items()}
     assert found == {
@@ -109,14 +109,16 @@ def test_an_article_is_the_entitys_only_if_its_first_sentence_says_so(entities, 
     }
 
 
-def test_only_what_the_article_states_is_asked(entities, articles):
-    """Not Aden (only a gulf there), N'Djamena (former) or Dublin (an island's); of two hops both
-    are stated: the symbol's element, then its number; not the country whose highest point is so."""
-    asked = {
+def test_questions_are_limited_to_facts_that_the_article_states(entities, articles):
+    """Excluded: Aden (only a gulf), N'Djamena (former), Dublin (the article is on an island).
+
+    A two-hop question needs both hops in the article.
+    """
+    found = {
         (title, tuple(h.attribute for h in question.hops))
         for question, title in answerable(entities, articles)
     }
-    assert asked == {
+    assert found == {
         ("Mercury (element)", ("symbol",)),
         ("Mercury (element)", ("atomic_number",)),
         ("Mercury (element)", ("symbol^-1", "atomic_number")),
@@ -128,7 +130,7 @@ def test_only_what_the_article_states_is_asked(entities, articles):
     }
 
 
-def test_the_files_are_read_by_the_loaders_and_searched(tmp_path, entities, articles):
+def test_loaders_read_the_files_and_a_search_finds_the_article(tmp_path, entities, articles):
     out = tmp_path / "data" / "wikipedia"
     questions = build(articles, entities, out)
     assert sorted(p.name for p in out.parent.rglob("*")) == [
@@ -154,20 +156,20 @@ def test_the_files_are_read_by_the_loaders_and_searched(tmp_path, entities, arti
     assert "CC BY-SA 4.0" in ATTRIBUTION == (out / "ATTRIBUTION.txt").read_text(encoding="utf-8")
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path, entities, articles):
+def test_build_is_deterministic(tmp_path, entities, articles):
     for name in ("a", "b"):
         build(articles, entities, tmp_path / name)
     for file in ("passages.jsonl", "questions.jsonl"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path, entities, articles):
+def test_a_failed_build_leaves_no_files(tmp_path, entities, articles):
     with pytest.raises(UnicodeEncodeError):
         build(articles | {"Half a letter": ["\ud800"]}, entities, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_with_files_is_left_alone(tmp_path, entities, articles):
+def test_a_directory_with_files_is_refused_and_unchanged(tmp_path, entities, articles):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty directory"):
         build(articles, entities, tmp_path)
@@ -186,7 +188,7 @@ def test_a_directory_with_files_is_left_alone(tmp_path, entities, articles):
         ('{" ": {"extract": "a country"}}', "article ' '"),
     ],
 )
-def test_a_file_of_another_shape_is_refused(tmp_path, text, complaint):
+def test_a_file_of_another_format_is_refused(tmp_path, text, complaint):
     path = tmp_path / "summaries.json"
     path.write_text(text)
     with pytest.raises(UserError, match=complaint):
@@ -208,4 +210,4 @@ def test_the_command_line_reads_the_wheel_and_prints_counts(tmp_path, monkeypatc
     assert "  1 of 2 hop(s), answered by atomic_number\n" in printed
     assert f"\n{number} questions:\n" in printed
     build_wikipedia.main()
-    assert capsys.readouterr().out == f"{out} is already there\n"
+    assert capsys.readouterr().out == f"{out} exists already\n"

@@ -1,4 +1,4 @@
-"""Corpora: the embedded world's, a made-up world's, a file's."""
+"""Corpora of the embedded world, of synthetic worlds and of files."""
 
 import json
 
@@ -13,7 +13,7 @@ from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import SearchRequest
 
 
-def test_a_files_title_is_shown_and_searched(tmp_path):
+def test_the_title_of_a_passage_is_searched_and_shown(tmp_path):
     path = tmp_path / "corpus.jsonl"
     rows = [
         {"id": 7, "contents": '"Chad"\nIts capital is N\'Djamena.'},
@@ -38,38 +38,39 @@ def test_a_files_title_is_shown_and_searched(tmp_path):
         ('{"id": 1, "contents": " "}\n', "row 1: key 'contents' is empty"),
     ],
 )
-def test_a_bad_file_is_refused_with_the_row(tmp_path, text, complaint):
+def test_an_invalid_file_is_refused_with_the_row(tmp_path, text, complaint):
     path = tmp_path / "corpus.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=complaint):
         load_passages(str(path))
 
 
-def test_an_unknown_corpus_is_refused():
-    with pytest.raises(UserError, match="choose world, made_up:COUNT:SEED or an existing .jsonl"):
-        load_passages("wrld")
+@pytest.mark.parametrize("source", ["wrld", "made_up:40:5"])
+def test_an_unknown_source_is_refused_with_the_known_ones(source):
+    for load in (load_passages, lambda source: load_qa(source, "train")):
+        with pytest.raises(UserError, match=f"{source}.*world.*synthetic:COUNT:SEED.*jsonl"):
+            load(source)
 
 
-def test_a_made_up_worlds_questions_are_answered_by_its_own_passages_alone():
-    source = "made_up:40:5"
+def test_passages_of_a_synthetic_world_answer_its_questions():
+    source = "synthetic:40:5"
     rows = load_qa(source, "train", 60)
     assert len(rows) == 60 and {row.data_source for row in rows} == {source}
     texts = {p.text for p in load_passages(source)}
     entities, seed = synthetic_world(source)
     assert seed == 5
-    assert len({e.name for e in entities}) == len(entities)  # a name has one owner
+    assert len({e.name for e in entities}) == len(entities)  # Names are unique.
     real = {e.name for e in load_entities()}
     assert not real & {e.name for e in entities}
-    held = sum(any(row.golden_answers[0] in text for text in texts) for row in rows)
-    assert held == len(rows)
+    assert all(any(row.golden_answers[0] in text for text in texts) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["made_up:", "made_up:3", "made_up:x:1", "made_up:0:1"])
-def test_a_misspelt_made_up_world_is_refused(name):
-    with pytest.raises(UserError, match="made-up world|no entities"):
+@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:x:1", "synthetic:0:1"])
+def test_a_misspelt_synthetic_world_is_refused(name):
+    with pytest.raises(UserError, match="synthetic:COUNT:SEED|no entities"):
         load_passages(name)
 
 
-def test_a_made_up_world_has_only_training_questions():
+def test_a_synthetic_world_has_only_a_train_split():
     with pytest.raises(UserError, match="no split 'test'"):
-        load_qa("made_up:5:1", "test")
+        load_qa("synthetic:5:1", "test")

@@ -1,3 +1,5 @@
+"""Question sources: the embedded world and files of three formats, valid and broken."""
+
 import json
 
 import pyarrow
@@ -15,16 +17,16 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("tfds")
 
 
-def test_the_tfds_builder_returns_what_the_world_wrote(data_dir, capsys):
+def test_the_tfds_dataset_equals_the_written_questions(data_dir, capsys):
     world = load_entities()
     for split in SPLITS:
         assert load_questions(split, data_dir) == write_questions(world, split, 0)
-    assert [p.name for p in data_dir.iterdir()] == [prepare(data_dir).name]  # no scratch left
+    assert [p.name for p in data_dir.iterdir()] == [prepare(data_dir).name]
     assert list(data_dir.rglob("*.array_record*"))
     assert capsys.readouterr().out == ""
 
 
-def test_world_rows(data_dir):
+def test_rows_of_the_embedded_world(data_dir):
     rows = load_qa("world", "test", 5, data_dir)
     expected = write_questions(load_entities(), "test", 0)[:5]
     assert rows == [QARow(q.id, q.question, q.golden_answers, "world") for q in expected]
@@ -88,14 +90,14 @@ def test_dpr_tables(tmp_path):
         ("a.txt", "q", "not a data source"),
     ],
 )
-def test_bad_files_are_named_with_row_and_key(tmp_path, name, content, message):
+def test_invalid_files_are_refused_with_row_and_key(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_qa(str(path), "test")
 
 
-def test_missing_and_undecodable_files(tmp_path):
+def test_missing_and_undecodable_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_qa(str(tmp_path / "none.jsonl"), "test")
     path = tmp_path / "latin.jsonl"

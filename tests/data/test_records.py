@@ -1,4 +1,4 @@
-"""Records survive a kill at any byte and at any moment: none lost, none doubled."""
+"""Records survive a kill at any byte and any moment, without loss or duplicates."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [{"id": f"r{i}", "t": "é" * (i % 2) + '"\n'} for i in range(4)]
 
 
-def test_what_is_appended_is_there_and_no_id_twice(tmp_path):
+def test_appended_records_are_read_back_without_duplicate_ids(tmp_path):
     path = tmp_path / "records.jsonl"
     records = Records(path)
     assert (len(records), list(records), path.exists()) == (0, [], False)
@@ -34,7 +34,7 @@ def test_what_is_appended_is_there_and_no_id_twice(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_of_two_lines_with_one_id_the_first_counts(tmp_path):
+def test_the_first_of_two_lines_with_the_same_id_counts(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"name": "a", "n": 1}\n{"name": "a", "n": 2}\n{"name": "b", "n": 3}\n')
     records = Records(path, key="name")
@@ -42,7 +42,7 @@ def test_of_two_lines_with_one_id_the_first_counts(tmp_path):
     assert len(records) == 2
 
 
-def test_a_file_cut_at_any_byte_loses_only_the_cut_line(tmp_path):
+def test_truncation_at_any_byte_loses_only_the_cut_line(tmp_path):
     path = tmp_path / "records.jsonl"
     Records(path).append(ROWS)
     whole = path.read_bytes()
@@ -57,7 +57,7 @@ def test_a_file_cut_at_any_byte_loses_only_the_cut_line(tmp_path):
 @pytest.mark.parametrize(
     "line", ["{", "[]", "{}", '{"id": 3}', "", "\udcff"], ids=["cut", "list", "no", "int", "", "ff"]
 )
-def test_any_other_broken_line_is_named(tmp_path, line):
+def test_a_broken_line_is_refused_with_its_number(tmp_path, line):
     path = tmp_path / "records.jsonl"
     text = '{"id": "a"}\n' + line + '\n{"id": "b"}\n'
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -78,25 +78,25 @@ for start in range(0, 300, 10):
 """
 
 
-def test_a_writer_killed_at_random_moments_loses_and_doubles_nothing(tmp_path):
+def test_sigkill_at_random_moments_loses_and_duplicates_nothing(tmp_path):
     path, rng = tmp_path / "records.jsonl", random.Random(0)
     command = [sys.executable, "-c", WRITER, str(path)]
-    told = set()
+    acknowledged = set()
     for last in [False] * 6 + [True]:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         writer = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
-        if not last:  # it may write one to three batches and is killed while it does
+        if not last:  # The writer writes one to three batches and is killed meanwhile.
             writer.stdin.write("go\n" * rng.randint(1, 3))
             writer.stdin.flush()
-            told.add(int(writer.stdout.readline()))
+            acknowledged.add(int(writer.stdout.readline()))
             time.sleep(rng.uniform(0.0, 0.005))
             os.kill(writer.pid, signal.SIGKILL)
         out, errors = writer.communicate("go\n" * 30 if last else None)
         assert (errors, writer.returncode) == ("", 0 if last else -signal.SIGKILL)
-        told |= {int(line) for line in out.split()}
-        # What append had returned from is in the file, before anything is mended.
-        there = {json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]}
-        assert {f"r{i}" for start in told for i in range(start, start + 10)} <= there
+        acknowledged |= {int(line) for line in out.split()}
+        # Acknowledged records are in the file before any repair.
+        found = {json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]}
+        assert {f"r{i}" for start in acknowledged for i in range(start, start + 10)} <= found
     lines = path.read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(300)]
     assert all(len(json.loads(line)["text"]) == 20_000 for line in lines)

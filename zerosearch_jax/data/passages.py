@@ -1,4 +1,4 @@
-"""What a real engine searches: the passages of a corpus, wherever they come from."""
+"""Loads the passages of a corpus, which real engines search."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from zerosearch_jax.search.engine import Passage
 
 
 def load_passages(source: str) -> list[Passage]:
-    """The passages of "world", of "made_up:COUNT:SEED" or of a .jsonl file.
+    """Loads the passages of "world", of "synthetic:COUNT:SEED" or of a .jsonl file.
 
-    A file's rows are `{"id", "contents"}` as Search-R1's corpora have them: the first
-    line of the contents is the title, in quotation marks or not, the rest the text. The title is
-    searched, too, and shown: a passage's text is "Title: text".
+    The rows of a file are `{"id", "contents"}`, the format of Search-R1's corpora. The first line
+    of the contents is the title, with or without quotation marks; the rest is the text. Engines
+    search and show both: the text of a passage is "Title: text".
 
     Raises:
-      UserError: no such source, or a row that is not a passage, with its number.
+      UserError: unknown source, an empty file, or an invalid row.
     """
     if source == "world":
         return corpus(load_entities())
@@ -32,7 +32,7 @@ def load_passages(source: str) -> list[Passage]:
         )
     passages = list(_rows(path))
     if not passages:
-        raise UserError(f"{path}: the corpus has no passages; give a file with at least one")
+        raise UserError(f"{path}: the corpus has no passages; use a file with at least one")
     return passages
 
 
@@ -45,10 +45,10 @@ def _rows(path: Path) -> Iterator[Passage]:
                 key, contents = str(row["id"]), row["contents"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f'{where}: expected {{"id", "contents"}} ({error!r}); mend or drop the row'
+                    f'{where}: expected {{"id", "contents"}} ({error!r}); fix or delete the row'
                 ) from error
             if not isinstance(contents, str) or not contents.strip():
-                raise UserError(f"{where}: key 'contents' is empty; it must be a text")
+                raise UserError(f"{where}: key 'contents' is empty; set it to a text")
             title, _, text = contents.strip().partition("\n")
             title, text = title.strip().strip('"'), text.strip()
             yield Passage(key, key, title, f"{title}: {text}" if text else title, ())

@@ -1,8 +1,7 @@
-"""Questions with gold answers, from wherever they come, as one kind of row.
+"""Loads questions with gold answers from any source as one type of row.
 
-Sources: "world" (the embedded world), "made_up:COUNT:SEED" (a world of what does not exist),
-FlashRAG .jsonl, ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are
-passed on as they are written. No prompts here.
+Sources: "world" (the embedded world), "synthetic:COUNT:SEED" (a synthetic world), FlashRAG .jsonl,
+ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are not changed and get no prompt.
 """
 
 import ast
@@ -19,7 +18,13 @@ from zerosearch_jax.errors import UserError
 
 @dataclass(frozen=True)
 class QARow:
-    """One question; any of `golden_answers` is right. `data_source` names the set it is from."""
+    """One question.
+
+    Attributes:
+      id: unique in its source.
+      golden_answers: any of them is correct; at least one.
+      data_source: name of the data set.
+    """
 
     id: str
     question: str
@@ -30,21 +35,21 @@ class QARow:
 def load_qa(
     source: str, split: str, limit: int | None = None, data_dir: str | Path | None = None
 ) -> list[QARow]:
-    """The first `limit` rows of `source` (all when None).
+    """Loads the first `limit` rows of `source`, or all if `limit` is None.
 
     Args:
-      source: "world", "made_up:COUNT:SEED", or the path of a .jsonl, .parquet, .tsv or .csv file.
-      split: which split of the world; a file is one split already, so it only names its rows.
+      source: "world", "synthetic:COUNT:SEED", or the path of a .jsonl, .parquet, .tsv or .csv file.
+      split: the split of the world. A file has one split, so `split` only enters its rows' ids.
       limit: at least 1, or None.
-      data_dir: where the world's prepared files are kept; a folder of the user's by default.
+      data_dir: folder for the prepared files of "world"; None: a folder below ~/.cache.
 
     Raises:
-      UserError: unknown source or split, a missing or empty file, a row that lacks a key.
+      UserError: unknown source or split, a missing or empty file, or an invalid row.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"data limit {limit}: it must be at least 1, or None for all rows")
+        raise UserError(f"data limit {limit}: set it to at least 1, or to None for all rows")
     if source == "world":
-        # Imported here because TFDS takes seconds to import and files do not need it.
+        # TFDS takes seconds to import, and only this source needs it.
         from zerosearch_jax.data.embedded.world_tfds import load_questions
 
         questions = load_questions(split, data_dir)[:limit]
@@ -53,24 +58,24 @@ def load_qa(
         entities, seed = synthetic_world(source)
         questions = write_questions(entities, split, seed)[:limit]
         if not questions:
-            raise UserError(f"{source} has no split {split!r}; its entities are all in train")
+            raise UserError(f"{source} has no split {split!r}; use split 'train'")
         return [QARow(q.id, q.question, q.golden_answers, source) for q in questions]
     path = Path(source)
     readers = {".jsonl": _jsonl, ".parquet": _parquet, ".tsv": _delimited, ".csv": _delimited}
     if path.suffix not in readers:
         raise UserError(
-            f"{source}: not a data source; give 'world', '{PREFIX}COUNT:SEED' or a file ending in "
-            f"{', '.join(readers)}"
+            f"{source}: not a data source; use 'world', '{PREFIX}COUNT:SEED' or a file that ends "
+            f"in {', '.join(readers)}"
         )
     if not path.is_file():
-        raise UserError(f"{source}: no such file; check the path of the data set")
+        raise UserError(f"{source}: no such file; fix the path of the data set")
     rows = []
     for row in readers[path.suffix](path, split):
         rows.append(row)
         if len(rows) == limit:
             break
     if not rows:
-        raise UserError(f"{source}: the file has no rows; give a file with at least one question")
+        raise UserError(f"{source}: the file has no rows; use a file with at least one question")
     return rows
 
 
@@ -82,7 +87,7 @@ def _jsonl(path: Path, split: str) -> Iterator[QARow]:
             try:
                 raw = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}: row {number}: not JSON ({error})") from error
+                raise UserError(f"{path}: row {number}: not JSON ({error}); fix the row") from error
             yield _row(path, number, split, raw)
 
 
@@ -98,11 +103,13 @@ def _parquet(path: Path, split: str) -> Iterator[QARow]:
                     number += 1
                     yield _row(path, number, split, raw)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
+        raise UserError(
+            f"{path}: not a readable parquet file ({error}); download or write it again"
+        ) from error
 
 
 def _delimited(path: Path, split: str) -> Iterator[QARow]:
-    """DPR rows: question, then a Python list of aliases, separated by a tab or a comma."""
+    """Reads DPR rows: a question and a Python list of answers, separated by a tab or a comma."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
     with _opened(path) as lines:
         for number, fields in enumerate(csv.reader(lines, delimiter=delimiter), 1):
@@ -110,20 +117,21 @@ def _delimited(path: Path, split: str) -> Iterator[QARow]:
                 continue
             if len(fields) != 2:
                 raise UserError(
-                    f"{path}: row {number}: {len(fields)} columns; expected question and answers"
+                    f"{path}: row {number}: {len(fields)} columns, expected two: question and "
+                    "answers; fix the row"
                 )
             try:
                 answers = ast.literal_eval(fields[1])
             except (ValueError, SyntaxError) as error:
                 raise UserError(
-                    f"{path}: row {number}: key 'golden_answers': {fields[1]!r} is not a list"
-                    " such as ['Paris']"
+                    f"{path}: row {number}: key 'golden_answers': {fields[1]!r} is not a list; "
+                    "write a list such as ['Paris']"
                 ) from error
             yield _row(path, number, split, {"question": fields[0], "golden_answers": answers})
 
 
 class _opened:
-    """An open UTF-8 text file; what cannot be read is the user's to mend."""
+    """Opens a UTF-8 text file; decoding and table errors become UserErrors."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -135,18 +143,20 @@ class _opened:
     def __exit__(self, kind, error, trace) -> None:
         self._file.close()
         if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{self._path}: not UTF-8 text ({error})") from error
+            raise UserError(f"{self._path}: not UTF-8 text ({error}); convert it") from error
         if isinstance(error, csv.Error):
-            raise UserError(f"{self._path}: not a readable table ({error})") from error
+            raise UserError(f"{self._path}: not a readable table ({error}); fix it") from error
 
 
 def _row(path: Path, number: int, split: str, raw: object) -> QARow:
     where = f"{path}: row {number}"
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: expected an object with 'question' and 'golden_answers'")
+        raise UserError(
+            f"{where}: expected an object with 'question' and 'golden_answers'; fix the row"
+        )
     question = raw.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: key 'question' is missing or empty; it must be a text")
+        raise UserError(f"{where}: key 'question' is missing or empty; set it to a text")
     answers = raw.get("golden_answers")
     if answers is None:
         answers = _target(raw)
@@ -159,7 +169,7 @@ def _row(path: Path, number: int, split: str, raw: object) -> QARow:
     ):
         raise UserError(
             f"{where}: key 'golden_answers' (or reward_model.ground_truth.target) is missing or"
-            " empty; it must be a list of texts"
+            " empty; set it to a list of texts"
         )
     name = raw.get("data_source") or path.stem
     key = raw.get("id")
@@ -168,7 +178,7 @@ def _row(path: Path, number: int, split: str, raw: object) -> QARow:
 
 
 def _target(raw: Mapping) -> object:
-    """`reward_model.ground_truth.target`, or None where any of the three is missing."""
+    """Returns `reward_model.ground_truth.target`, or None if one of the three keys is missing."""
     node: object = raw
     for key in ("reward_model", "ground_truth", "target"):
         node = node.get(key) if isinstance(node, Mapping) else None

@@ -1,7 +1,4 @@
-"""Files of JSON lines that survive a kill at any moment: what long jobs append their results to.
-
-It knows nothing of what is in a record but its id.
-"""
+"""Append-only JSON Lines files for the results of long jobs. They survive a kill at any moment."""
 
 import json
 import os
@@ -12,14 +9,18 @@ from zerosearch_jax.errors import UserError
 
 
 class Records:
-    """An append-only file of records, one JSON object a line, no two of them with one id.
+    """Append-only file of records: one JSON object per line, with unique ids.
 
-    A record is in the file once its line break is: a last line without one was cut by a kill and
-    is dropped when the file is opened. Only the ids are held in memory. One writer at a time.
+    A record is complete once its line break is written. A last line without a line break was cut
+    by a kill; opening the file drops it. Only the ids are kept in memory. One writer at a time.
     """
 
     def __init__(self, path: str | Path, key: str = "id"):
-        """Opens `path`, which need not exist. `key`: where a record has its id, a text.
+        """Opens `path`; the file need not exist.
+
+        Args:
+          path: the file.
+          key: the key of a record's id, which is a text.
 
         Raises:
           UserError: a complete line is not a record.
@@ -40,14 +41,14 @@ class Records:
 
     @property
     def ids(self) -> KeysView[str]:
-        """The ids of all records, in order."""
+        """Ids of all records, in order."""
         return self._ids.keys()
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __iter__(self) -> Iterator[dict]:
-        """All records in order, read from the file; of several with one id the first."""
+        """Reads all records from the file, in order; the first record with an id counts."""
         if not self._ids:
             return
         seen = set()
@@ -59,7 +60,7 @@ class Records:
                     yield record
 
     def append(self, records: Sequence[Mapping]) -> None:
-        """Adds those whose id is new, in one write; they are on the disk when it returns."""
+        """Appends the records with new ids in one write, and flushes them to disk."""
         new: dict[str, Mapping] = {}
         for record in records:
             if record[self.key] not in self._ids:
@@ -81,6 +82,6 @@ class Records:
         if not isinstance(record, dict) or not isinstance(record.get(self.key), str):
             raise UserError(
                 f"{self.path}: row {number}: not a JSON object with a text under {self.key!r}; "
-                "mend or delete this line"
+                "fix or delete this line"
             )
         return record

@@ -1,4 +1,4 @@
-"""Fine-tuning examples of policies, and examples as token sequences."""
+"""SFT examples for policies, and their tokenisation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt
 
-REAL_EVERY = 10  # of the worlds of transcripts
+REAL_EVERY = 10  # Every tenth world of the transcripts is the real one.
 
 
 def policy_transcripts(
@@ -31,7 +31,17 @@ def policy_transcripts(
     topk: int,
     seed: int,
 ) -> list[list[Segment]]:
-    """Transcripts, prompts included, over `_worlds` of which every tenth is the real one."""
+    """Writes transcripts of a scripted agent, with prompts, in random order.
+
+    Args:
+      worlds: number of worlds. Every tenth, from the first, is the real one; the others are
+        synthetic.
+      entities_per_world: entities of a synthetic world.
+      questions_per_world: upper limit of the questions of one world.
+      behaviours: probabilities of the agent's behaviours.
+      topk: documents per search.
+      seed: decides everything that is random.
+    """
     examples = []
     for world in _worlds(worlds, entities_per_world, questions_per_world, topk, seed):
         agent = ScriptedAgent(world.entities, world.engine, behaviours, topk)
@@ -43,7 +53,7 @@ def policy_transcripts(
 
 
 def answer_examples(rows: Sequence[QARow]) -> list[list[Segment]]:
-    """Questions with their first gold answers, given at once: the SFT baseline of the field."""
+    """Examples that answer with the first gold answer, without a search: the SFT baseline."""
     return [
         [
             Segment(prompts.policy_prompt(row.question), False),
@@ -55,7 +65,7 @@ def answer_examples(rows: Sequence[QARow]) -> list[list[Segment]]:
 
 @dataclass(frozen=True)
 class _World:
-    """Entities, a sample of the questions on them, an engine over them, and further draws."""
+    """Entities, a sample of the questions on them, a search engine, and a random generator."""
 
     entities: Sequence[Entity]
     questions: list[Question]
@@ -64,10 +74,11 @@ class _World:
 
 
 def _worlds(count: int, entities: int, questions: int, topk: int, seed: int) -> Iterator[_World]:
-    """Worlds of `entities` made-up entities; every tenth, from the first, is the real one, told
-    anew. Each has at most `questions` questions.
+    """Yields `count` worlds with at most `questions` questions each.
 
-    Only entities of the train split are used, as themselves or as models of made-up ones.
+    Every tenth world, from the first, has the real entities, with new wording. The others have
+    `entities` synthetic entities. Only entities of the train split are used, directly or as models
+    of synthetic ones.
     """
     real = [entity for entity in load_entities() if entity.split == "train"]
     for number in range(count):
@@ -77,8 +88,8 @@ def _worlds(count: int, entities: int, questions: int, topk: int, seed: int) -> 
         if number % REAL_EVERY:
             members = synthetic_entities(real, entities, world_seed)
         engine = BM25Engine(corpus(members, world_seed), topk)
-        asked = write_questions(members, "train", world_seed)
-        yield _World(members, rng.sample(asked, min(questions, len(asked))), engine, rng)
+        found = write_questions(members, "train", world_seed)
+        yield _World(members, rng.sample(found, min(questions, len(found))), engine, rng)
 
 
 def tokenise(
@@ -89,12 +100,16 @@ def tokenise(
     inserted_weight: float,
     end_of_text: bool,
 ) -> TokenSequence:
-    """One example's ids and loss weights, segment by segment, exactly as rollouts append them.
+    """Tokenises one example segment by segment, exactly as rollouts append tokens.
 
     Args:
-      system: the system turn of a chat template (the simulator's is ""); None: without one.
-      inserted_weight: loss weight of what the model would not write itself.
-      end_of_text: whether the model is to end the text after the last segment.
+      segments: the prompt first.
+      system: system turn of the chat template ("" for the simulator); None: no system turn.
+      inserted_weight: loss weight of the tokens that the model does not write.
+      end_of_text: whether to append an end-of-text token with loss weight 1.
+
+    Returns:
+      Token ids and loss weights.
     """
     tokens = encode_prompt(tokenizer, segments[0].text, system)
     mask = [inserted_weight] * len(tokens)

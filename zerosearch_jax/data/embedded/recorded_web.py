@@ -8,19 +8,21 @@ from zerosearch_jax.search.web import Organic, record_of
 
 
 def world_recording(passages: Iterable[Passage], seed: int) -> list[dict]:
-    """Serper-shaped replies about the embedded world: one for each entity, its name the query.
+    """Returns Serper-shaped replies about the embedded world: one per entity, for its name.
 
-    All the entity's passages are in it, the one that states no fact first, as a bare name finds
-    it. Between them stands what real pages have: results repeated or mirrored on another site,
-    results without snippet, and on "huggingface.co" pages with all the answers. Filtered with
-    that domain blocked, exactly the passages are left. The same (passages, seed) give the same.
+    A reply lists all passages of the entity. The passage without a fact comes first, as a search
+    for a bare name would rank it. The reply also has the flaws of real pages: repeated results,
+    results mirrored on another site, results without a snippet, and pages on "huggingface.co" with
+    all the answers. `filter_results` with that domain blocked keeps exactly the passages.
+
+    The recording is deterministic in (passages, seed).
     """
     by_entity: dict[str, list[Passage]] = {}
     for passage in passages:
         by_entity.setdefault(passage.entity_id, []).append(passage)
     return [
-        record_of(told[0].title, _pages(told, Random(f"web/{seed}/{entity_id}")))
-        for entity_id, told in by_entity.items()
+        record_of(group[0].title, _pages(group, Random(f"web/{seed}/{entity_id}")))
+        for entity_id, group in by_entity.items()
     ]
 
 
@@ -44,7 +46,7 @@ def _pages(passages: Sequence[Passage], rng: Random) -> list[Organic]:
 
 
 def _leak(passages: Sequence[Passage], rng: Random) -> Organic:
-    """A page that publishes every answer about the entity."""
+    """Returns a page that publishes every answer about the entity."""
     host = rng.choice(("huggingface.co", "datasets.huggingface.co"))
     return {
         "title": f"{passages[0].title}: questions with answers",

@@ -1,8 +1,8 @@
-"""Transcripts that the tiny policies are fine-tuned on.
+"""A scripted search agent that writes the transcripts for fine-tuning the tiny policies.
 
-A scripted agent walks through questions with a real engine. It knows the format and can read, but
-its search behaviours are poor: it guesses, searches for a bare name or the wrong thing, answers with
-the bridge of a two-hop question.
+The agent answers questions with a real engine. By default it writes the right format and searches
+well. `Behaviours` makes it guess, search for a bare name or for the wrong attribute, or answer a
+two-hop question with the result of the first hop.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from zerosearch_jax.text.matching import mentions
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of an SFT example; the loss falls on what `by_policy` marks."""
+    """Part of an SFT example; `by_policy` marks the text that the policy learns to write."""
 
     text: str
     by_policy: bool
@@ -26,16 +26,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Behaviours:
-    """Probabilities of the scripted agent's choices, each drawn where it applies.
+    """Probabilities of the scripted agent's behaviours, each drawn wherever it applies.
 
     Attributes:
-      guess: answers at once with a value of the right kind that is not looked up.
+      guess: answers without a search, with a random value of the right kind.
       vague: searches for the bare subject.
-      wrong_attribute: searches for another attribute of the subject.
-      stop_early: takes the answer of a two-hop question's first hop for the last.
-      misread: answers with another fact from the documents.
-      malformed: an empty search, then a good one.
-      retry: searches once more when the documents do not hold the fact.
+      wrong_attribute: searches for a random attribute of the subject.
+      stop_early: answers a two-hop question with the result of the first hop.
+      misread: answers with another fact of the entity.
+      malformed: writes an empty search before the first one.
+      retry: searches again if the documents do not contain the fact.
     """
 
     guess: float = 0.0
@@ -48,7 +48,14 @@ class Behaviours:
 
 
 class ScriptedAgent:
-    """Writes transcripts over one world with one engine."""
+    """Writes transcripts on one world with one engine.
+
+    Args:
+      entities: the world; questions may only be about these.
+      engine: searches the world's passages.
+      behaviours: probabilities of the agent's behaviours.
+      topk: documents per search.
+    """
 
     def __init__(
         self, entities: Sequence[Entity], engine: BM25Engine, behaviours: Behaviours, topk: int
@@ -63,7 +70,7 @@ class ScriptedAgent:
                 self.values.setdefault((entity.kind, attribute), []).append(value)
 
     def transcript(self, question: Question, rng: Random) -> list[Segment]:
-        """One episode's segments, without the prompt."""
+        """Returns the segments of one episode, without the prompt."""
         behaviours = self.behaviours
         if rng.random() < behaviours.guess:
             guess = rng.choice(self._values_like(question.hops[-1]))
@@ -85,7 +92,7 @@ class ScriptedAgent:
         return segments
 
     def _look_up(self, hop: Hop, known: str, rng: Random) -> tuple[bool, list[Segment]]:
-        """Searches for one hop; returns whether the documents hold the answer."""
+        """Searches for one hop; returns whether the documents contain its answer."""
         behaviours = self.behaviours
         draw = rng.random()
         wanted = hop.query
@@ -107,7 +114,7 @@ class ScriptedAgent:
 
     def _documents(self, query: str, hop: Hop, rng: Random) -> Segment:
         passages = self.engine.ranked(query, 3 * self.topk)
-        if rng.random() < 0.25:  # as a noisy engine would: nothing that holds the answer
+        if rng.random() < 0.25:  # Like a noisy engine: no document contains the answer.
             passages = [p for p in passages if not mentions(p.text, hop.answer)]
         text = prompts.format_documents([p.text for p in passages[: self.topk]])
         return Segment(prompts.information_block(text), False)
@@ -131,4 +138,5 @@ class ScriptedAgent:
 
 
 def _own(thought: str, tag: str, content: str) -> Segment:
+    """Returns a turn of the agent: a thought, then a search or an answer."""
     return Segment(f"<think> {thought} </think>\n<{tag}> {content} </{tag}>", True)

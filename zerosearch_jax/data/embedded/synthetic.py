@@ -1,5 +1,8 @@
-"""Made-up entities: real ones with scrambled letters and digits, so that nothing can be known of
-them and a reader can only read. They teach a tiny model to copy what it has never seen."""
+"""Synthetic entities: real ones with scrambled letters and digits.
+
+Nothing can be known about them, so a model must read the documents. Training on them teaches a
+tiny model to copy strings that it has never seen.
+"""
 
 from collections.abc import Sequence
 from random import Random
@@ -7,7 +10,7 @@ from random import Random
 from zerosearch_jax.data.embedded.world import ATTRIBUTES, Entity, load_entities
 from zerosearch_jax.errors import UserError
 
-PREFIX = "made_up:"
+PREFIX = "synthetic:"
 
 _CLASSES = (
     "aeiou",
@@ -16,11 +19,14 @@ _CLASSES = (
     "AEIOU",
     "BCDFGHJKLMNPRSTVWYZ",
 )
-_KEPT_WORDS = 0.3  # share of a value's words ("Mount", "dollar") that stay as they are
+_KEPT_WORDS = 0.3  # share of the words of a value ("Mount", "dollar") that are not scrambled
 
 
 def scramble(text: str, rng: Random, kept_words: float = _KEPT_WORDS) -> str:
-    """`text` with each letter or digit replaced by one of its class, word by word."""
+    """Replaces each letter and digit by a random one of its class, word by word.
+
+    A word without digits is kept with probability `kept_words`.
+    """
     return " ".join(
         word if rng.random() < kept_words and not any(c.isdigit() for c in word)
         else "".join(_replace(c, rng) for c in word)
@@ -36,9 +42,9 @@ def _replace(character: str, rng: Random) -> str:
 
 
 def synthetic_entities(models: Sequence[Entity], count: int, seed: int) -> list[Entity]:
-    """`count` entities that look like `models` and do not exist.
+    """Returns `count` entities of the train split that imitate random ones of `models`.
 
-    Each fact's value is scrambled from that of a random model of the same kind.
+    The value of a fact is scrambled from that of a random model of the same kind.
     """
     rng = Random(seed)
     made = []
@@ -50,25 +56,26 @@ def synthetic_entities(models: Sequence[Entity], count: int, seed: int) -> list[
             if donors and (attribute in facts or rng.random() < 0.3):
                 facts[attribute] = scramble(rng.choice(donors).facts[attribute], rng)
         name = scramble(model.name, rng, kept_words=0.0)
+        # The id seeds the wording of passages and questions: another form changes all texts.
         made.append(Entity(f"made-up-{seed}-{number}", model.kind, name, (), facts, "train"))
     return made
 
 
 def synthetic_world(name: str) -> tuple[list[Entity], int]:
-    """The entities of the world called "made_up:COUNT:SEED", and its seed.
+    """Returns the entities of the world "synthetic:COUNT:SEED", and its seed.
 
-    They are modelled on the train split's; those whose name another has already are left out, so
-    that each question has one answer.
+    The entities imitate those of the train split. An entity whose name is already taken is left
+    out, so that every question has one answer.
 
     Raises:
-      UserError: the name is not of that form.
+      UserError: `name` does not have that form, or COUNT is 0.
     """
     numbers = name.removeprefix(PREFIX).split(":")
     if not (name.startswith(PREFIX) and len(numbers) == 2 and all(n.isdecimal() for n in numbers)):
-        raise UserError(f"{name!r} is not a made-up world; write {PREFIX}COUNT:SEED")
+        raise UserError(f"{name!r} is not a synthetic world; write {PREFIX}COUNT:SEED")
     count, seed = map(int, numbers)
     if count < 1:
-        raise UserError(f"{name!r} has no entities; raise COUNT")
+        raise UserError(f"{name!r} has no entities; set COUNT to at least 1")
     real = [entity for entity in load_entities() if entity.split == "train"]
     named = {entity.name: entity for entity in reversed(synthetic_entities(real, count, seed))}
     return list(reversed(named.values())), seed

@@ -1,12 +1,12 @@
-"""The embedded world: true facts of countries and elements, told as passages and asked about.
+"""The embedded world: true facts about countries and elements, as passages and questions.
 
-An entity belongs to one split. Passages and questions are made from entities by templates, so
-the same functions serve made-up entities. This module knows no model, tokenizer or engine.
+Every entity belongs to one split. Templates turn entities into passages and questions, so the same
+functions serve synthetic entities.
 """
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,28 +26,28 @@ from zerosearch_jax.text.matching import mentions, padded, words
 FACTS_PATH = Path(__file__).with_name("facts.jsonl")
 SPLITS = ("train", "validation", "test", "compositions")
 MIN_WORDS, MAX_WORDS = 25, 35
-# Words that engines ignore; a value made of one (the symbol of indium) cannot be searched for.
+# Words that engines ignore. A search cannot find a value made of them (indium's symbol is "In").
 _UNSEARCHABLE = frozenset(
     "a an and are as at be but by for has have he i if in into is it its no not of on or so such "
     "that the their then there these they this to was what which who whose will with".split()
 )
-_WITHHELD_PAIRS = 0.15  # share of (inverse, final) attribute pairs kept for "compositions"
-_FACTS_A_PASSAGE = (2, 2, 3)  # at most; drawn for each passage
-_INVERSES_A_FACT = 2  # two-hop questions for each fact of an entity
+_WITHHELD_PAIRS = 0.15  # share of (inverse, final) attribute pairs reserved for "compositions"
+_FACTS_PER_PASSAGE = (2, 2, 3)  # upper limits; one is drawn for each passage
+_INVERSES_PER_FACT = 2  # two-hop questions per fact of an entity
 
 
 @dataclass(frozen=True)
 class Entity:
-    """A country or an element, real or made up.
+    """A country or an element, real or synthetic.
 
     Attributes:
       id: unique in the world, e.g. "country-cd".
       kind: a key of `ATTRIBUTES`.
-      name: as passages and questions write it, ASCII.
+      name: the ASCII name in passages and questions.
       aliases: other names.
-      facts: attribute -> value, ASCII and at most four words.
+      facts: attribute → value, ASCII and at most four words.
       split: "train", "validation" or "test".
-      value_aliases: attribute -> other right spellings of its value.
+      value_aliases: attribute → other correct spellings of its value.
     """
 
     id: str
@@ -61,10 +61,15 @@ class Entity:
 
 @dataclass(frozen=True)
 class Hop:
-    """One step to the answer: a good query, what it is about, what it should bring.
+    """One step to the answer of a question.
 
-    `attribute` is a key of `ATTRIBUTES`, with "^-1" when the value is given and the entity is
-    sought; `subject` is then the value.
+    Attributes:
+      query: a good search query for this step.
+      subject: the given entity's name, or the given value.
+      attribute: a key of `ATTRIBUTES`. It ends in "^-1" if the value is given and the entity is
+        the answer.
+      answer: the result of the step.
+      entity_id: the entity that has the attribute.
     """
 
     query: str
@@ -76,7 +81,7 @@ class Hop:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with exactly one right answer, in any of the `golden_answers` spellings."""
+    """A question with exactly one correct answer; `golden_answers` are its spellings."""
 
     id: str
     question: str
@@ -86,7 +91,7 @@ class Question:
 
 
 def _unit_interval(*key: object) -> float:
-    """A number in [0, 1) that depends on `key` alone, on every machine."""
+    """Hashes `key` to a number in [0, 1), the same on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
 
@@ -99,7 +104,10 @@ def _rng(*key: object) -> Random:
 
 
 def dump_entities(entities: Sequence[Entity], provenance: Mapping[str, object]) -> bytes:
-    """The facts file: a first line with provenance, count and checksum, then one line each."""
+    """Returns the bytes of a facts file.
+
+    The first line holds provenance, count and checksum. Every other line is one entity.
+    """
     rows = "".join(json.dumps(asdict(e), sort_keys=True) + "\n" for e in entities)
     head = {"provenance": provenance, "rows": len(entities), "sha256": _checksum(rows)}
     return (json.dumps(head, sort_keys=True) + "\n" + rows).encode()
@@ -110,10 +118,10 @@ def _checksum(rows: str) -> str:
 
 
 def load_entities(path: str | Path = FACTS_PATH) -> tuple[Entity, ...]:
-    """All entities of a facts file.
+    """Reads all entities of a facts file.
 
     Raises:
-      UserError: the file is missing, cut short, altered, or a line is not an entity.
+      UserError: the file is missing, truncated or altered, or a line is not an entity.
     """
     try:
         text = Path(path).read_bytes().decode("ascii")
@@ -129,8 +137,8 @@ def load_entities(path: str | Path = FACTS_PATH) -> tuple[Entity, ...]:
     entities = [_parse(f"{path}: line {n}", row) for n, row in enumerate(rows.splitlines(), 2)]
     if len(entities) != count or _checksum(rows) != checksum:
         raise UserError(
-            f"{path}: line {len(entities) + 1}: {len(entities)} rows where line 1 promises {count}"
-            " and their checksum differs; the file was cut or altered: restore it"
+            f"{path}: line {len(entities) + 1}: the file has {len(entities)} rows, line 1 says "
+            f"{count}, and the checksum differs; restore the file or run build_facts"
         )
     return tuple(entities)
 
@@ -141,14 +149,17 @@ def _parse(where: str, row: str) -> Entity:
         aliases = {a: tuple(v) for a, v in raw.pop("value_aliases").items()}
         return Entity(**{**raw, "aliases": tuple(raw["aliases"]), "value_aliases": aliases})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not an entity ({error}); the file was cut or altered") from error
+        raise UserError(
+            f"{where}: not an entity ({error}); restore the file or run build_facts"
+        ) from error
 
 
 def assign_splits(entities: Sequence[Entity]) -> list[Entity]:
-    """Entities with a split from a hash of their id: about 70 / 10 / 20 %.
+    """Assigns train, validation or test by a hash of the entity's id: about 70 / 10 / 20 %.
 
-    A held-out entity whose name or alias occurs in a name or value of a train entity is moved
-    to train, until none is left: "Guinea" cannot be held out while "Papua New Guinea" is read.
+    A held-out entity moves to train if its name or alias occurs in a name or value of a train
+    entity: "Guinea" cannot be held out while train texts mention "Papua New Guinea". This repeats
+    until no such entity remains.
     """
 
     def draw(entity_id: str) -> str:
@@ -181,31 +192,31 @@ def _strings(entity: Entity) -> Iterable[str]:
 
 
 def write_passages(entity: Entity, seed: int) -> list[Passage]:
-    """Passages of about 30 words that state each fact twice, in different phrasings,
-    and one passage that states none, which a query of the name alone finds first.
+    """Writes passages of about 30 words that state each fact twice, in different phrasings.
 
-    The same (seed, entity id, facts) gives the same passages. Only `entity` is mentioned.
+    The last passage states no fact; a search for the bare name finds it first. No passage
+    mentions another entity. The passages are deterministic in (seed, entity id, facts).
     """
     rng = _rng("passages", seed, entity.id)
     table = {a: v for a, v in ATTRIBUTES[entity.kind].items() if a in entity.facts}
     first = {a: rng.randrange(4) for a in table}
     groups: list[list[tuple[str, str]]] = []
     for round_ in range(2):
-        order = rng.sample(sorted(table), len(table))
         group: list[tuple[str, str]] = []
-        size = rng.choice(_FACTS_A_PASSAGE)
-        for attribute in order:
+        shuffled = rng.sample(sorted(table), len(table))
+        size = rng.choice(_FACTS_PER_PASSAGE)
+        for attribute in shuffled:
             text = table[attribute].statement(
                 first[attribute] + round_, entity.name, entity.facts[attribute]
             )
             used = sum(len(t.split()) for _, t in group)
             if group and (len(group) == size or used + len(text.split()) > MAX_WORDS):
                 groups.append(group)
-                group, size = [], rng.choice(_FACTS_A_PASSAGE)
+                group, size = [], rng.choice(_FACTS_PER_PASSAGE)
             group.append((attribute, text))
         if group:
             groups.append(group)
-    told = [(_fill(entity, [text for _, text in group], rng), group) for group in groups]
+    filled = [(_fill(entity, [text for _, text in group], rng), group) for group in groups]
     return [
         Passage(
             id=f"{entity.id}/{number}",
@@ -214,7 +225,7 @@ def write_passages(entity: Entity, seed: int) -> list[Passage]:
             text=text,
             attributes=tuple(attribute for attribute, _ in group),
         )
-        for number, (text, group) in enumerate([*told, (_overview(entity), [])])
+        for number, (text, group) in enumerate([*filled, (_overview(entity), [])])
     ]
 
 
@@ -228,7 +239,7 @@ def _overview(entity: Entity) -> str:
 
 
 def _fill(entity: Entity, sentences: list[str], rng: Random) -> str:
-    """Adds filler sentences until there are enough words, or none fits any more."""
+    """Adds filler sentences until there are enough words or no sentence fits."""
     fillers = [
         capitalise(text.format(e=entity.name, **entity.facts))
         for needs, text in FILLERS[entity.kind]
@@ -244,7 +255,7 @@ def _fill(entity: Entity, sentences: list[str], rng: Random) -> str:
 
 
 def corpus(entities: Sequence[Entity], seed: int = 0) -> list[Passage]:
-    """The passages of all `entities`, in their order."""
+    """Returns the passages of all `entities`, in their order."""
     return [passage for entity in entities for passage in write_passages(entity, seed)]
 
 
@@ -252,16 +263,20 @@ def corpus(entities: Sequence[Entity], seed: int = 0) -> list[Passage]:
 
 
 def withheld(inverse: str, final: str) -> bool:
-    """Whether two-hop questions by this pair of attributes are kept for "compositions"."""
+    """Whether two-hop questions on this pair of attributes are reserved for "compositions"."""
     return _unit_interval("composition", inverse, final) < _WITHHELD_PAIRS
 
 
 def write_questions(entities: Sequence[Entity], split: str, seed: int) -> list[Question]:
-    """One-hop and two-hop questions on the entities of `split`, in a fixed mixed order.
+    """Writes one-hop and two-hop questions on the entities of `split`, in a fixed mixed order.
 
-    `entities` is the whole world, so that a value which should name one entity can be checked
-    against all. "compositions" asks train entities two-hop questions by pairs of attributes
-    that no other split uses. A fact that its entity's name gives away is not asked.
+    "compositions" are two-hop questions on train entities whose pairs of attributes no other
+    split uses. No question asks for a fact that the entity's name gives away.
+
+    Args:
+      entities: the whole world, to check that a value identifies one entity.
+      split: one of `SPLITS`.
+      seed: decides wording, pairs of attributes and order.
 
     Raises:
       UserError: unknown split.
@@ -288,12 +303,12 @@ def write_questions(entities: Sequence[Entity], split: str, seed: int) -> list[Q
 
 
 def order(seed: int, question_id: str) -> float:
-    """Sort key of a question: any first part of the sorted questions is a fair sample of all."""
+    """Sort key of a question. Any prefix of the sorted questions is a uniform random sample."""
     return _unit_interval("order", seed, question_id)
 
 
 def _points_back(entity: Entity, attribute: str, owners: Mapping) -> bool:
-    """Whether the value belongs to this entity alone and an engine can look it up."""
+    """Whether the value belongs to this entity only and a search can find it."""
     value = words(entity.facts[attribute])
     return (
         ATTRIBUTES[entity.kind][attribute].inverse is not None
@@ -314,7 +329,7 @@ def _forward(entity: Entity, attribute: str) -> Hop:
 
 
 def _one_hop(entity: Entity, attribute: str, split: str, seed: int) -> list[Question]:
-    """Both phrasings for train, one of them elsewhere."""
+    """Both phrasings in train, one of them in the other splits."""
     noun, answers = ATTRIBUTES[entity.kind][attribute].noun, _answers(entity, attribute)
     texts = [f"What is the {noun} of {entity.name}?", f"Which {noun} does {entity.name} have?"]
     picks = range(2) if split == "train" else [_rng("ask", seed, entity.id, attribute).randrange(2)]
@@ -327,7 +342,7 @@ def _one_hop(entity: Entity, attribute: str, split: str, seed: int) -> list[Ques
 
 
 def _gives_away(text: str, answers: Iterable[str]) -> bool:
-    """Whether an answer stands in the question: "337 K" is no way to ask for potassium's symbol."""
+    """Whether `text` contains an answer: "337 K" gives away the symbol of potassium."""
     return any(mentions(text, answer) for answer in answers)
 
 
@@ -339,7 +354,7 @@ def _two_hop(
         keep = split == "compositions"
         usable = [a for a in inverses if a != final and withheld(a, final) == keep]
         rng = _rng("two-hop", seed, entity.id, final)
-        for inverse in rng.sample(usable, min(_INVERSES_A_FACT, len(usable))):
+        for inverse in rng.sample(usable, min(_INVERSES_PER_FACT, len(usable))):
             value = entity.facts[inverse]
             query = table[inverse].inverse.format(v=value)
             texts = [
@@ -360,11 +375,3 @@ def _two_hop(
                 )
             )
     return questions
-
-
-def counts(questions: Iterable[Question]) -> dict[str, int]:
-    """Number of questions by "split/hops", for people."""
-    found: dict[str, int] = defaultdict(int)
-    for q in questions:
-        found[f"{q.split}/{len(q.hops)}-hop"] += 1
-    return dict(found)

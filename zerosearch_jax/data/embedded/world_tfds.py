@@ -1,7 +1,7 @@
-"""Serves the questions of the embedded world as a TFDS dataset in array_record files.
+"""The questions of the embedded world as a TFDS dataset in array_record files.
 
-TensorFlow is neither installed nor needed. The files are written on first use into a folder
-named by a checksum of everything they depend on, so stale files are never read.
+TensorFlow is not needed. The first use writes the files to a folder whose name is a checksum of
+their facts and code, so stale files are never read.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from pathlib import Path
 from zerosearch_jax.data.embedded import phrasing, world
 from zerosearch_jax.data.embedded.world import Hop, Question
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.text import matching
 
-with warnings.catch_warnings():  # its imports warn about things that are not ours to mend
+with warnings.catch_warnings():  # TFDS imports raise warnings that we cannot fix.
     warnings.simplefilter("ignore")
     import tensorflow_datasets as tfds
 
 DEFAULT_DATA_DIR = Path("~/.cache/zerosearch_jax/tfds")
-_SEED = 0  # of the phrasing and the order of the questions
+_SEED = 0  # decides the wording and the order of the questions
 
 
 class EmbeddedWorld(tfds.core.GeneratorBasedBuilder):
@@ -31,8 +32,8 @@ class EmbeddedWorld(tfds.core.GeneratorBasedBuilder):
 
     name = "embedded_world"
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look beside the code for checksums of downloads, which needs a package that it
-    # does not install (importlib_resources). Nothing is downloaded here.
+    # None keeps TFDS from looking for download checksums next to the code. That search needs
+    # importlib_resources, which TFDS does not install, and this dataset downloads nothing.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -67,10 +68,10 @@ class EmbeddedWorld(tfds.core.GeneratorBasedBuilder):
 
 
 def _fingerprint() -> str:
-    """Checksum of the facts and of the code that turns them into questions."""
+    """Returns a checksum of the facts and of the code that turns them into questions."""
     digest = hashlib.sha256()
-    for file in (world.FACTS_PATH, Path(world.__file__), Path(phrasing.__file__), Path(__file__)):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for file in (world.FACTS_PATH, *(m.__file__ for m in (world, phrasing, matching)), __file__):
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
@@ -79,15 +80,15 @@ def _builder(folder: Path) -> EmbeddedWorld:
 
 
 def prepare(data_dir: str | Path | None = None) -> Path:
-    """Folder of the prepared dataset, written now if it is not there.
+    """Returns the folder of the prepared dataset; writes it first if it does not exist.
 
-    It is written beside its place and moved there whole, so processes that start together all
-    end up with one complete dataset and none reads half of one.
+    The dataset is written to a temporary folder and then renamed. Concurrent processes therefore
+    share one complete dataset, and none reads a partial one.
 
     Raises:
       UserError: the folder cannot be written, or the facts file is broken.
     """
-    world.load_entities()  # a broken facts file is reported before anything is written
+    world.load_entities()  # Report a broken facts file before writing anything.
     root = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     place = root / _fingerprint()
     if place.is_dir():
@@ -97,18 +98,21 @@ def prepare(data_dir: str | Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=root, prefix="writing-") as scratch:
             with _quiet():
                 _builder(Path(scratch) / "data").download_and_prepare()
-            with contextlib.suppress(OSError):  # another process was first: its files are as good
+            with contextlib.suppress(OSError):  # Another process has written the same files.
                 os.rename(Path(scratch) / "data", place)
     except OSError as error:
-        raise UserError(f"{root}: cannot write the prepared questions there ({error})") from error
+        raise UserError(
+            f"{root}: cannot write the prepared questions ({error}); make the folder writable or "
+            "choose another"
+        ) from error
     if not place.is_dir():
-        raise UserError(f"{place}: could not be put in place; remove it or choose another folder")
+        raise UserError(f"{place}: cannot be created; remove it or choose another folder")
     return place
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from announcing a download, with bars, of what is made here in a second."""
+    """Silences the download messages and progress bars of TFDS."""
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -116,7 +120,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load_questions(split: str, data_dir: str | Path | None = None) -> list[Question]:
-    """The questions of `split` ("train", "validation", "test", "compositions"), in fixed order.
+    """Returns the questions of `split`, one of `world.SPLITS`, in a fixed order.
 
     Raises:
       UserError: unknown split, or the dataset cannot be prepared.

@@ -1,0 +1,123 @@
+"""Runs the stages of a pipeline as subprocesses: `python -m zerosearch_jax.main ...`.
+
+Every stage has a folder below the pipeline's workdir, a share of the cores and a log file.
+Finished stages are skipped, interrupted stages resume.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zerosearch_jax.data.records import Records
+from zerosearch_jax.errors import UserError
+
+POLL_SECS = 0.5
+
+# Runs Python with the arguments after the first, which is the parent's process id. The kernel
+# kills the process when its parent ends, even by SIGKILL; `exec` keeps this setting. A surviving
+# stage would write to the same folder as the stage of a restarted pipeline.
+_END_WITH_PARENT = """\
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent process has ended")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of `zerosearch_jax.main`.
+
+    Attributes:
+      name: the stage's folder below the workdir.
+      argv: flags of `main`, without --workdir.
+      done: the file that the stage writes last, relative to its folder.
+      after: names of the stages whose results this stage reads.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    done: str
+    after: tuple[str, ...] = ()
+
+
+def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) -> None:
+    """Runs the unfinished stages, at most `workers` at a time, each after its prerequisites.
+
+    Call it from the main thread: the kernel ends a stage when the thread that started it ends.
+
+    Args:
+      todo: all stages of the pipeline; a stage comes after its prerequisites.
+      root: the pipeline's workdir.
+      workers: stages that run at the same time; each gets an equal share of the cores.
+      log: receives one record per finished stage: "id", "ended" (Unix time) and "seconds".
+
+    Raises:
+      UserError: `workers` is out of range, or a stage failed. The other stages are terminated
+        and resume when the command is repeated.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= workers <= len(cores):
+        raise UserError(f"config.workers={workers}: choose 1 to {len(cores)}, the number of cores")
+    waiting = [stage for stage in todo if not (root / stage.name / stage.done).exists()]
+    print(f"{len(todo) - len(waiting)} of {len(todo)} stages are done", flush=True)
+    unfinished = {stage.name for stage in waiting}
+    running: dict[int, tuple[Stage, subprocess.Popen, float]] = {}
+    try:
+        while waiting or running:
+            for worker in set(range(workers)) - running.keys():
+                ready = [stage for stage in waiting if not unfinished & set(stage.after)]
+                if ready:
+                    stage = ready[0]
+                    waiting.remove(stage)
+                    process = _start(stage, root, cores[worker::workers])
+                    running[worker] = stage, process, time.monotonic()
+            time.sleep(POLL_SECS)
+            for worker, (stage, process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[worker]
+                if process.returncode or not (root / stage.name / stage.done).exists():
+                    raise UserError(
+                        f"stage {stage.name} failed; see the end of "
+                        f"{root / stage.name / 'log.txt'}, fix the problem and repeat the command"
+                    )
+                seconds, ended = time.monotonic() - began, time.time()
+                unfinished.discard(stage.name)
+                log.append(
+                    [{"id": f"{stage.name}@{ended:.0f}", "ended": ended, "seconds": seconds}]
+                )
+                print(f"{stage.name}: {seconds:.0f} s; {len(unfinished)} stages left", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _start(stage: Stage, root: Path, cores: Sequence[int]) -> subprocess.Popen:
+    """Starts the stage on `cores`, with its output appended to `log.txt`."""
+    folder = root / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    main = ["-m", "zerosearch_jax.main", *stage.argv, f"--workdir={folder}"]
+    # The stages share one compilation cache.
+    cache = str((root / "compiled").absolute())
+    own_cores = os.sched_getaffinity(0)
+    # The subprocess inherits the affinity. XLA sizes its thread pools by it when it starts.
+    os.sched_setaffinity(0, cores)
+    try:
+        with (folder / "log.txt").open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid()), *main],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache),
+            )
+    finally:
+        os.sched_setaffinity(0, own_cores)
