@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Keeps a run on preemptible TPUs going: when the TPU is taken away it is created anew, set up, and
-# the same command is started, which resumes from its workdir in Cloud Storage.
+# Keeps a run on preemptible TPUs going. After a preemption it creates the TPU again, sets it up and
+# starts the same command, which resumes from its workdir in Cloud Storage.
 #
 #   bash launch/babysit.sh [--max-restarts N] OPTIONS OF launch/tpu_vm.sh \
 #     --bucket BUCKET -- --config=FILE --workdir=/gcs/BUCKET/run1
 #
-#   --max-restarts N   how often a TPU is created anew or the program started anew (default 10)
-#   --patience N       looks in a row that lead nowhere: no capacity, no answer (default 120)
-#   --poll-seconds N   between two looks (default 60)
-#   --dry-run          print the commands of one start and one look, run nothing
+#   --max-restarts N   restarts of the program, on the same or a new TPU (default 10)
+#   --patience N       checks in a row without progress: no capacity, no answer (default 120)
+#   --poll-seconds N   seconds between two checks (default 60)
+#   --dry-run          print the commands of one start and one check, run nothing
 #   OPTIONS            see: bash launch/tpu_vm.sh --help
 #
-# It ends with 0 when the program has succeeded on every worker, with the program's status when it
-# failed on a TPU that is still there (that is no preemption), and with 1 when it has to give up.
-# The TPU is left as it is, for its logs: bash launch/tpu_vm.sh delete … gives it back. Stopped and
-# started again, it goes on watching what runs.
+# Exit status: 0 if the program succeeded on every worker; the program's status if it failed on a
+# TPU that still exists, which is no preemption; 1 if this script gives up.
+# The TPU is kept for its logs; bash launch/tpu_vm.sh delete … deletes it. This script can be stopped
+# and started again at any time: it then watches the running program.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-# Its own options are taken out; all others are checked by tpu_vm.sh.
+# The options of this script are taken out; tpu_vm.sh checks all others.
 declare -A option=([max-restarts]=10 [patience]=120 [poll-seconds]=60 [dry-run]=no)
 own=() passed=() rest=()
 while (($#)); do
@@ -47,10 +47,10 @@ parse "${own[@]}"
 need_count max-restarts patience
 [[ ${option[poll-seconds]} =~ ^[0-9]+$ ]] || die "--poll-seconds must be a whole number"
 [[ " ${program[*]}" == *" --workdir=/gcs/"* ]] ||
-  die "say --workdir=/gcs/BUCKET/…: a TPU that is created anew has an empty disk"
+  die "set --workdir=/gcs/BUCKET/…, because the disk of a new TPU is empty"
 [[ " ${passed[*]}" == *" --bucket"* ]] || die "--bucket is missing (see --help)"
 
-# phase NAME OPTION…: that phase of tpu_vm.sh.
+# phase NAME OPTION…: runs that phase of tpu_vm.sh.
 phase() {
   bash "$(dirname "$0")/tpu_vm.sh" "$1" "${passed[@]}" --poll-seconds "${option[poll-seconds]}" \
     "${@:2}" -- "${program[@]}"
@@ -62,7 +62,7 @@ if [[ ${option[dry-run]} == yes ]]; then
   done
   exit 0
 fi
-phase all --dry-run >/dev/null # what is wrong with the options shows before anything is created
+phase all --dry-run >/dev/null # Wrong options are reported before anything is created.
 
 say() {
   printf '%s %s\n' "$(date '+%F %T')" "$1" >&2
@@ -70,8 +70,8 @@ say() {
 
 starts=0
 
-# start_again WHY: whether there may be one more start; if not, gives up.
-start_again() {
+# restart_or_exit WHY: returns if one more start is allowed, exits otherwise.
+restart_or_exit() {
   say "$1"
   if ((starts > option[max-restarts])); then
     say "giving up after ${option[max-restarts]} restarts"
@@ -84,13 +84,13 @@ start_program() {
   phase setup && phase run
 }
 
-# A creation that fails (no capacity) is no start; looks that lead nowhere are bounded, too.
+# A failed creation (no capacity) does not count as a start; --patience bounds such checks.
 create_and_start() {
   phase create && phase wait && start_program
 }
 
-# The program's outcome over all workers: the first failure, else running, absent or 0; "unknown"
-# when the workers cannot be asked.
+# Prints the program's outcome over all workers: the first failure, else running, absent or 0. Prints
+# "unknown" if the workers cannot be reached.
 outcome() {
   local answer
   answer=$(phase outcome) || {
@@ -107,8 +107,8 @@ outcome() {
     }' <<<"$answer"
 }
 
-failed=""   # the program's status, if it had failed at the last look
-fruitless=0 # looks in a row that led nowhere
+failed=""   # the program's status, if the last check found a failure
+fruitless=0 # checks in a row without progress
 while true; do
   progress=yes found=""
   state=$(phase state) || state=unknown
@@ -122,7 +122,7 @@ while true; do
           ;;
         running) ;;
         absent)
-          start_again "the program does not run"
+          restart_or_exit "the program is not running"
           start_program || progress=no
           ;;
         unknown) progress=no ;;
@@ -130,26 +130,26 @@ while true; do
           say "the program failed with exit status $found (bash launch/tpu_vm.sh logs …)"
           exit "$found"
           ;;
-        *) say "the program ended with exit status $found; is the TPU still there?" ;;
+        *) say "the program ended with exit status $found; checking whether the TPU still exists" ;;
       esac
       ;;
     NOT_FOUND)
-      start_again "there is no TPU"
+      restart_or_exit "the TPU does not exist"
       create_and_start || progress=no
       ;;
     PREEMPTED | TERMINATED | STOPPED | SUSPENDED | FAILED)
-      start_again "the TPU is $state"
+      restart_or_exit "the TPU is $state"
       { phase delete && create_and_start; } || progress=no
       ;;
-    *) progress=no ;; # on its way from one state to another, or no answer
+    *) progress=no ;; # a transition between states, or no answer
   esac
-  # A preemption also ends the program, shortly before the TPU's state tells: so a failure counts
-  # when the next look finds it on a TPU that is still there.
+  # A preemption ends the program shortly before the TPU's state changes. So a failure counts only if
+  # the next check finds it again on a TPU that still exists.
   failed=""
   [[ ! $found =~ ^[1-9] ]] || failed=$found
   if [[ $progress == no ]]; then
     ((++fruitless < option[patience])) || {
-      say "giving up: the last $fruitless looks led nowhere (the TPU is $state)"
+      say "giving up: the last $fruitless checks made no progress (the TPU is $state)"
       exit 1
     }
   else

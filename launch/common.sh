@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: options, messages, and `run`, through which every command goes.
+# Sourced by the other scripts: options, messages, and `run`, which executes every command.
 
 ((BASH_VERSINFO[0] >= 5)) || {
-  echo "error: bash 5 or newer is needed, this is $BASH_VERSION" >&2
+  echo "error: these scripts need bash 5 or newer; this is bash $BASH_VERSION" >&2
   exit 2
 }
 
-# What `run` prints must not mix with a command's own output, which may be redirected.
+# `run` prints to these copies, because the output of a command may be redirected.
 exec 3>&1 4>&2
 
-# Bad input: one line, exit status 2.
+# Reports bad input on one line; exits with status 2.
 die() {
   printf 'error: %s\n' "$1" >&2
   exit 2
 }
 
-# The script's head comment is its help.
+# Prints the script's head comment as its help.
 usage() {
   awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
 }
 
-# The words as a shell would read them back, on one line; plain words stay unquoted.
+# Prints the words on one line, quoted for a shell; plain words stay unquoted.
 quoted() {
   local word words=()
   for word in "$@"; do
@@ -30,7 +30,7 @@ quoted() {
   printf '%s' "${words[*]}"
 }
 
-# Runs a command and says so on stderr; with --dry-run only prints it.
+# Runs a command and prints it to stderr; with --dry-run only prints it to stdout.
 run() {
   if [[ ${option[dry-run]} == yes ]]; then
     printf '%s\n' "$(quoted "$@")" >&3
@@ -40,8 +40,8 @@ run() {
   fi
 }
 
-# parse ARGUMENT…: fills the caller's associative array `option`, whose keys are the options there
-# are (one whose value is "no" is a flag); what follows `--` becomes the array `rest`.
+# parse ARGUMENT…: fills the caller's associative array `option`, whose keys are the known options.
+# An option whose value is "no" is a flag. The words after `--` become the array `rest`.
 parse() {
   local name
   rest=()
@@ -56,7 +56,7 @@ parse() {
         return
         ;;
       --*) name=${1#--} ;;
-      *) die "'$1' is not understood; the program's arguments follow a -- (see --help)" ;;
+      *) die "'$1' is not an option; put the program's arguments after -- (see --help)" ;;
     esac
     [[ $name =~ ^[a-z-]+$ && -n ${option[$name]+known} ]] || die "there is no option $1 (see --help)"
     # shellcheck disable=SC2004 # the array is associative
@@ -71,7 +71,7 @@ parse() {
   done
 }
 
-# need NAME…: those options must have been given.
+# need NAME…: requires these options.
 need() {
   local name
   for name in "$@"; do
@@ -79,7 +79,7 @@ need() {
   done
 }
 
-# need_count NAME…: those options must be whole numbers from 1.
+# need_count NAME…: requires these options to be whole numbers from 1.
 need_count() {
   local name
   for name in "$@"; do
@@ -87,17 +87,17 @@ need_count() {
   done
 }
 
-# --bucket, where given, must be a bare name.
+# Requires --bucket, if given, to be a bare name.
 check_bucket() {
-  [[ ${option[bucket]} =~ ^[a-z0-9._-]*$ ]] || die "--bucket is a bucket's name, without gs://"
+  [[ ${option[bucket]} =~ ^[a-z0-9._-]*$ ]] || die "--bucket is '${option[bucket]}'; give the bucket's name without gs://"
 }
 
-# Reads --accelerator (v5e-16, v6e-64, v5p-128; v5p counts TensorCores, two a chip) into
-# `tpu_family`, `tpu_chips` and `tpu_type`, the name that Google Cloud's APIs use.
-# shellcheck disable=SC2034 # they are read by the scripts
+# Reads --accelerator (v5e-16, v6e-64, v5p-128; v5p counts TensorCores, two per chip). Sets
+# `tpu_family`, `tpu_chips` and `tpu_type`, the name in Google Cloud's APIs.
+# shellcheck disable=SC2034 # The scripts read these variables.
 read_accelerator() {
   [[ ${option[accelerator]} =~ ^(v5e|v6e|v5p)-([1-9][0-9]*)$ ]] ||
-    die "--accelerator is '${option[accelerator]}'; say v5e-N, v6e-N (chips) or v5p-N (TensorCores)"
+    die "--accelerator is '${option[accelerator]}'; use v5e-N, v6e-N (chips) or v5p-N (TensorCores)"
   tpu_family=${BASH_REMATCH[1]}
   tpu_chips=${BASH_REMATCH[2]}
   tpu_type=${option[accelerator]}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A run on GKE as a JobSet (launch/gke_jobset.yaml); the cluster has TPU node pools, JobSet and the
-# Cloud Storage FUSE driver.
+# Runs a job on GKE as a JobSet (launch/gke_jobset.yaml). The cluster needs TPU node pools, JobSet and
+# the Cloud Storage FUSE driver.
 #
 #   bash launch/gke.sh apply --name NAME --project PROJECT --location LOCATION --cluster CLUSTER \
 #     --accelerator v5e-64 --image IMAGE --bucket BUCKET -- --config=FILE --workdir=/gcs/BUCKET/run1
@@ -8,14 +8,14 @@
 # Phases: render (print the manifest), apply (render to runs/gke/NAME.yaml and submit it),
 # status, logs (process 0), delete.
 #
-#   --name, --project, --location, --cluster   the run and where it goes
+#   --name, --project, --location, --cluster   the run's name and its cluster
 #   --namespace NAME                  (default default)
-#   --accelerator v5e-N|v6e-N|v5p-N   a slice's chips (v5p: TensorCores, two a chip)
-#   --slices N                        how many slices (default 1)
-#   --image IMAGE                     built from launch/Dockerfile
-#   --bucket BUCKET                   a Cloud Storage bucket, seen by the program as /gcs/BUCKET
-#   --service-account NAME            Kubernetes' account that may use the bucket (default default)
-#   --max-restarts N                  after a preemption or a lost host (default 10)
+#   --accelerator v5e-N|v6e-N|v5p-N   chips of a slice (v5p: TensorCores, two per chip)
+#   --slices N                        number of slices (default 1)
+#   --image IMAGE                     image built from launch/Dockerfile
+#   --bucket BUCKET                   Cloud Storage bucket, mounted as /gcs/BUCKET
+#   --service-account NAME            Kubernetes account with access to the bucket (default default)
+#   --max-restarts N                  restarts after a preemption or a lost host (default 10)
 #   --dry-run                         print the commands, run nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -25,13 +25,13 @@ declare -A option=(
   [name]="" [project]="" [location]="" [cluster]="" [namespace]=default [accelerator]="" [slices]=1
   [image]="" [bucket]="" [service-account]=default [max-restarts]=10 [dry-run]=no
 )
-(($#)) || die "which phase? render, apply, status, logs or delete (see --help)"
+(($#)) || die "the phase is missing: render, apply, status, logs or delete (see --help)"
 phase=$1
 [[ $phase == -* ]] || shift
 parse "$@"
-[[ $phase != -* ]] || die "which phase? render, apply, status, logs or delete (see --help)"
+[[ $phase != -* ]] || die "the phase is missing: render, apply, status, logs or delete (see --help)"
 
-# Chips as they are wired, `topology`, and the node label of their kind, `gke_accelerator`.
+# Sets `topology`, the arrangement of the chips, and `gke_accelerator`, the node label of their kind.
 read_topology() {
   read_accelerator
   case $tpu_family in
@@ -55,11 +55,11 @@ read_topology() {
     v5e-64 | v6e-64) topology=8x8 ;;
     v5e-128 | v6e-128) topology=8x16 ;;
     v5e-256 | v6e-256) topology=16x16 ;;
-    *) die "no topology is known for --accelerator ${option[accelerator]} ($tpu_chips chips)" ;;
+    *) die "--accelerator ${option[accelerator]} has no topology here ($tpu_chips chips)" ;;
   esac
 }
 
-# The words as a JSON list, which is YAML too.
+# Prints the words as a JSON list, which is also YAML.
 json_list() {
   local word list=""
   for word in "$@"; do
@@ -69,7 +69,7 @@ json_list() {
   printf '[%s]' "${list:2}"
 }
 
-# fill PLACEHOLDER VALUE: adds to `edits`, sed's arguments.
+# fill PLACEHOLDER VALUE: adds a substitution to `edits`, the arguments of sed.
 fill() {
   local value
   value=$(printf '%s' "$2" | sed 's/[&|\\]/\\&/g')
@@ -98,7 +98,7 @@ read_manifest() {
   template=$(dirname "$0")/gke_jobset.yaml
 }
 
-kubectl_there() {
+on_cluster() {
   run kubectl "--context=gke_${option[project]}_${option[location]}_${option[cluster]}" \
     "--namespace=${option[namespace]}" "$@"
 }
@@ -116,14 +116,14 @@ case $phase in
       "--project=${option[project]}" "--location=${option[location]}"
     run mkdir -p runs/gke
     run sed -n "${edits[@]}" -e "w $manifest" "$template"
-    kubectl_there apply "--filename=$manifest"
+    on_cluster apply "--filename=$manifest"
     ;;
-  status) kubectl_there get jobset,pods "--selector=jobset.sigs.k8s.io/jobset-name=${option[name]}" ;;
+  status) on_cluster get jobset,pods "--selector=jobset.sigs.k8s.io/jobset-name=${option[name]}" ;;
   logs)
     selector=jobset.sigs.k8s.io/jobset-name=${option[name]},jobset.sigs.k8s.io/job-index=0
     selector+=,batch.kubernetes.io/job-completion-index=0
-    kubectl_there logs --follow --tail=200 --container=train "--selector=$selector"
+    on_cluster logs --follow --tail=200 --container=train "--selector=$selector"
     ;;
-  delete) kubectl_there delete jobset "${option[name]}" ;;
+  delete) on_cluster delete jobset "${option[name]}" ;;
   *) die "there is no phase '$phase' (see --help)" ;;
 esac

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Several processes of one job on this machine, each with its own fake CPU devices.
+# Runs several processes of one job on this machine, each with fake CPU devices.
 #
 #   bash launch/local.sh --processes 2 --devices-per-process 4 -- --config=configs/grpo.py \
 #     --config.mesh.data=8 --config.learner.rows=8 --workdir=runs/local8
 #
-#   --processes N             how many processes
-#   --devices-per-process K   CPU devices that each of them sees (default 1)
-#   --program "WORDS"         what each runs (default ".venv/bin/python -m zerosearch_jax.main")
-#   --port PORT               of the coordinator, process 0 (default: a free one)
-#   --log-dir DIR             process_0.log, process_1.log, … (default runs/local)
+#   --processes N             number of processes
+#   --devices-per-process K   CPU devices of each process (default 1)
+#   --program "WORDS"         command of each process
+#                             (default ".venv/bin/python -m zerosearch_jax.main")
+#   --port PORT               port of the coordinator, process 0 (default: a free port)
+#   --log-dir DIR             directory of process_0.log, process_1.log, … (default runs/local)
 #   --dry-run                 print each process's command, run nothing
 #
-# What follows -- goes to every process, after --distributed. Process i gets
+# The words after -- go to every process, after --distributed. Process i gets
 # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID=i; its output is prefixed with [i].
-# When one ends with an error the others are ended too, and its exit status is this script's.
-# Ctrl-C and SIGTERM are handed on. What has not ended 10 seconds later is killed.
+# If a process fails, the script ends the others and exits with that process's status. It forwards
+# Ctrl-C and SIGTERM. After 10 seconds it kills the processes that are still running.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
@@ -31,7 +32,7 @@ read -ra program <<<"${option[program]}"
 free_port() {
   local port
   while true; do
-    port=$((20000 + RANDOM % 12000)) # below the range that systems hand out by themselves
+    port=$((20000 + RANDOM % 12000)) # below the range of ephemeral ports
     (exec 5<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
   done
   echo "$port"
@@ -41,10 +42,10 @@ port=${option[port]:-$(free_port)}
 devices="--xla_force_host_platform_device_count=${option[devices-per-process]}"
 status=0
 killer=""
-declare -A process_of=() # the processes that still run: pid → number
+declare -A process_of=() # running processes: pid → number
 writers=()
 
-# signal_all SIGNAL: to every process that still runs, and to what it started itself.
+# signal_all SIGNAL: signals every running process and its children.
 signal_all() {
   local pid
   for pid in "${!process_of[@]}"; do
@@ -52,7 +53,8 @@ signal_all() {
   done
 }
 
-# end_all SIGNAL: jax.distributed may hold SIGTERM back (its preemption notice), hence the killer.
+# end_all SIGNAL: signals all, and kills them later. jax.distributed may catch SIGTERM as a
+# preemption notice, so a signal alone is not enough.
 end_all() {
   signal_all "$1"
   [[ -n $killer ]] || {
@@ -61,8 +63,8 @@ end_all() {
   }
 }
 
-# write_lines NUMBER: stdin to the process's log, and prefixed to stdout. It outlives a Ctrl-C.
-# (Not by awk or sed: some hold lines back until they have many.)
+# write_lines NUMBER: copies stdin to the process's log and, prefixed, to stdout. It ignores Ctrl-C.
+# It does not use awk or sed, because some of them buffer lines.
 write_lines() {
   trap '' INT TERM
   local line
@@ -73,7 +75,7 @@ write_lines() {
 }
 
 [[ ${option[dry-run]} == yes ]] || mkdir -p "${option[log-dir]}"
-set -m # a process group each: signals reach whole groups, and Ctrl-C comes only to this script
+set -m # One process group per process: signals reach whole groups, Ctrl-C only this script.
 trap 'status=130; end_all INT' INT
 trap 'status=143; end_all TERM' TERM
 
@@ -89,7 +91,7 @@ for ((i = 0; i < option[processes]; i++)); do
   fi
   exec {output}> >(write_lines "$i")
   writers+=($!)
-  run exec "${command[@]}" </dev/null >&"$output" 2>&1 & # exec: the pid is the program's own
+  run exec "${command[@]}" </dev/null >&"$output" 2>&1 & # With exec the pid is the program's.
   process_of[$!]=$i
   exec {output}>&-
 done
@@ -111,7 +113,7 @@ while ((${#process_of[@]})); do
   sleep 0.2
 done
 for writer in "${writers[@]}"; do
-  wait "$writer" || true # all output is out before this script ends
+  wait "$writer" || true # All output is written before this script ends.
 done
 [[ -z $killer ]] || kill -- "-$killer" 2>/dev/null || true
 exit "$status"

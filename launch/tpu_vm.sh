@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU VMs: every worker of a slice, or of several slices, runs the same command.
+# Runs a job on Cloud TPU VMs: every worker of one or several slices runs the same command.
 #
 #   bash launch/tpu_vm.sh [PHASE] --name NAME --project PROJECT --zone ZONE --accelerator v6e-64 \
 #     --repo URL --bucket BUCKET -- --config=configs/grpo.py:qwen2.5-3b --workdir=/gcs/BUCKET/run1 \
-#     --config.mesh.data=8 … (launch/README.md has all of it)
+#     --config.mesh.data=8 … (launch/README.md has the whole command)
 #
-# Phases; without one: create, wait, setup, run.
-#   create    ask for the TPU: v6e and v5p at once, v5e and several slices by a queued resource
-#   wait      until the TPU is ready (a queue can take hours)
+# Phases. Without a phase the script runs create, wait, setup and run.
+#   create    request the TPU: v6e and v5p directly, v5e and several slices as a queued resource
+#   wait      wait until the TPU is ready (a queue can take hours)
 #   setup     on every worker: fetch the code, Python 3.12 and the packages, mount the bucket
-#   run       on every worker: start the program in tmux, log in ~/zerosearch.log
-#   logs      follow that log (--worker, default 0: process 0 reports for all)
-#   outcome   of every worker: absent, running or the program's exit status
-#   state     of the TPU: READY or ACTIVE, or why it is not; NOT_FOUND when there is none
-#   delete    give the TPU back
+#   run       on every worker: start the program in tmux, with its log in ~/zerosearch.log
+#   logs      follow that log (--worker, default 0, because process 0 reports for all)
+#   outcome   print for every worker: absent, running or the program's exit status
+#   state     print the TPU's state: READY, ACTIVE or another state; NOT_FOUND if there is no TPU
+#   delete    delete the TPU
 #
-#   --name, --project, --zone         of the TPU
-#   --accelerator v5e-N|v6e-N|v5p-N   a slice's chips (v5p: TensorCores, two a chip)
-#   --slices N                        how many slices (default 1)
-#   --spot                            cheaper, and may be taken away: see launch/babysit.sh
-#   --version NAME                    of the TPU software (default: the one for the accelerator)
-#   --repo URL, --branch NAME         code to run: a git URL; branch, tag or commit (default main)
-#   --bucket BUCKET                   a Cloud Storage bucket, seen by the program as /gcs/BUCKET
-#   --worker N|all                    for logs
-#   --poll-seconds N, --wait-minutes N   how wait waits (default 30, 240)
+#   --name, --project, --zone         name and place of the TPU
+#   --accelerator v5e-N|v6e-N|v5p-N   chips of a slice (v5p: TensorCores, two per chip)
+#   --slices N                        number of slices (default 1)
+#   --spot                            cheaper, but may be preempted: see launch/babysit.sh
+#   --version NAME                    TPU software version (default: the accelerator's)
+#   --repo URL, --branch NAME         git URL of the code; branch, tag or commit (default main)
+#   --bucket BUCKET                   Cloud Storage bucket, mounted as /gcs/BUCKET
+#   --worker N|all                    worker for logs
+#   --poll-seconds N, --wait-minutes N   interval and limit of wait (default 30, 240)
 #   --dry-run                         print the commands, run nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -89,7 +89,7 @@ state() {
 wait_until_ready() {
   local deadline=$((SECONDS + 60 * option[wait-minutes])) now
   while true; do
-    now=$(state) || now=unknown # no answer now is no reason to give up
+    now=$(state) || now=unknown # One failed query is no reason to give up.
     case $now in
       READY | ACTIVE) return ;;
       FAILED | SUSPEND* | PREEMPTED | TERMINATED | STOPP* | NOT_FOUND)
@@ -106,7 +106,7 @@ wait_until_ready() {
   done
 }
 
-# on WORKER COMMAND: by ssh; several slices are the nodes of one queued resource.
+# on WORKER COMMAND: runs a command by ssh. Several slices are nodes of one queued resource.
 on() {
   local ssh=(tpu-vm ssh "${option[name]}")
   [[ ${option[slices]} == 1 ]] || {
@@ -121,7 +121,7 @@ setup() {
   steps="set -e; git init --quiet ~/zerosearch_jax; cd ~/zerosearch_jax"
   steps+="; git fetch --quiet --depth=1 $(quoted "${option[repo]}" "${option[branch]}")"
   steps+="; git checkout --quiet --force FETCH_HEAD"
-  # The images' own Python is older than 3.11.
+  # The images' Python is older than 3.11.
   steps+="; python3 -m pip install --quiet --user uv"
   steps+="; ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv"
   steps+="; ~/.local/bin/uv pip install --quiet --python .venv/bin/python"
@@ -131,8 +131,8 @@ setup() {
   on all "$steps"
 }
 
-# No caching of names: all workers must see what one of them has written. Directories of a
-# checkpoint are renamed when it is complete, which gcsfuse refuses unless it is given a limit.
+# Names are not cached, because all workers must see the files that one of them writes. A complete
+# checkpoint's directories are renamed, which gcsfuse refuses without a limit.
 mount_bucket() {
   local keys=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
   local bucket=${option[bucket]}

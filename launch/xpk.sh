@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A run by xpk (pip install xpk), which submits the JobSet itself.
+# Runs a job on GKE with xpk (pip install xpk), which creates and submits the JobSet.
 #
 #   bash launch/xpk.sh create --name NAME --project PROJECT --zone ZONE --cluster CLUSTER \
 #     --accelerator v5e-64 --image IMAGE -- --config=FILE --workdir=/gcs/BUCKET/run1
 #
-# Phases: storage (once a cluster: the bucket as /gcs/BUCKET), create, status, delete.
+# Phases: storage (once per cluster: mounts the bucket as /gcs/BUCKET), create, status, delete.
 #
-#   --name, --project, --zone, --cluster   the run and where it goes
-#   --accelerator v5e-N|v6e-N|v5p-N   a slice's chips (v5p: TensorCores, two a chip)
-#   --slices N                        how many slices (default 1)
-#   --image IMAGE                     built from launch/Dockerfile
-#   --bucket BUCKET                   for storage; its name is also the storage's name
-#   --max-restarts N                  after a preemption or a lost host (default 10)
+#   --name, --project, --zone, --cluster   the run's name and its cluster
+#   --accelerator v5e-N|v6e-N|v5p-N   chips of a slice (v5p: TensorCores, two per chip)
+#   --slices N                        number of slices (default 1)
+#   --image IMAGE                     image built from launch/Dockerfile
+#   --bucket BUCKET                   Cloud Storage bucket for the phase storage, and its name there
+#   --max-restarts N                  restarts after a preemption or a lost host (default 10)
 #   --dry-run                         print the commands, run nothing
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -21,7 +21,7 @@ declare -A option=(
   [name]="" [project]="" [zone]="" [cluster]="" [accelerator]="" [slices]=1 [image]="" [bucket]=""
   [max-restarts]=10 [dry-run]=no
 )
-(($#)) || die "which phase? storage, create, status or delete (see --help)"
+(($#)) || die "the phase is missing: storage, create, status or delete (see --help)"
 phase=$1
 [[ $phase == -* ]] || shift
 parse "$@"
@@ -57,5 +57,5 @@ case $phase in
     need name
     run xpk workload delete "--workload=${option[name]}" "${where[@]}"
     ;;
-  *) die "which phase? storage, create, status or delete (see --help)" ;;
+  *) die "the phase is missing: storage, create, status or delete (see --help)" ;;
 esac

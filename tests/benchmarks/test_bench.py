@@ -1,6 +1,7 @@
-"""Benchmarks: what their rows mean, and that the variants differ in time alone."""
+"""Benchmark rows, engines and rollout variants; variants must differ only in time."""
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from zerosearch_jax.benchmarks.rollout import (
     Features,
     LongDocuments,
     Mix,
-    Player,
     SlowService,
+    TimedRollouts,
 )
 from zerosearch_jax.benchmarks.rows import Row, report
 from zerosearch_jax.benchmarks.run_peers import subprocess_peer
@@ -33,7 +34,7 @@ GROUP = 3
 EPISODES = [Episode(n, f"Which country is number {n // GROUP}?", ("Chad",)) for n in range(18)]
 
 
-def test_a_row_is_medians_and_their_ratio(tmp_path, capsys):
+def test_report_writes_medians_and_their_ratio(tmp_path, capsys):
     rows = [
         Row("one", [1.0, 9.0, 4.0], [2.0, 1.0, 30.0], "tokens/s"),
         Row("two", [1.0], [4.0], "GB/s"),
@@ -43,12 +44,14 @@ def test_a_row_is_medians_and_their_ratio(tmp_path, capsys):
         {"name": "one", "ours": 4.0, "peer": 2.0, "unit": "tokens/s", "ratio": 2.0},
         {"name": "two", "ours": 1.0, "peer": 4.0, "unit": "GB/s", "ratio": 0.25},
     ]
-    assert "2.00  tokens/s (3)" in capsys.readouterr().out
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "4", "2", "tokens/s", "2.00", "3"] in printed
+    assert "ratio 2.00, 3 repeats" in str(rows[0])
 
 
 @pytest.fixture(scope="module")
-def play(markov_model):
-    """Plays all episodes with some features; the trajectories, and what was prefilled."""
+def rollouts_with(markov_model):
+    """Runs all episodes with given features; returns the trajectories and prefilled tokens."""
     policy = ConfigDict(
         dict(
             model=str(markov_model),
@@ -66,42 +69,42 @@ def play(markov_model):
     mix = Mix(EPISODES, Limits(4, 12, 60), 512, lambda features: engine, concurrent=2)
 
     def run(features):
-        player = Player(mix, config, features)
+        timed = TimedRollouts(mix, config, features)
         kept = []
-        inner = player.rollouts.play
-        player.rollouts.play = lambda *args: kept.append(inner(*args)) or kept[-1]
-        player.play()
-        assert len(player.rates) == 1 and player.rates[0] > 0
-        return kept[0], player.generator.prefilled_tokens
+        inner = timed.rollouts.play
+        timed.rollouts.play = lambda *args: kept.append(inner(*args)) or kept[-1]
+        timed.measure()
+        assert len(timed.rates) == 1 and timed.rates[0] > 0
+        return kept[0], timed.generator.prefilled_tokens
 
     return run
 
 
 @pytest.mark.slow
-def test_every_variant_plays_the_same_episodes(play):
-    ours, prefilled = play(Features())
+def test_every_variant_samples_the_same_episodes(rollouts_with):
+    ours, prefilled = rollouts_with(Features())
     assert sum(len(t.searches) for t in ours) >= 4
     assert max(len(t.turns) for t in ours) >= 3
     variants = [LOCKSTEP] + [replace(Features(), **{f.name: False}) for f in fields(Features)]
-    fed = []
+    counts = []
     for variant in variants:
-        trajectories, tokens = play(variant)
+        trajectories, tokens = rollouts_with(variant)
         assert [t.tokens for t in trajectories] == [t.tokens for t in ours]
-        fed.append(tokens)
-    lockstep, no_cache, no_sharing, waves, late, not_compact, in_turns = fed
-    assert late == not_compact == in_turns == prefilled
-    assert waves >= prefilled  # a wave may begin in the middle of a group
+        counts.append(tokens)
+    lockstep, no_cache, no_sharing, no_refill, no_early, no_compact, no_overlap = counts
+    assert no_early == no_compact == no_overlap == prefilled
+    assert no_refill >= prefilled  # A batch of episodes may begin in the middle of a group.
     prompts = [t.by_policy.index(True) - 1 for t in ours]
     shared = sum(prompts[::GROUP])
     assert no_sharing == prefilled - shared + sum(prompts)
-    # What is inserted or sampled is fed again at every later turn; in lockstep by all episodes.
+    # Every later turn prefills all earlier tokens again; in lockstep, for all episodes.
     assert lockstep > no_cache > prefilled
-    # Without the cache alone, contexts that begin alike are still shared, so it feeds less.
+    # Without the cache alone, contexts with a common start still share it, so this prefills less.
     turns = max(len(t.turns) for t in ours)
     assert lockstep >= turns * sum(prompts)
 
 
-def test_documents_are_keyed_by_the_request_and_as_long_as_wanted():
+def test_long_documents_depend_on_the_request_key_and_have_the_drawn_length():
     engine = LongDocuments((40, 50))
     request = SearchRequest(3, 1, "q", "Q?", ("A",))
     (first,), (again,) = engine.search([request]), engine.search([request])
@@ -110,7 +113,7 @@ def test_documents_are_keyed_by_the_request_and_as_long_as_wanted():
     assert 40 <= sum(len(d.split()) for d in first.documents) < 50 + 60
 
 
-def test_a_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
+def test_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
     slept = []
     monkeypatch.setattr(rollout.time, "sleep", slept.append)
     requests = [SearchRequest(n, 0, "q", "Q?", ("A",)) for n in range(20)]
@@ -121,8 +124,8 @@ def test_a_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
     assert slept[-1] == max(slept[:-1])
 
 
-def test_flops_of_a_token_by_hand():
-    """Two a weight that is multiplied, and four a cached token, head and head size a layer."""
+def test_decode_flops_match_a_hand_count():
+    """Two per multiplied weight, and per layer four per cached token, head and head dimension."""
     from zerosearch_jax.models.config import ModelConfig
 
     config = ModelConfig(
@@ -131,14 +134,14 @@ def test_flops_of_a_token_by_hand():
         qkv_bias=False, qk_norm=False, max_positions=64,
     )  # fmt: skip
     weights = {"a": jax.ShapeDtypeStruct((100,), "float32")}
-    model = decode.build.Model(config, weights, None)
+    model = decode.factory.Model(config, weights, None)
     sizes = ConfigDict(dict(prompt_tokens=6, new_tokens=4))
     assert decode.flops_per_token(model, sizes) == 2 * (100 - 40) + 4 * 8 * 3 * 2 * 2
 
 
 @pytest.fixture
 def gpu_config():
-    """`decode-gpu` for a machine without one, and a model of 11,920 weights."""
+    """The preset `decode-gpu` with small sizes and a model of 11,920 weights."""
     config = config_flags.load(f"{ROOT / 'configs' / 'bench.py'}:decode-gpu")
     with config.unlocked():
         config.models = dict(
@@ -155,18 +158,18 @@ def gpu_config():
 @pytest.fixture
 def gpu_model(gpu_config):
     config = from_hf(gpu_config.models.tiny.to_dict())
-    return decode.build.Model(config, init_params(config, 0, dtype=jnp.bfloat16), None)
+    return decode.factory.Model(config, init_params(config, 0, dtype=jnp.bfloat16), None)
 
 
-def test_bytes_of_a_step_by_hand(gpu_config, gpu_model):
-    """Two a weight, once; two a cached key's or value's number, in every row."""
+def test_bytes_per_step_match_a_hand_count(gpu_config, gpu_model):
+    """Two bytes per weight, plus in each row two bytes per cached key and value element."""
     attention = 2 * 16 * 16 + 2 * 16 * 8 + 16 + 2 * 8  # q and o, k and v, their biases
     weights = 256 * 16 + 16 + 2 * (attention + 3 * 16 * 64 + 2 * 16)
     cached = (6 + 4 / 2) * 2 * 2 * 2 * 4
     assert decode.bytes_per_step(gpu_model, 3, gpu_config) == 2 * (weights + 3 * cached)
 
 
-def test_decoding_is_a_share_of_the_bandwidth_that_is_given(gpu_config):
+def test_accelerator_decoding_is_compared_with_the_given_bandwidth(gpu_config):
     with pytest.raises(UserError, match="--config.peak_gb_per_s=3350"):
         decode.accelerator(gpu_config)
     gpu_config.peak_gb_per_s = 50.0
@@ -188,9 +191,28 @@ def test_transformers_decodes_the_same_random_model(gpu_config, gpu_model):
     assert ours.ours == pytest.approx([rate * per_token for rate in peer.ours])
 
 
-def test_a_missing_interpreter_or_suite_is_named(tmp_path):
+def test_missing_interpreter_or_suite_is_named(tmp_path):
     script = decode.PEERS / "tunix_decode.py"
     with pytest.raises(UserError, match="no-python"):
         subprocess_peer(tmp_path / "no-python", script, {})
     with pytest.raises(UserError, match="rollout, decode"):
         bench.run(ConfigDict(dict(suite="speed")), str(tmp_path))
+
+
+def test_peer_script_answers_with_one_line_of_json(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""# pip install nothing
+import os, sys
+sys.path.insert(0, {str(decode.PEERS)!r})
+from respond import respond
+
+def run(request):
+    print("a library prints")
+    return {{"cores": len(os.sched_getaffinity(0)), "prompts": request["prompts"]}}
+
+respond(run)
+"""
+    )
+    response = subprocess_peer(sys.executable, script, {"threads": 1, "prompts": [[1, 2]]})
+    assert response == {"cores": 1, "prompts": [[1, 2]]}

@@ -1,4 +1,4 @@
-"""The learner's benchmark: peers compute what we compute, and its figures are what they say."""
+"""The learner benchmark: peers compute the same updates, and its measurements are correct."""
 
 import json
 import re
@@ -28,7 +28,7 @@ TOKENS = 24
 
 @pytest.fixture
 def config():
-    """configs/bench.py:learner with sizes for seconds."""
+    """configs/bench.py:learner with sizes that run in seconds."""
     config = config_flags.load(f"{ROOT / 'configs' / 'bench.py'}:learner")
     config.update(
         repeats=2,
@@ -36,14 +36,14 @@ def config():
         step=dict(questions=2, group_size=2, prompt_tokens=8, new_tokens=6),
         packing=dict(model=str(ROOT / config.packing.model), episodes=6, rows=2),
         model=str(ROOT / config.packing.model),
-        learner=dict(remat="none"),  # compiles sooner
+        learner=dict(remat="none"),  # compiles faster
     )
     return config
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A random model of one small layer for the tiny policy's tokenizer."""
+    """A random one-layer model for the tiny policy's tokenizer."""
     sizes = from_hf(
         dict(
             model_type="qwen3", vocab_size=1536, hidden_size=16, intermediate_size=24,
@@ -59,7 +59,7 @@ def tiny():
 
 
 def llama(directory):
-    """A tiny random Llama, written by transformers; ours of the same weights."""
+    """Writes a tiny random Llama with transformers; returns our model with the same weights."""
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -85,8 +85,8 @@ def llama(directory):
     return factory.Model(sizes, load_params(directory, sizes, make_mesh()), None)
 
 
-def test_torch_makes_the_same_updates(config, tmp_path):
-    """Losses of four updates far apart: clip, KL, entropy, norm clip and decay all count."""
+def test_torch_computes_the_same_updates(config, tmp_path):
+    """The four losses differ so much that clip, KL, entropy, norm clip and decay all matter."""
     model = llama(tmp_path)
     config.optimizer.update(learning_rate=0.02, weight_decay=0.5, clip_norm=0.1)
     updater = learner.Updater(model, config, "float32")
@@ -101,7 +101,7 @@ def test_torch_makes_the_same_updates(config, tmp_path):
     theirs = [peer.update(arrays, micro_rows)[1] for micro_rows in (1, 2, 4, 3)]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert np.ptp(ours) > 0.1
-    # Unlike the first update the others have a KL and a ratio; bfloat16 moves the loss a little.
+    # Only updates after the first have a KL and a ratio. bfloat16 changes the loss a little.
     coarse = run_peers.TorchUpdater(
         tmp_path, dtype="bfloat16", threads=1, **learner.peer_settings(config)
     )
@@ -109,7 +109,7 @@ def test_torch_makes_the_same_updates(config, tmp_path):
     assert 0 < abs(loss - ours[0]) < 0.02
 
 
-def test_padding_changes_the_time_alone(config, tiny):
+def test_padding_changes_only_the_time(config, tiny):
     rng = np.random.default_rng(0)
     sequences = []
     for length in (20, 3, 11, 24, 7):
@@ -148,8 +148,8 @@ def test_episodes_are_transcripts_that_fit_a_row(config):
     assert "<information>" not in tokenizer.decode(own)
 
 
-def test_flops_are_those_that_xla_counts(config):
-    """One layer, one chunk of logits, one micro-batch: XLA counts a loop's body once."""
+def test_update_flops_match_xlas_count(config):
+    """One layer, chunk of logits and micro-batch each, because XLA counts a loop's body once."""
     sizes = from_hf(
         dict(
             model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=320,
@@ -171,12 +171,12 @@ def test_flops_are_those_that_xla_counts(config):
         )
 
     counted = jax.jit(update).lower(updater.state, updater.reference, batch).cost_analysis()
-    # In a row of one block each token is scored against all keys, also those that are masked.
+    # In a row of one block each token is scored against all keys, masked ones included.
     flops = 4 * 128 * learner.forward_flops(sizes, attended=128)
     assert counted["flops"] == pytest.approx(learner.DONE_PASSES * flops, rel=0.1)
 
 
-def test_flops_of_a_token_by_hand():
+def test_forward_flops_match_a_hand_count():
     config = from_hf(
         dict(
             model_type="llama", vocab_size=10, hidden_size=4, intermediate_size=8,
@@ -188,7 +188,7 @@ def test_flops_of_a_token_by_hand():
     assert learner.forward_flops(config, 2.5) == 2 * weights + 3 * 2 * (2 * 2 * 2 * 2.5)
 
 
-def test_chunks_need_less_memory_than_whole_logits_and_give_the_same():
+def test_chunked_logprobs_equal_whole_logits_and_need_less_memory():
     rng = np.random.default_rng(0)
     hidden, unembed = rng.normal(size=(1, 12, 8)), rng.normal(size=(8, 40))
     arguments = (jnp.float32(hidden), jnp.float32(unembed), jnp.arange(12)[None] * 3)
@@ -212,11 +212,11 @@ def test_chunks_need_less_memory_than_whole_logits_and_give_the_same():
     assert row.as_dict()["ratio"] > 3
 
 
-def test_a_step_of_peers_is_asked_for_as_their_scripts_read_it(config, monkeypatch):
-    asked = []
+def test_step_request_has_all_keys_that_peer_scripts_read(config, monkeypatch):
+    requests = []
 
     def answer(python, script, request):
-        asked.append((python, script, request))
+        requests.append((python, script, request))
         return {"step_secs": [2.0, 4.0, 3.0], "version": "1"}
 
     monkeypatch.setattr(run_peers, "subprocess_peer", answer)
@@ -227,7 +227,7 @@ def test_a_step_of_peers_is_asked_for_as_their_scripts_read_it(config, monkeypat
         ("GRPO step / TRL", 3.0),
         ("GRPO step / Tunix", 3.0),
     ]
-    for (python, script, request), expected in zip(asked, ("one", "other"), strict=True):
+    for (python, script, request), expected in zip(requests, ("one", "other"), strict=True):
         assert python == expected
         read = set(re.findall(r'request\["(\w+)"\]', script.read_text()))
         assert read >= {"prompts", "group_size", "new_tokens", "repeats"}
@@ -235,7 +235,7 @@ def test_a_step_of_peers_is_asked_for_as_their_scripts_read_it(config, monkeypat
         assert request["micro_rows"] % request["group_size"] == 0
 
 
-def test_a_peer_without_an_interpreter_is_not_run(config, monkeypatch, capsys):
+def test_peer_without_an_interpreter_is_reported_and_skipped(config, monkeypatch, capsys):
     monkeypatch.setattr(learner, "step_secs", lambda *_: [1.0, 1.5])
     assert list(learner.steps(config)) == []
     out = capsys.readouterr().out
@@ -243,8 +243,8 @@ def test_a_peer_without_an_interpreter_is_not_run(config, monkeypatch, capsys):
     assert "TRL: not run" in out and "Tunix: not run" in out
 
 
-def test_our_steps_learn_from_what_they_sampled(config, tiny, monkeypatch):
-    """Every step's batch is on-policy: the learner finds the log-probs that the sampler had."""
+def test_steps_learn_from_their_own_samples(config, tiny, monkeypatch):
+    """Each step is on-policy: the learner's log-probs equal the sampler's."""
     config.step.micro_rows.ours = 2
     config.optimizer.learning_rate = 0.01
     seen = []
@@ -262,7 +262,7 @@ def test_our_steps_learn_from_what_they_sampled(config, tiny, monkeypatch):
     assert max(difference for _, difference in seen) < 1e-4
 
 
-def test_prompts_are_stretches_that_encode_as_themselves(config):
+def test_prompts_survive_decoding_and_encoding(config):
     tokenizer = load_tokenizer(config.packing.model)
     prompts = learner.stretches(tokenizer, 5, 24)
     assert [len(prompt) for prompt in prompts] == [24] * 5
@@ -271,20 +271,20 @@ def test_prompts_are_stretches_that_encode_as_themselves(config):
         assert tokenizer(tokenizer.decode(prompt))["input_ids"] == prompt
 
 
-def test_the_fastest_choice_is_of_the_second_updates():
+def test_fastest_ignores_the_first_update():
     seconds = {1: [9.0, 3.0], 2: [1.0, 5.0], 4: [8.0, 2.0]}
     assert learner.fastest(lambda n: (seconds[n].pop(0), 0.0), (1, 2, 4)) == 4
 
 
-def test_an_unknown_part_or_peak_is_named(config):
+def test_unknown_part_or_missing_peak_is_named(config):
     config.parts = ("update", "steps")
-    with pytest.raises(UserError, match="'steps'; choose of update, step, packing, memory"):
+    with pytest.raises(UserError, match="'steps'; choose from update, step, packing, memory"):
         learner.run(config)
     with pytest.raises(UserError, match="--config.peak_tflops=989"):
         learner.mfu(config_flags.load(f"{ROOT / 'configs' / 'bench.py'}:learner-gpu"))
 
 
-def test_scripts_say_how_their_environments_are_made():
+def test_peer_scripts_say_how_to_make_their_environments():
     for name in ("trl_step.py", "tunix_step.py"):
         text = (decode.PEERS / name).read_text()
         assert re.search(r"pip install \S+==\S+", text)

@@ -1,4 +1,4 @@
-"""Whole episodes of the rollout engine against a loop without cache, slots or batches."""
+"""Parity of whole episodes with a naive loop that has no cache, slots or batches."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ EPISODES = [Episode(n, f"Which country is number {n // 4}?", ("Chad",)) for n in
 
 
 class Library:
-    """Documents whose number depends on the query and the question."""
+    """Engine whose documents repeat query and question; later turns get more documents."""
 
     name = "library"
 
@@ -45,7 +45,7 @@ def model(markov_model):
 
 @pytest.fixture(scope="module")
 def naive(model):
-    """Each episode's tokens, log-probs of the sampled ones, and finish."""
+    """Tokens, log-probs of the sampled tokens, and finish of each episode, from a naive loop."""
     graphdef, _ = abstract_model(model.config)
 
     @jax.jit
@@ -54,7 +54,7 @@ def naive(model):
         hidden = run(tokens, jnp.arange(MAX_TOKENS)[None], jnp.zeros_like(tokens))
         return sample(run.logits(hidden[:, length - 1]), key[None], SAMPLING)
 
-    def play(episode):
+    def rollout(episode):
         tokenizer, fold = model.tokenizer, jax.random.fold_in
         stream = fold(fold(KEY, episode.number), 0)
         tokens = encode_prompt(tokenizer, prompts.policy_prompt(episode.question))
@@ -76,24 +76,24 @@ def naive(model):
                 return tokens, logprobs, "answer"
             if turn == LIMITS.max_turns:
                 return tokens, logprobs, "turns"
-            told = prompts.INVALID_ACTION
+            text = prompts.INVALID_ACTION
             if action.kind == "search":
                 documents = [f"{action.content} is {episode.question}"] * (1 + turn)
-                told = prompts.information_block(prompts.format_documents(documents))
-            told = encode(tokenizer, told)
-            if action.kind == "search" and len(told) > LIMITS.observation_tokens:
+                text = prompts.information_block(prompts.format_documents(documents))
+            inserted = encode(tokenizer, text)
+            if action.kind == "search" and len(inserted) > LIMITS.observation_tokens:
                 opening, closing = (
                     encode(tokenizer, part) for part in prompts.information_block("|").split("|")
                 )
                 room = LIMITS.observation_tokens - len(opening) - len(closing)
                 body = encode(tokenizer, prompts.format_documents(documents))[:room]
-                told = opening + body + closing
-            if MAX_TOKENS - len(tokens) <= len(told):
+                inserted = opening + body + closing
+            if MAX_TOKENS - len(tokens) <= len(inserted):
                 return tokens, logprobs, "length"
-            tokens = tokens + told
+            tokens = tokens + inserted
         raise AssertionError("the last turn ends the episode")
 
-    return [play(episode) for episode in EPISODES]
+    return [rollout(episode) for episode in EPISODES]
 
 
 def rollouts(model, rl_config, *, slots, decode_rows, mesh=None, **options):
@@ -114,7 +114,7 @@ def rollouts(model, rl_config, *, slots, decode_rows, mesh=None, **options):
 def test_episodes_equal_those_of_a_naive_loop(
     model, rl_config, naive, slots, decode_rows, devices, concurrent
 ):
-    """Slots are refilled, prompts shared, searches waited for; on one device and on two."""
+    """With refilled slots, shared prompts and concurrent searches, on one device and on two."""
     played = rollouts(
         model,
         rl_config,
@@ -134,8 +134,8 @@ def test_episodes_equal_those_of_a_naive_loop(
     assert {"answer", "turns"} <= finishes
     assert max(len(t.searches) for t in trajectories) >= 2
 
-    # No token twice: the prompt once a group, each inserted token once an episode. The prompt's
-    # last token is fed by the first decode step, in the place of the last sampled one.
+    # Prefill runs once per group for the prompt and once per episode for inserted tokens. The
+    # prompt's last token is not prefilled: the first decode step feeds it.
     first = {t.episode.question: t for t in trajectories}.values()
     once = sum(t.by_policy.index(True) - 1 for t in first)
     inserted = sum(len(t.tokens) - t.policy_tokens - t.by_policy.index(True) for t in trajectories)

@@ -1,7 +1,7 @@
-"""launch/: what a dry run prints, that a real run calls just that, and what happens on failures.
+"""The scripts of launch/: dry runs, the commands of real runs, and failures.
 
-No cloud is reached: gcloud, kubectl and the other tools are fakes that record how they are called.
-After a change that is meant: `python tests/launch/test_launch.py` writes golden/ anew.
+No cloud is reached: gcloud, kubectl and the other tools are fakes that record their calls. After an
+intended change, `python tests/launch/test_launch.py` rewrites golden/.
 """
 
 import json
@@ -28,7 +28,7 @@ ARGS = "-- --config=configs/grpo.py:qwen2.5-3b --workdir=/gcs/bucket/run1"
 GKE = "--name run1 --project PROJECT --location LOCATION --cluster CLUSTER"
 XPK = "--name run1 --project PROJECT --zone ZONE --cluster CLUSTER"
 
-# golden/NAME.txt is what `bash launch/…` prints with --dry-run added.
+# golden/NAME.txt holds the output of `bash launch/…` with --dry-run.
 CASES = {
     "tpu_vm_v5e_16": f"tpu_vm.sh {TPU} --accelerator v5e-16 {CODE} {ARGS}",
     "tpu_vm_v6e_64": f"tpu_vm.sh {TPU} --accelerator v6e-64 {CODE} {ARGS}",
@@ -55,7 +55,7 @@ CASES = {
         --config=configs/grpo.py""",
 }
 
-# Records its call; answers with the next entry of the first rule whose text is in the call.
+# Records its call and answers with the next entry of the first rule whose text is in the call.
 FAKE = f"""#!{sys.executable} -IS
 import json, os, sys
 folder = os.path.dirname(os.path.realpath(sys.argv[0]))
@@ -95,7 +95,7 @@ class Fakes:
         return self.folder / tool
 
     def answer(self, **rules: list) -> None:
-        """describe=["READY", ("NOT_FOUND", 1), …]: answers in turn, the last one for ever."""
+        """Sets answers by text in the call: describe=["READY", …]. The last answer repeats."""
         listed = [
             {"in": text, "answers": [[a, 0] if isinstance(a, str) else a for a in answers]}
             for text, answers in rules.items()
@@ -107,7 +107,7 @@ class Fakes:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def verbs(self) -> list[str]:
-        """gcloud's calls in short: create, describe, delete, and for ssh what it asks for."""
+        """The verbs of all gcloud calls; for ssh the verb is setup, run or outcome."""
         kinds = {"git init": "setup", "new-session": "run", "echo outcome": "outcome"}
         verbs = []
         for call in self.calls():
@@ -124,7 +124,7 @@ def fakes(tmp_path):
 
 
 def launch(line: str | list[str], fakes: Fakes | None = None, **env: str):
-    """Runs `bash launch/LINE` in an environment of its own."""
+    """Runs `bash launch/LINE` with a minimal environment."""
     words = shlex.split(line) if isinstance(line, str) else line
     path = f"{fakes.folder}:/usr/bin:/bin" if fakes else "/usr/bin:/bin"
     return subprocess.run(
@@ -138,14 +138,14 @@ def launch(line: str | list[str], fakes: Fakes | None = None, **env: str):
 
 
 def dry(line: str) -> list[str]:
-    """The script's words with --dry-run after its phase."""
+    """Returns the script's words with --dry-run after its phase."""
     words = shlex.split(line)
     at = 2 if len(words) > 1 and not words[1].startswith("-") else 1
     return [*words[:at], "--dry-run", *words[at:]]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_dry_run_prints_the_golden_commands_and_does_nothing(name, fakes):
+def test_dry_run_prints_the_golden_commands_and_runs_nothing(name, fakes):
     done = launch(dry(CASES[name]), fakes)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (GOLDEN / f"{name}.txt").read_text()
@@ -156,7 +156,7 @@ REAL = [name for name in CASES if not name.startswith(("babysit", "gke_apply", "
 
 
 @pytest.mark.parametrize("name", [*REAL, "sim_server_vllm"])
-def test_a_real_run_calls_what_the_dry_run_printed(name, fakes):
+def test_real_run_executes_the_commands_of_the_dry_run(name, fakes):
     fakes.answer(describe=["ACTIVE"])
     done = launch(CASES[name], fakes)
     assert done.returncode == 0, done.stderr
@@ -164,8 +164,8 @@ def test_a_real_run_calls_what_the_dry_run_printed(name, fakes):
     assert fakes.calls() == [shlex.split(line) for line in printed]
 
 
-def test_a_real_gke_run_submits_the_manifest(fakes, tmp_path):
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")  # it writes runs/gke below
+def test_real_gke_run_submits_the_manifest(fakes, tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")  # The script writes runs/gke below.
     done = subprocess.run(
         ["bash", *shlex.split(f"launch/{CASES['gke_apply_v5e_64']}"), 'a "b" | c\\d & e'],
         cwd=tmp_path,
@@ -202,7 +202,7 @@ def test_a_real_gke_run_submits_the_manifest(fakes, tmp_path):
 @pytest.mark.parametrize(
     ("accelerator", "topology"), [("v5e-16", "4x4"), ("v6e-256", "16x16"), ("v5p-128", "4x4x4")]
 )
-def test_a_topology_has_as_many_chips_as_the_hosts_together(accelerator, topology):
+def test_gke_topology_has_as_many_chips_as_all_hosts(accelerator, topology):
     line = f"gke.sh render {GKE} --accelerator {accelerator} --image I --bucket b -- --config=c"
     (job,) = yaml.safe_load(launch(line).stdout)["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
@@ -214,7 +214,7 @@ def test_a_topology_has_as_many_chips_as_the_hosts_together(accelerator, topolog
     assert spec["parallelism"] * 4 == chips
 
 
-# ---- what the workers are told to do
+# ---- commands on the workers
 
 
 def _on_worker(home: Path, command: list[str], path: Path) -> subprocess.CompletedProcess:
@@ -228,7 +228,7 @@ def _on_worker(home: Path, command: list[str], path: Path) -> subprocess.Complet
     )
 
 
-def test_a_worker_runs_the_program_with_the_very_arguments(fakes, tmp_path):
+def test_worker_runs_the_program_with_unchanged_arguments(fakes, tmp_path):
     home = tmp_path / "home"
     (home / "zerosearch_jax/.venv/bin").mkdir(parents=True)
     python = home / "zerosearch_jax/.venv/bin/python"
@@ -250,7 +250,7 @@ def test_a_worker_runs_the_program_with_the_very_arguments(fakes, tmp_path):
     assert _on_worker(home, outcome, tools.folder).stdout == "outcome 3\n"
 
 
-def test_a_worker_is_set_up_twice_and_has_the_newer_code(fakes, tmp_path):
+def test_second_setup_of_a_worker_fetches_the_newer_code(fakes, tmp_path):
     repo, home = tmp_path / "repo", tmp_path / "home"
     home.mkdir()
 
@@ -284,20 +284,20 @@ BABYSIT = f"babysit.sh --poll-seconds 0 {TPU} --accelerator v6e-64 --spot {CODE}
 GONE = ["ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: no such node", 1]
 
 
-def test_babysit_recreates_once_after_a_preemption(fakes):
+def test_babysit_recreates_the_tpu_once_after_a_preemption(fakes):
     fakes.answer(describe=["PREEMPTED", "READY"], outcome=["outcome running", "outcome 0"])
     done = launch(f"{BABYSIT} {ARGS}", fakes)
     assert done.returncode == 0, done.stderr
     start = ["create", "describe", "setup", "run"]  # `wait` describes once
     watch = ["describe", "outcome"]
     assert fakes.verbs() == ["describe", "delete", *start, *watch, *watch]
-    # What is started again is what tpu_vm.sh starts, to the letter.
+    # The restart executes exactly the commands of tpu_vm.sh.
     printed = launch(dry(f"tpu_vm.sh {TPU} --accelerator v6e-64 --spot {CODE} {ARGS}")).stdout
     assert fakes.calls()[2:6] == [shlex.split(line) for line in printed.splitlines()]
 
 
-def test_babysit_preempted_while_it_runs(fakes):
-    # The program dies of the preemption before the TPU's state tells of it.
+def test_babysit_recreates_the_tpu_after_a_preemption_during_the_run(fakes):
+    # The preemption ends the program before the TPU's state changes.
     fakes.answer(
         describe=[GONE, "READY", "READY", "READY", "PREEMPTED", "READY"],
         outcome=["outcome running", "outcome 1", "outcome running", "outcome 0"],
@@ -308,7 +308,7 @@ def test_babysit_preempted_while_it_runs(fakes):
     assert fakes.verbs().count("delete") == 1
 
 
-def test_babysit_stops_when_the_program_itself_fails(fakes):
+def test_babysit_stops_when_the_program_fails_on_a_healthy_tpu(fakes):
     fakes.answer(describe=["READY"], outcome=["outcome absent", "outcome 3\noutcome running"])
     done = launch(f"{BABYSIT} {ARGS}", fakes)
     assert done.returncode == 3
@@ -323,8 +323,8 @@ def test_babysit_waits_for_all_workers(fakes):
     assert fakes.verbs() == ["describe", "outcome"] * 2
 
 
-def test_babysit_recreates_a_bounded_number_of_times(fakes):
-    # Ready while `wait` looks, gone at the next look, for ever.
+def test_babysit_limits_restarts(fakes):
+    # The TPU is ready for `wait` and preempted at every check.
     fakes.answer(describe=[*["PREEMPTED", "READY"] * 3, "PREEMPTED"])
     done = launch(f"{BABYSIT} --max-restarts 2 {ARGS}", fakes)
     assert done.returncode == 1
@@ -332,13 +332,13 @@ def test_babysit_recreates_a_bounded_number_of_times(fakes):
     assert fakes.verbs().count("create") == 3
 
 
-def test_babysit_gives_up_without_capacity_and_never_deletes_what_it_cannot_see(fakes):
+def test_babysit_gives_up_without_capacity_and_never_deletes_an_unseen_tpu(fakes):
     fakes.answer(describe=[GONE], create=[["no more capacity in the zone", 1]])
     assert launch(f"{BABYSIT} --patience 3 {ARGS}", fakes).returncode == 1
     assert fakes.verbs() == ["describe", "create"] * 3
     fakes.answer(describe=[["network unreachable", 1]])
     done = launch(f"{BABYSIT} --patience 3 {ARGS}", fakes)
-    assert done.returncode == 1 and "led nowhere" in done.stderr
+    assert done.returncode == 1 and "made no progress" in done.stderr
     assert fakes.verbs()[6:] == ["describe"] * 3
 
 
@@ -361,26 +361,26 @@ def test_help_and_unknown_options(script):
     [
         ("tpu_vm.sh --name a --zone Z --accelerator v5e-16", "--project is missing"),
         (f"tpu_vm.sh {TPU} --accelerator v5e-16 -- x", "--repo is missing"),
-        (f"tpu_vm.sh {TPU} --accelerator h100-8", "say v5e-N"),
+        (f"tpu_vm.sh {TPU} --accelerator h100-8", "use v5e-N"),
         (f"tpu_vm.sh {TPU} --accelerator v5e-16 --slices 0", "--slices must be a whole number"),
         (f"tpu_vm.sh run {TPU} --accelerator v5e-16", "arguments are missing"),
         (f"tpu_vm.sh start {TPU} --accelerator v5e-16", "no phase 'start'"),
         (f"tpu_vm.sh {TPU} --accelerator v5e-16 --bucket gs://b", "without gs://"),
         (f"tpu_vm.sh {TPU} --accelerator", "--accelerator needs a value"),
-        (f"{BABYSIT} -- --config=c", "say --workdir=/gcs/BUCKET/"),
+        (f"{BABYSIT} -- --config=c", "--workdir=/gcs/BUCKET/"),
         (f"babysit.sh {TPU} --accelerator v6e-8 {ARGS}", "--bucket is missing"),
         (f"babysit.sh {TPU} --bucket bucket {ARGS}", "--accelerator is missing"),
-        ("gke.sh --name a", "which phase?"),
+        ("gke.sh --name a", "phase is missing"),
         (f"gke.sh apply {GKE} --accelerator v5e-64 --bucket b {ARGS}", "--image is missing"),
         (f"gke.sh render {GKE} --accelerator v5e-24 --image I --bucket b {ARGS}", "no topology"),
         (f"xpk.sh create {XPK} --image I {ARGS}", "--accelerator is missing"),
         ("sim_server.sh --model M", "--engine is missing"),
-        ("sim_server.sh --model M --engine ollama", "say sglang or vllm"),
+        ("sim_server.sh --model M --engine ollama", "use sglang or vllm"),
         ("local.sh --devices-per-process 2", "--processes is missing"),
-        ("local.sh 2", "'2' is not understood"),
+        ("local.sh 2", "'2' is not an option"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(line, message, fakes):
+def test_bad_input_prints_one_line_and_exits_with_2(line, message, fakes):
     done = launch(line, fakes)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
@@ -396,7 +396,7 @@ def program(tmp_path: Path, body: str) -> str:
     return f"{sys.executable} -IS {path}"
 
 
-def test_local_processes_get_their_environment_and_their_lines_a_prefix(tmp_path):
+def test_local_sets_the_environment_and_prefixes_each_line(tmp_path):
     names = "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PLATFORMS XLA_FLAGS"
     body = f"""
 for name in {names.split()!r}: print(name, os.environ[name])
@@ -423,7 +423,7 @@ sys.stdout.write("no newline at the end")"""
         }
 
 
-def test_a_local_process_that_dies_ends_the_others(tmp_path):
+def test_failure_of_a_local_process_ends_the_others(tmp_path):
     body = """
 print("started", flush=True)
 open(f"{sys.argv[-1]}/{number}", "w").close()
@@ -442,7 +442,7 @@ time.sleep(600)"""
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process that is more than a zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -450,7 +450,7 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_local_process_that_ignores_sigterm_is_killed(tmp_path):
+def test_local_process_that_ignores_sigterm_is_killed(tmp_path):
     body = """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -476,7 +476,7 @@ signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 time.sleep(600)"""
-    # A shell cannot trap what it was started to ignore, as background jobs are with SIGINT.
+    # Background jobs start with SIGINT ignored, and a shell cannot trap an ignored signal.
     words = ["env", "--default-signal=INT", "bash", "launch/local.sh", "--processes", "2"]
     words += ["--log-dir", str(tmp_path)]
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The formulas against products counted in traced programs, and against XLA's own count."""
+"""The roofline formulas against the products of traced programs and against XLA's cost analysis."""
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ CONFIG = ModelConfig(
     qk_norm=False,
     max_positions=1024,
 )
-ROWS, LENGTH, CHUNK = 2, 160, 32  # one whole block of queries and a part of one
+ROWS, LENGTH, CHUNK = 2, 160, 32  # one whole block of queries and a partial one
 
 
 def product_flops(jaxpr, trips: int) -> int:
-    """FLOPs of all products of a traced program; a loop of unknown length turns `trips` times."""
+    """FLOPs of all products of a traced program; loops of unknown length run `trips` times."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -42,11 +42,11 @@ def product_flops(jaxpr, trips: int) -> int:
             for axis in contracted:
                 inner *= eqn.invars[0].aval.shape[axis]
             total += 2 * inner * eqn.outvars[0].aval.size
-        turns = {"scan": eqn.params.get("length"), "while": trips}.get(eqn.primitive.name, 1)
+        repeats = {"scan": eqn.params.get("length"), "while": trips}.get(eqn.primitive.name, 1)
         for value in eqn.params.values():
             inside = getattr(value, "jaxpr", value)
             if hasattr(inside, "eqns"):
-                total += turns * product_flops(inside, trips)
+                total += repeats * product_flops(inside, trips)
     return total
 
 
@@ -71,11 +71,11 @@ def _logprob_sum(graphdef):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_gradients_products_are_those_of_the_formula(remat):
+def test_training_work_matches_the_products_of_a_traced_gradient(remat):
     graphdef, params = abstract_model(CONFIG, remat=remat)
     traced = jax.make_jaxpr(jax.grad(_logprob_sum(graphdef)))(params, _int(ROWS, LENGTH))
-    formula = roofline.trained(CONFIG, rows=ROWS, length=LENGTH, tensor=1, remat=remat)
-    # The formula is of splash's kernels: exchange its attention for what XLA's takes.
+    formula = roofline.training_work(CONFIG, rows=ROWS, length=LENGTH, tensor=1, remat=remat)
+    # The formula is for splash's kernels: replace its attention by that of XLA's attention.
     again = remat != "none"
     pairs = ROWS * roofline.causal_pairs(LENGTH, roofline.SPLASH_BLOCK)
     splash = roofline.attention(CONFIG, queries=0, keys=0, pairs=pairs, tensor=1)
@@ -83,18 +83,18 @@ def test_a_gradients_products_are_those_of_the_formula(remat):
     assert product_flops(traced.jaxpr, LENGTH // CHUNK) == expected
 
 
-def test_the_references_products_are_those_of_the_formula():
+def test_logprob_work_matches_the_products_of_a_traced_reference():
     graphdef, params = abstract_model(CONFIG)
     traced = jax.make_jaxpr(_logprob_sum(graphdef))(params, _int(ROWS, LENGTH))
-    formula = roofline.scored(CONFIG, rows=ROWS, length=LENGTH, tensor=1)
+    formula = roofline.logprob_work(CONFIG, rows=ROWS, length=LENGTH, tensor=1)
     pairs = ROWS * roofline.causal_pairs(LENGTH, roofline.SPLASH_BLOCK)
     splash = roofline.attention(CONFIG, queries=0, keys=0, pairs=pairs, tensor=1)
     expected = formula.flops - splash.flops + _attention(1).flops
     assert product_flops(traced.jaxpr, LENGTH // CHUNK) == expected
 
 
-def test_prefills_products_are_those_of_the_formula():
-    """Behind a full window of two blocks."""
+def test_prefill_work_matches_the_products_of_a_traced_prefill():
+    """The prefill follows a full window of two blocks."""
     window, tokens = 2 * KEY_BLOCK, 24
     graphdef, params = abstract_model(CONFIG, stacked=False)
 
@@ -105,26 +105,26 @@ def test_prefills_products_are_those_of_the_formula():
 
     traced = jax.make_jaxpr(run)(params, _int(ROWS, tokens), _int(ROWS))
     sizes = dict(rows=ROWS, window=window, tensor=1, weight=2)
-    formula = roofline.prefilled(CONFIG, tokens=tokens, **sizes).flops
+    formula = roofline.prefill_work(CONFIG, tokens=tokens, **sizes).flops
     assert product_flops(traced.jaxpr, window // KEY_BLOCK) == formula
 
 
-def test_decodes_products_are_those_of_the_formula():
-    window, burst = 64, 8
+def test_decode_work_matches_the_products_of_a_traced_decode_step():
+    window, chunk = 64, 8
     graphdef, params = abstract_model(CONFIG, stacked=False)
 
     def run(params, ids, lengths):
         model = nnx.merge(graphdef, params)
-        past, recent = (empty_cache(CONFIG, ROWS, n, jnp.float32) for n in (window, burst))
+        past, recent = (empty_cache(CONFIG, ROWS, n, jnp.float32) for n in (window, chunk))
         return model.logits(model.decode(ids, past, lengths, recent, 0)[0])
 
     traced = jax.make_jaxpr(run)(params, _int(ROWS), _int(ROWS))
     sizes = dict(rows=ROWS, window=window, tensor=1, weight=2)
-    formula = roofline.decoded(CONFIG, burst=burst, **sizes).flops / burst
+    formula = roofline.decode_work(CONFIG, chunk_tokens=chunk, **sizes).flops / chunk
     assert product_flops(traced.jaxpr, 0) == formula
 
 
-def test_xla_counts_hardly_more_on_an_unrolled_model():
+def test_xla_counts_at_most_15_percent_more_on_an_unrolled_model():
     graphdef, params = abstract_model(CONFIG, stacked=False)
 
     def run(params, x, segments):
@@ -140,30 +140,30 @@ def test_xla_counts_hardly_more_on_an_unrolled_model():
     tokens = ROWS * LENGTH
     trunk = roofline.trunk_products(CONFIG, tokens, 1) + _attention(1)
     products = (trunk + roofline.vocab_product(CONFIG, tokens, 1)) * 3
-    # XLA's count holds what is no product, too: norms, rotations, the softmax.
+    # XLA's count also includes norms, rotations and the softmax.
     assert products.flops < counted < 1.15 * products.flops
 
 
-def test_a_share_of_the_tensor_axis_is_that_share_of_the_products():
+def test_tensor_axis_divides_the_products():
     whole, half = (
-        roofline.trained(CONFIG, rows=ROWS, length=LENGTH, tensor=tensor, remat="full").flops
+        roofline.training_work(CONFIG, rows=ROWS, length=LENGTH, tensor=tensor, remat="full").flops
         for tensor in (1, 2)
     )
     assert whole == 2 * half
 
 
-def test_bytes_of_a_product_and_of_attention_by_hand():
-    # 3 × 5 by 5 × 7: operands of 2 and 1 bytes, the result of 4.
+def test_bytes_of_a_product_and_of_attention_match_a_hand_count():
+    # 3 × 5 by 5 × 7, with operands of 2 and 1 bytes and a result of 4 bytes.
     assert roofline.product(3, 5, 7, weight=1, result=4) == Work(210, 30 + 35 + 84)
     one = roofline.attention(CONFIG, queries=10, keys=20, pairs=50, tensor=2)
-    # A layer: 3 query heads and 1 key-value head of 16; q and the result, k and v; 2 bytes each.
+    # Per layer: 3 query heads and 1 key-value head of 16; q, the result, k and v have 2 bytes.
     assert one.hbm_bytes == 3 * 2 * 16 * (2 * 10 * 3 + 2 * 20 * 1)
     assert one.flops == 3 * 4 * 50 * 3 * 16
 
 
-def test_int8_weights_halve_what_decoding_reads_of_them():
-    sizes = dict(rows=1, burst=1, window=0, tensor=1)
-    plain, int8 = (roofline.decoded(CONFIG, weight=weight, **sizes) for weight in (2, 1))
+def test_int8_weights_halve_the_weight_bytes_of_decoding():
+    sizes = dict(rows=1, chunk_tokens=1, window=0, tensor=1)
+    plain, int8 = (roofline.decode_work(CONFIG, weight=weight, **sizes) for weight in (2, 1))
     _, params = abstract_model(CONFIG)
     multiplied = sum(
         leaf.size
@@ -174,7 +174,7 @@ def test_int8_weights_halve_what_decoding_reads_of_them():
     assert plain.flops == int8.flops
 
 
-def test_the_slowest_part_binds():
+def test_bound_names_the_slowest_part():
     chip = roofline.Chip(flops=10.0, hbm_bytes=1, hbm=4.0, ici=2.0)
     of_compute = roofline.bound(Work(100, 4), 2.0, chip)
     assert (of_compute.name, of_compute.seconds) == ("compute", 10.0)

@@ -1,4 +1,4 @@
-"""Benchmarks: speed as ratios against named peers that run in the same process or alternately."""
+"""The bench job: speed as ratios to named peers, measured in the same run."""
 
 from pathlib import Path
 
@@ -18,7 +18,11 @@ SUITES = {
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Runs the suite that `config.suite` names; prints a table and writes `bench.json`."""
+    """Runs the suite `config.suite`; prints a table and writes `workdir/bench.json`.
+
+    Raises:
+      UserError: there is no such suite.
+    """
     if config.suite not in SUITES:
         raise UserError(f"config.suite is {config.suite!r}; choose one of {', '.join(SUITES)}")
     report(SUITES[config.suite](config), Path(workdir))

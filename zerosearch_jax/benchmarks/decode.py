@@ -1,7 +1,8 @@
-"""Decode and prefill against other libraries, and against what the machine can do.
+"""Decode and prefill speed against other libraries and against the machine's limits.
 
-All run the same weights on the same prompts, greedily, with no end of text, one after the other
-in turns. Decode counts the tokens of all rows after the prompt, prefill those of the prompts.
+All libraries run the same weights on the same prompts. They decode greedily, without an
+end-of-text token, one after the other. Decode counts the tokens of all rows after the prompt;
+prefill counts the tokens of the prompts.
 """
 
 import os
@@ -38,7 +39,7 @@ PRECISIONS = {
 
 
 def run(config: ConfigDict) -> list[Row]:
-    """Rows for every number of slots, every peer that there is, and the machine's limits."""
+    """Rows for each number of slots and each available peer, and against the machine's limits."""
     model = factory.load_model(config.model, make_mesh(), "float32")
     rng = np.random.default_rng(0)
     words = rng.integers(1000, model.config.vocab_size - 1000, (max(config.slots), 4096)).tolist()
@@ -57,13 +58,13 @@ def run(config: ConfigDict) -> list[Row]:
             done = [rate * flops_per_token(model, config) / 1e9 for rate in ours]
             rows.append(Row(f"decode {slots} / GEMM peak", done, multiplied, "GFLOP/s"))
         for name, peer in others.items():
-            # Before and after the peer, so that a slow minute does not strike one alone.
+            # Ours runs before and after the peer, so that a slow minute hits both.
             ours = decoder.rates(config.repeats)
-            answer = peer(prompts, config.new_tokens)
+            response = peer(prompts, config.new_tokens)
             ours += decoder.rates(config.repeats)
-            same = len(os.path.commonprefix([decoder.first, answer["tokens"]]))
+            same = len(os.path.commonprefix([decoder.first, response["tokens"]]))
             print(f"{name}: first {same} of {config.new_tokens} greedy tokens of row 0 equal ours")
-            rates = [tokens / secs for secs in answer["decode_secs"]]
+            rates = [tokens / secs for secs in response["decode_secs"]]
             rows.append(Row(f"decode {slots} / {name}", ours, rates, "tokens/s"))
             print(rows[-1], flush=True)
     prompts = [words[0][: config.prefill_tokens]]
@@ -80,10 +81,13 @@ def run(config: ConfigDict) -> list[Row]:
 
 
 def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], int], dict]]:
-    """The peers that can run, by name: `(prompts, new_tokens) -> response`."""
+    """The available peers by name, each a function `(prompts, new_tokens) -> response`.
+
+    The docstring of `run_peers` describes the response.
+    """
 
     def script(python: str, name: str):
-        def ask(prompts, new_tokens):
+        def run_script(prompts, new_tokens):
             return run_peers.subprocess_peer(
                 python,
                 PEERS / name,
@@ -98,7 +102,7 @@ def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], in
                 ),
             )
 
-        return ask
+        return run_script
 
     def torch(prompts, new_tokens):
         return run_peers.torch_decode(
@@ -118,18 +122,22 @@ def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], in
         if python:
             found[name] = script(python, file)
         else:
-            print(f"{name}: not run (config.peers names no interpreter for it)")
+            print(f"{name}: not run (config.peers has no interpreter for it)")
     return found
 
 
 def accelerator(config: ConfigDict) -> list[Row]:
-    """Decoding of random models on an accelerator, against its memory's bandwidth and torch.
+    """Decoding of random models on an accelerator, against its memory bandwidth and torch.
 
-    Bytes are those that a step must read: the weights once, and every row's cache.
+    A step must read at least the weights once and every row's cache; only these bytes count.
+
+    Raises:
+      UserError: `config.peak_gb_per_s` is missing, or torch sees no GPU.
     """
     if not config.peak_gb_per_s:
         raise UserError(
-            "give the device's memory bandwidth: --config.peak_gb_per_s=3350 for an H100 SXM"
+            "config.peak_gb_per_s is 0; set the device's memory bandwidth, such as "
+            "--config.peak_gb_per_s=3350 for an H100 SXM"
         )
     rows = []
     for name, shape in config.models.items():
@@ -152,7 +160,7 @@ def accelerator(config: ConfigDict) -> list[Row]:
                 print(rows[-1], flush=True)
                 if not config.torch_device:
                     continue
-                answer = run_peers.torch_decode(
+                response = run_peers.torch_decode(
                     directory,
                     prompts,
                     new_tokens=config.new_tokens,
@@ -160,26 +168,26 @@ def accelerator(config: ConfigDict) -> list[Row]:
                     dtype=config.dtype,
                     device=config.torch_device,
                 )
-                peer = [slots * config.new_tokens / secs for secs in answer["decode_secs"]]
+                peer = [slots * config.new_tokens / secs for secs in response["decode_secs"]]
                 rows.append(Row(f"{title} / transformers", rates, peer, "tokens/s"))
                 print(rows[-1], flush=True)
     return rows
 
 
 def bytes_per_step(model: factory.Model, slots: int, config: ConfigDict) -> float:
-    """Bytes that a step over `slots` rows must read, on average over the steps of a repeat."""
+    """Bytes that a step over `slots` rows must read, averaged over the steps of a repeat."""
     c = model.config
     leaves = jax.tree.leaves(model.params)
     weights = sum(leaf.nbytes for leaf in leaves)
     size = leaves[0].dtype.itemsize
     if not c.tie_embeddings:
-        weights -= size * c.vocab_size * c.embed_dim  # of which a step reads a row a slot
+        weights -= size * c.vocab_size * c.embed_dim  # A step reads one row per slot.
     context = config.prompt_tokens + config.new_tokens / 2
     return weights + slots * context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
 
 
 def make_generator(model: factory.Model, rows: int, max_tokens: int, **options) -> Generator:
-    """A generator without stops whose programs fit one use."""
+    """Returns a loaded generator without stop strings or end tokens, with room for `rows` rows."""
     generator = Generator(
         model.config,
         stop_table=build_stop_table([b""] * model.config.vocab_size, ()),
@@ -195,10 +203,10 @@ def make_generator(model: factory.Model, rows: int, max_tokens: int, **options) 
 
 
 class Decoder:
-    """Greedy decoding of `new_tokens` tokens behind each of some prompts, compiled.
+    """Compiled greedy decoding of `new_tokens` tokens after each prompt.
 
     Attributes:
-      first: row 0's tokens.
+      first: tokens of row 0.
     """
 
     def __init__(
@@ -217,7 +225,7 @@ class Decoder:
         self._rate()
 
     def rates(self, repeats: int) -> list[float]:
-        """Tokens per second of each repeat, all rows together."""
+        """Tokens per second of each repeat, over all rows."""
         return [self._rate() for _ in range(repeats)]
 
     def _rate(self) -> float:
@@ -244,7 +252,8 @@ def prefill_rates(model: factory.Model, prompts: Sequence[Sequence[int]], repeat
     )
     rates = []
     for repeat in range(repeats + 1):
-        # The last token would only be fed by decode; another first one each time: no copy.
+        # Prefill leaves out the last token, so there is one more. The first token differs each
+        # time, so that no repeat shares an earlier prefill.
         prompt = [[repeat + 1, *row[1:], 0] for row in prompts]
         began = time.monotonic()
         generator.start(range(len(prompts)), prompt)
@@ -254,7 +263,12 @@ def prefill_rates(model: factory.Model, prompts: Sequence[Sequence[int]], repeat
 
 
 def precision_effect(model: factory.Model, options: dict, samples: int = 256) -> str:
-    """How far coarser weights move the log-prob of a sampled token that follows real text."""
+    """Describes how lower precision changes the log-prob of a token sampled after real text.
+
+    Args:
+      options: the generator's options for the lower precision.
+      samples: most passages of the embedded world that are used.
+    """
     batch, tokens = 32, 48
     passages = [encode(model.tokenizer, p.text) for p in corpus(load_entities())]
     prompts = [ids[:tokens] for ids in passages if len(ids) >= tokens][:samples]
@@ -282,24 +296,24 @@ def precision_effect(model: factory.Model, options: dict, samples: int = 256) ->
                 same += 1
                 differences.append(abs(one.logprobs[0] - other.logprobs[0]))
     return (
-        f"the same token in {same} of {len(prompts)} draws; there |log-prob difference| "
-        f"mean {np.mean(differences):.4f}, largest {max(differences):.4f} nats"
+        f"same token in {same} of {len(prompts)} draws; for these |log-prob difference| has "
+        f"mean {np.mean(differences):.4f}, maximum {max(differences):.4f} nats"
     )
 
 
 def flops_per_token(model: factory.Model, config: ConfigDict) -> float:
-    """Floating-point operations of one decoded token: two a weight, and attention's."""
+    """Floating-point operations of one decoded token: two per weight, plus attention."""
     c = model.config
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     if not c.tie_embeddings:
-        weights -= c.vocab_size * c.embed_dim  # looked up, not multiplied
+        weights -= c.vocab_size * c.embed_dim  # The embedding is looked up, not multiplied.
     context = config.prompt_tokens + config.new_tokens / 2
     return 2 * weights + 4 * context * c.num_layers * c.num_heads * c.head_dim
 
 
 def copy_bandwidth(threads: int, repeats: int = 5) -> list[float]:
-    """GB/s that the machine copies, read and written bytes counted once each."""
-    size = 1 << 27  # floats, 512 MiB: no cache holds it
+    """GB/s of a memory copy in each repeat; read and written bytes both count."""
+    size = 1 << 27  # float32 values, 512 MiB: larger than any CPU cache
     source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
     parts = list(zip(np.split(source, threads), np.split(target, threads), strict=True))
     rates = []
@@ -312,7 +326,7 @@ def copy_bandwidth(threads: int, repeats: int = 5) -> list[float]:
 
 
 def gemm_peak(repeats: int = 5) -> list[float]:
-    """GFLOP/s of a square float32 matrix product that is large for a CPU."""
+    """GFLOP/s of a large square float32 matrix product in each repeat."""
     n = 3072
     a = jnp.ones((n, n), jnp.float32)
     product = jax.jit(jnp.matmul)

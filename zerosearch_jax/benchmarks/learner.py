@@ -1,8 +1,8 @@
-"""The learner against other libraries, against padded batches and against the machine's limits.
+"""Learner speed against other libraries, padded batches and the machine's limits.
 
-An *update* is what follows the rewards of a GRPO step: the reference's log-probs, the policy's
+An *update* is the part of a GRPO step after the rewards: the reference's log-probs, the policy's
 forward and backward pass (log-probs and entropy over the whole vocabulary, clipped surrogate,
-entropy bonus, k3 KL), clipping and AdamW. A *step* samples the completions as well.
+entropy bonus, k3 KL), gradient clipping and AdamW. A *step* also samples the completions.
 """
 
 import time
@@ -38,17 +38,21 @@ from zerosearch_jax.training import factory
 
 OBJECTIVE, KL = Objective(), 0.001
 
-# An update in units of forward passes: the reference's, the policy's, the policy's once more
-# (layers and logits are checkpointed), and two for the backward pass. Model FLOPs leave out the
-# third, which is no part of the result.
+# An update costs five forward passes: one of the reference, one of the policy, one more of the
+# policy (layers and logits are checkpointed) and two for the backward pass. Model FLOPs do not
+# count the recomputation.
 DONE_PASSES, MODEL_PASSES = 5, 4
 
 
 def run(config: ConfigDict) -> list[Row]:
-    """The rows of the parts that the config names, each printed as soon as it is there."""
+    """Runs the parts `config.parts` and prints each row as soon as it is measured.
+
+    Raises:
+      UserError: the config names an unknown part.
+    """
     for name in config.parts:
         if name not in PARTS:
-            raise UserError(f"config.parts names {name!r}; choose of {', '.join(PARTS)}")
+            raise UserError(f"config.parts has {name!r}; choose from {', '.join(PARTS)}")
     rows = []
     for name in config.parts:
         for row in PARTS[name](config):
@@ -58,7 +62,7 @@ def run(config: ConfigDict) -> list[Row]:
 
 
 class Updater:
-    """A learner, its state and its frozen reference, which is kept in the compute dtype."""
+    """A learner with its state and a frozen reference in the compute dtype."""
 
     def __init__(self, model: factory.Model, config: ConfigDict, dtype: str):
         settings = ConfigDict(dict(config.learner, compute_dtype=dtype))
@@ -67,7 +71,7 @@ class Updater:
         self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
 
     def update(self, batch: LearnerBatch) -> tuple[float, float]:
-        """Seconds and loss of one update on a device batch."""
+        """Runs one update on a device batch; returns its seconds and loss."""
         began = time.monotonic()
         scores = self.learner.logprobs(self.reference, batch)
         self.state, metrics = self.learner.rl_step(
@@ -79,13 +83,20 @@ class Updater:
     def put(
         self, sequences: Sequence[TokenSequence], row_tokens: int, rows: int, room: int
     ) -> LearnerBatch:
-        """Packs onto the device; in the shape that holds `room` rows, `rows` a micro-batch."""
+        """Packs sequences into micro-batches of `rows` rows that hold `room` rows in total.
+
+        Returns:
+          The batch on the device. Its shape does not depend on the sequences.
+        """
         return self.learner.put(
             pack(sequences, row_tokens=row_tokens, rows=rows, microbatches=-(-room // rows))
         )
 
     def on_policy(self, sequences: Sequence[TokenSequence], row_tokens: int):
-        """The sequences as if the reference had sampled them, with random rewards."""
+        """Adds the columns that the sequences would have if the reference had sampled them.
+
+        The rewards are random.
+        """
         batch = pack(sequences, row_tokens=row_tokens, rows=1, microbatches=None)
         scores = self.learner.logprobs(self.reference, self.learner.put(batch))
         scored = [
@@ -112,25 +123,29 @@ def with_columns(sequence: TokenSequence, **columns: np.ndarray) -> TokenSequenc
 
 
 def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> TokenSequence:
+    """Returns a sequence whose column "correct" is 0."""
     return TokenSequence(tokens, mask, {"correct": np.zeros(len(tokens)), **columns})
 
 
 def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
-    """`rows` sequences of `tokens` random ids, of which the first `prompt_tokens` are given."""
+    """Returns `sizes.rows` sequences of `sizes.tokens` random ids.
+
+    The mask excludes the first `sizes.prompt_tokens` tokens.
+    """
     ids = np.random.default_rng(0).integers(0, vocab_size, (sizes.rows, sizes.tokens))
     mask = [float(at >= sizes.prompt_tokens) for at in range(sizes.tokens)]
     return [sequence_of(row, mask) for row in ids.tolist()]
 
 
 def peer_settings(config: ConfigDict) -> dict[str, float]:
-    """Optimizer and loss of every peer."""
+    """Optimizer and loss settings for every peer."""
     names = ("learning_rate", "beta1", "beta2", "weight_decay", "clip_norm")
     loss = dict(clip=OBJECTIVE.loss.clip_low, kl=KL, entropy=OBJECTIVE.loss.entropy)
     return {name: config.optimizer[name] for name in names} | loss
 
 
 def updates(config: ConfigDict) -> Iterator[Row]:
-    """Updates of one model against transformers on torch, and as a share of the GEMM peak."""
+    """Updates of one model against transformers on torch and against the GEMM peak."""
     sizes = config.batch
     model = factory.load_model(config.model, make_mesh(), "float32")
     tokens = sizes.rows * sizes.tokens
@@ -149,7 +164,10 @@ def updates(config: ConfigDict) -> Iterator[Row]:
 def update_secs(
     model: factory.Model, config: ConfigDict, dtype: str
 ) -> tuple[list[float], list[float]]:
-    """Seconds of updates, ours and torch's in turns, each with its fastest micro-batches."""
+    """Seconds of our updates and of torch's, which alternate.
+
+    Each side uses the fastest of `config.batch.micro_rows`.
+    """
     sizes = config.batch
     updater = Updater(model, config, dtype)
     sequences = updater.on_policy(random_sequences(sizes, model.config.vocab_size), sizes.tokens)
@@ -167,7 +185,7 @@ def update_secs(
 
     tried = max(sizes.micro_rows)
     chosen = [fastest(partial(update, tried), sizes.micro_rows) for update in (ours, theirs)]
-    print(f"update {dtype}: micro-batches of {chosen[0]} rows, transformers' of {chosen[1]}")
+    print(f"update {dtype}: rows of a micro-batch: ours {chosen[0]}, transformers {chosen[1]}")
     secs, peer_secs = [], []
     for _ in range(config.repeats):
         (mine, loss), (other, peer_loss) = (
@@ -176,19 +194,19 @@ def update_secs(
         )
         secs.append(mine)
         peer_secs.append(other)
-    print(f"update {dtype}: loss {loss:.6f}, transformers' {peer_loss:.6f}")
+    print(f"update {dtype}: loss: ours {loss:.6f}, transformers {peer_loss:.6f}")
     return secs, peer_secs
 
 
 def fastest(update: Callable[[int], tuple[float, float]], choices: Sequence[int]) -> int:
-    """The choice whose second update takes the least time; the first may compile."""
+    """Returns the choice with the fastest second update, since the first may compile."""
     for choice in choices:
         update(choice)
     return min(choices, key=lambda choice: update(choice)[0])
 
 
 def steps(config: ConfigDict) -> Iterator[Row]:
-    """Whole GRPO steps against TRL's and Tunix's trainers; no completion ends early."""
+    """Whole GRPO steps against the trainers of TRL and Tunix; no completion ends early."""
     sizes = config.step
     model = factory.load_model(config.model, make_mesh(), "float32")
     prompts = stretches(model.tokenizer, sizes.questions, sizes.prompt_tokens)
@@ -199,7 +217,7 @@ def steps(config: ConfigDict) -> Iterator[Row]:
         ("Tunix", config.peers.tunix_python, "tunix_step.py"),
     ):
         if not python:
-            print(f"{name}: not run (config.peers names no interpreter for it)")
+            print(f"{name}: not run (config.peers has no interpreter for it)")
             continue
         request = dict(
             model=str(Path(config.model).absolute()),
@@ -211,19 +229,19 @@ def steps(config: ConfigDict) -> Iterator[Row]:
             threads=config.threads,
             **peer_settings(config),
         )
-        answer = run_peers.subprocess_peer(python, decode.PEERS / script, request)
-        print(f"{name} {answer['version']}", flush=True)
-        rates, peer_rates = ([3600 / s for s in secs] for secs in (ours, answer["step_secs"]))
+        response = run_peers.subprocess_peer(python, decode.PEERS / script, request)
+        print(f"{name} {response['version']}", flush=True)
+        rates, peer_rates = ([3600 / s for s in secs] for secs in (ours, response["step_secs"]))
         yield Row(f"GRPO step / {name}", rates, peer_rates, "steps/h")
 
 
 def step_secs(
     model: factory.Model, prompts: Sequence[Sequence[int]], config: ConfigDict
 ) -> list[float]:
-    """Seconds of each of our steps but the first, which compiles."""
+    """Seconds of each of our steps except the first, which compiles."""
     sizes = config.step
-    asked = [prompt for prompt in prompts for _ in range(sizes.group_size)]
-    slots, row_tokens = range(len(asked)), sizes.prompt_tokens + sizes.new_tokens
+    repeated = [prompt for prompt in prompts for _ in range(sizes.group_size)]
+    slots, row_tokens = range(len(repeated)), sizes.prompt_tokens + sizes.new_tokens
     generator = decode.make_generator(
         model,
         len(slots),
@@ -238,7 +256,7 @@ def step_secs(
     for step in range(1 + config.repeats):
         began = time.monotonic()
         generator.load(updater.learner.policy(updater.state))
-        generator.start(slots, asked)
+        generator.start(slots, repeated)
         completions = generator.decode(
             slots,
             key=jax.random.key(step),
@@ -249,7 +267,7 @@ def step_secs(
         rewards = np.array([len(set(c.tokens)) for c in completions], np.float32)
         sequences = [
             sequence_of([*prompt, *c.tokens], mask, old_logprobs=[0.0] * len(prompt) + c.logprobs)
-            for prompt, c in zip(asked, completions, strict=True)
+            for prompt, c in zip(repeated, completions, strict=True)
         ]
         ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size))
         updater.update(updater.put(ready, row_tokens, sizes.micro_rows["ours"], len(slots)))
@@ -258,8 +276,11 @@ def step_secs(
 
 
 def stretches(tokenizer, count: int, tokens: int) -> list[list[int]]:
-    """Ids of `count` stretches of real text, each of which is encoded as just these ids."""
-    passages = corpus(load_entities())[: count * tokens]  # a passage has a token at least
+    """Returns `count` stretches of `tokens` ids of real text.
+
+    Decoding and encoding a stretch gives the same ids.
+    """
+    passages = corpus(load_entities())[: count * tokens]  # Each passage has at least one token.
     ids = encode(tokenizer, " ".join(passage.text for passage in passages))
     cut = [ids[start : start + tokens] for start in range(0, len(ids) - tokens, tokens)]
     whole = (part for part in cut if encode(tokenizer, tokenizer.decode(part)) == part)
@@ -267,7 +288,7 @@ def stretches(tokenizer, count: int, tokens: int) -> list[list[int]]:
 
 
 def packing(config: ConfigDict) -> Iterator[Row]:
-    """Updates on episodes packed into rows against one episode a row; one compiled program."""
+    """Updates on packed episodes against one episode per row, with one compiled program."""
     sizes = config.packing
     model = factory.load_model(sizes.model, make_mesh(), "float32")
     updater = Updater(model, config, "float32")
@@ -278,16 +299,16 @@ def packing(config: ConfigDict) -> Iterator[Row]:
         updater.put(each, sizes.row_tokens, sizes.rows, len(sequences))
         for each in (sequences, alone)
     ]
-    updater.update(batches[0])  # compiles
+    updater.update(batches[0])  # This call compiles.
     secs = [[updater.update(batch)[0] for batch in batches] for _ in range(config.repeats)]
     rates = [[len(sequences) / s for s in column] for column in zip(*secs, strict=True)]
-    yield Row("update packed / an episode a row", *rates, "episodes/s")
+    yield Row("update packed / one episode per row", *rates, "episodes/s")
 
 
 def episodes(tokenizer, sizes: ConfigDict) -> list[TokenSequence]:
-    """Episodes of the embedded world as its scripted agent plays them, tokenised."""
+    """Returns tokenised episodes of the embedded world's scripted agent that fit a row."""
     transcripts = sft_data.policy_transcripts(
-        worlds=1,  # the first one is the real one, which has the entities that it has
+        worlds=1,  # The first world is the real one, whose number of entities is fixed.
         entities_per_world=0,
         questions_per_world=2 * sizes.episodes,
         behaviours=Behaviours(**sizes.behaviours),
@@ -301,7 +322,7 @@ def episodes(tokenizer, sizes: ConfigDict) -> list[TokenSequence]:
 
 
 def padded(sequence: TokenSequence, length: int) -> TokenSequence:
-    """The sequence with padding behind it that is no part of the loss: it fills a row alone."""
+    """Pads a sequence to a whole row; the mask excludes the padding."""
     more = length - len(sequence.tokens)
     return TokenSequence(
         [*sequence.tokens, *[0] * more],
@@ -311,7 +332,7 @@ def padded(sequence: TokenSequence, length: int) -> TokenSequence:
 
 
 def memory(config: ConfigDict) -> Iterator[Row]:
-    """Temporary bytes of the gradient's program: whole logits over chunks of them."""
+    """Temporary bytes of a gradient with whole logits, against chunked logits."""
     sizes = config.memory
     model_config = from_hf(sizes.model.to_dict())
     chunked = partial(chunked_logprobs, chunk=sizes.logprob_chunk)
@@ -323,7 +344,7 @@ def memory(config: ConfigDict) -> Iterator[Row]:
 
 
 def gradient_bytes(config: ModelConfig, tokens: int, logprobs_of: Callable) -> int:
-    """Bytes that the gradient on a row of `tokens` needs besides what it reads and returns.
+    """Temporary bytes of the gradient program on one row of `tokens` tokens.
 
     Args:
       logprobs_of: (hidden `[1, T, D]`, unembedding, targets) -> log-probs and entropy `[1, T]`.
@@ -348,7 +369,7 @@ def gradient_bytes(config: ModelConfig, tokens: int, logprobs_of: Callable) -> i
 def whole_logprobs(
     hidden: jax.Array, unembed: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What `chunked_logprobs` returns, from logits `[B, T, V]` that exist as a whole."""
+    """Computes the result of `chunked_logprobs` from whole logits `[B, T, V]`."""
     logits = jnp.dot(hidden, unembed, preferred_element_type=jnp.float32)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
@@ -360,11 +381,10 @@ def forward_flops(config: ModelConfig, attended: float) -> float:
 
         2·(L·(2·D·N·H + 2·D·K·H + 3·D·F) + D·V) + 4·L·N·H·attended
 
-    Two for each weight that it is multiplied with; four a head dimension for each key that its
-    queries look at.
+    The first term is two per weight, the second is attention's two products.
 
     Args:
-      attended: keys that a token looks at, on average: (T + 1) / 2 in a causal row of T.
+      attended: mean number of keys that a token attends to: (T + 1) / 2 in a causal row of T.
     """
     d, heads = config.embed_dim, config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
@@ -374,15 +394,20 @@ def forward_flops(config: ModelConfig, attended: float) -> float:
 
 
 def mfu(config: ConfigDict) -> list[Row]:
-    """Updates of random models on an accelerator, as a share of its peak (model FLOPs)."""
+    """Model FLOP/s of updates of random models on an accelerator, against its peak.
+
+    Raises:
+      UserError: `config.peak_tflops` is missing.
+    """
     if not config.peak_tflops:
         raise UserError(
-            "give the device's dense bfloat16 peak: --config.peak_tflops=989 for an H100 SXM"
+            "config.peak_tflops is 0; set the device's dense bfloat16 peak, such as "
+            "--config.peak_tflops=989 for an H100 SXM"
         )
     rows, sizes = [], config.batch
     for name, shape in config.models.items():
         model_config = from_hf(shape.to_dict())
-        # Nothing else holds the first parameters, which are not those of the state.
+        # The state copies the parameters; no other reference keeps the originals in memory.
         updater = Updater(
             factory.Model(model_config, init_params(model_config, 0), None), config, "bfloat16"
         )
@@ -390,7 +415,7 @@ def mfu(config: ConfigDict) -> list[Row]:
             random_sequences(sizes, model_config.vocab_size), sizes.tokens
         )
         batch = updater.put(sequences, sizes.tokens, sizes.rows, sizes.rows)
-        updater.update(batch)  # compiles
+        updater.update(batch)  # This call compiles.
         rates = [
             sizes.rows * sizes.tokens / updater.update(batch)[0] for _ in range(config.repeats)
         ]

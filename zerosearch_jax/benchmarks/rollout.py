@@ -1,9 +1,9 @@
-"""Rollouts against the loop that peers use, and with one feature after the other switched off.
+"""Rollout speed against a lockstep loop, and with single features switched off.
 
-*Lockstep* is that loop: every turn prefills every context anew, also those of finished episodes;
-every turn waits for its slowest row and for all documents; finished rows ride along. Models,
-questions and random draws are the same, so every variant plays the same episodes and only the
-time differs.
+Peers use the lockstep loop. Every turn prefills every context again, finished episodes included.
+Every turn waits for its slowest row and for all documents. Finished rows stay in the batch. All
+variants use the same models, questions and random draws, so they sample the same episodes and
+differ only in time.
 """
 
 import time
@@ -32,23 +32,30 @@ from zerosearch_jax.training import factory
 
 @dataclass(frozen=True)
 class Features:
-    """What the rollout engine does and the lockstep loop does not."""
+    """Features of the rollout engine that the lockstep loop lacks.
 
-    keep_cache: bool = True  # a turn prefills only what was inserted
-    share_prompts: bool = True  # a group's members share one prompt prefill
-    refill: bool = True  # a free slot takes the next episode at once
-    return_early: bool = True  # who has stopped does not wait for the slowest row
-    compact: bool = True  # few running rows are computed as few rows
-    overlap: bool = (
-        True  # the policy decodes while an engine elsewhere works, where the mix has one
-    )
+    Attributes:
+      keep_cache: a turn prefills only the inserted tokens.
+      share_prompts: the members of a group share one prompt prefill.
+      refill: a free slot takes the next episode at once.
+      return_early: finished rows do not wait for the slowest row.
+      compact: a few running rows are computed as a small batch.
+      overlap: the policy decodes while a remote engine works, in mixes that have one.
+    """
+
+    keep_cache: bool = True
+    share_prompts: bool = True
+    refill: bool = True
+    return_early: bool = True
+    compact: bool = True
+    overlap: bool = True
 
 
 LOCKSTEP = Features(**dict.fromkeys(Features.__annotations__, False))
 
 
 class PeerGenerator(Generator):
-    """A generator that can leave out sharing prompts and keeping the cache."""
+    """A generator whose `features` may switch off the cache, shared prompts and early returns."""
 
     features = Features()
 
@@ -65,7 +72,7 @@ class PeerGenerator(Generator):
             return super().extend(slots, tokens)
         for slot, new in zip(slots, tokens, strict=True):
             self.contexts[slot] += new
-        # Finished rows of the batch are fed again with the others.
+        # In lockstep, finished rows of the batch are prefilled again with the others.
         ride_along = self.features == LOCKSTEP
         self._fill([s for s in self.contexts if ride_along or s in slots])
 
@@ -79,7 +86,7 @@ class PeerGenerator(Generator):
         return stopped
 
     def forget(self) -> None:
-        """Leaves nothing of an earlier run that could be shared or fed again."""
+        """Drops all state of an earlier run and resets the token counts."""
         self._prompts.clear()
         self.contexts.clear()
         self.prefilled_tokens = self.decoded_tokens = 0
@@ -94,7 +101,7 @@ class PeerGenerator(Generator):
 
 
 class Waves(Rollouts):
-    """Rollouts whose slots take new episodes only when all have ended."""
+    """Rollouts whose slots take new episodes only when all episodes have ended."""
 
     def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
         played = []
@@ -104,7 +111,7 @@ class Waves(Rollouts):
 
 
 class WaveTexts(TextGenerator):
-    """A text generator whose slots take new prompts only when all have finished."""
+    """Text generator whose slots take new prompts only when all texts have ended."""
 
     def __call__(self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]) -> list[str]:
         texts = []
@@ -115,7 +122,11 @@ class WaveTexts(TextGenerator):
 
 
 class LongDocuments:
-    """Real passages, as many as make an observation of the wanted length, keyed by the request."""
+    """Engine that answers with enough real passages for an observation of a given length.
+
+    Args:
+      words: least and most words of a result; the request's key decides.
+    """
 
     name = "long documents"
 
@@ -124,7 +135,7 @@ class LongDocuments:
         self.passages = [passage.text for passage in corpus(load_entities())]
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """Between `words` words of passages for each request."""
+        """Returns passages for each request; the last passage may exceed the drawn length."""
         results = []
         for request in requests:
             rng = Random(repr(request.key))
@@ -137,10 +148,10 @@ class LongDocuments:
 
 
 class SlowService:
-    """An engine that answers a batch when the slowest of its requests, drawn by its key, has come.
+    """Engine that delays each batch by the latency of its slowest request.
 
     Args:
-      seconds: the least and the most that a request takes.
+      seconds: least and most latency of a request; the request's key decides.
     """
 
     def __init__(self, engine: SearchEngine, seconds: tuple[float, float]):
@@ -149,7 +160,7 @@ class SlowService:
         self._seconds = seconds
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """The engine's results, late."""
+        """Returns the wrapped engine's results after the delay."""
         results = self._engine.search(requests)
         time.sleep(max(Random(repr(r.key)).uniform(*self._seconds) for r in requests))
         return results
@@ -157,10 +168,12 @@ class SlowService:
 
 @dataclass(frozen=True)
 class Mix:
-    """Episodes to play, and what with.
+    """A workload: episodes, their limits and their search engine.
 
     Attributes:
-      concurrent: batches of searches under way while the policy decodes; 0: the engine needs the
+      max_tokens: tokens of a slot.
+      engine: makes the engine of a variant.
+      concurrent: search batches in flight while the policy decodes; 0 if the engine shares the
         policy's device.
     """
 
@@ -172,7 +185,7 @@ class Mix:
 
 
 def embedded_mix(config: ConfigDict) -> Mix:
-    """The embedded example: world questions, the tiny simulator."""
+    """The embedded example: questions on the embedded world and the tiny simulator."""
     limits = Limits(**config.limits)
 
     def engine(features: Features) -> SearchEngine:
@@ -194,7 +207,7 @@ def embedded_mix(config: ConfigDict) -> Mix:
 
 
 def long_mix(config: ConfigDict) -> Mix:
-    """Long contexts: prompts and observations lengthened with passages of the world."""
+    """Long contexts: passages of the embedded world lengthen prompts and observations."""
     long = config.long
     rng = Random(0)
     passages = [passage.text for passage in corpus(load_entities())]
@@ -207,7 +220,7 @@ def long_mix(config: ConfigDict) -> Mix:
 
 
 def service_mix(config: ConfigDict) -> Mix:
-    """The embedded example's questions; the searches go to a service that takes its time."""
+    """The embedded example's questions, with searches answered by a slow service."""
     service = config.service
     engine = SlowService(BM25Engine(corpus(load_entities()), topk=2), tuple(service.seconds))
     return Mix(episodes_of(load_qa("world", "train", config.questions), config),
@@ -216,7 +229,7 @@ def service_mix(config: ConfigDict) -> Mix:
 
 
 def episodes_of(rows: Sequence[QARow], config: ConfigDict) -> list[Episode]:
-    """Groups of episodes, as the rl job makes them."""
+    """Returns groups of `config.group_size` episodes, numbered as in the rl job."""
     size = config.group_size
     return [
         Episode(i * size + member, row.question, row.golden_answers)
@@ -226,7 +239,10 @@ def episodes_of(rows: Sequence[QARow], config: ConfigDict) -> list[Episode]:
 
 
 def generator_of(config: ConfigDict, max_tokens: int, features: Features, stops: tuple[str, ...]):
-    """A generator with the features' batch: all rows at once where slots are not refilled."""
+    """Returns a generator with `features`, and its model.
+
+    The lockstep loop has `config.lockstep_slots` slots, all other variants `config.slots`.
+    """
     mesh = make_mesh()
     model = factory.load_model(config.model, mesh, "float32")
     sizes = replace(model.config, max_positions=max(max_tokens, model.config.max_positions))
@@ -255,33 +271,42 @@ MIXES = {"embedded": embedded_mix, "long": long_mix, "service": service_mix}
 
 
 def run(config: ConfigDict) -> list[Row]:
-    """Each mix and variant that the config names: ours against it, in turns."""
+    """Compares our rollouts with each variant of `config.variants` on each mix of `config.mixes`.
+
+    Raises:
+      UserError: the config names an unknown mix or variant.
+    """
     for key, known in (("mixes", MIXES), ("variants", VARIANTS)):
         for name in config[key]:
             if name not in known:
-                raise UserError(f"config.{key} names {name!r}; choose of {', '.join(known)}")
+                raise UserError(f"config.{key} has {name!r}; choose from {', '.join(known)}")
     rows = []
     for name in config.mixes:
         mix = MIXES[name](config)
-        ours = Player(mix, config, Features())
+        ours = TimedRollouts(mix, config, Features())
         others = {
-            label: Player(mix, config, VARIANTS[label])
+            label: TimedRollouts(mix, config, VARIANTS[label])
             for label in config.variants
             if mix.concurrent or label != "without overlap"
         }
-        for _ in range(config.repeats):  # in turns, so that a slow minute strikes all alike
-            for label, player in {"ours": ours, **others}.items():
-                player.play()
-                print(f"{name}, {label}: {player.rates[-1]:.2f} episodes/s", flush=True)
+        for _ in range(config.repeats):  # Variants alternate, so that a slow minute hits all.
+            for label, variant in {"ours": ours, **others}.items():
+                variant.measure()
+                print(f"{name}, {label}: {variant.rates[-1]:.2f} episodes/s", flush=True)
         print(f"{name}, ours: {ours.tokens}")
-        for label, player in others.items():
-            print(f"{name}, {label}: {player.tokens}")
-            rows.append(Row(f"rollout {name} / {label}", ours.rates, player.rates, "episodes/s"))
+        for label, variant in others.items():
+            print(f"{name}, {label}: {variant.tokens}")
+            rows.append(Row(f"rollout {name} / {label}", ours.rates, variant.rates, "episodes/s"))
     return rows
 
 
-class Player:
-    """One variant: its programs compiled, its runs timed."""
+class TimedRollouts:
+    """Compiled rollouts of one variant, with the rate of each run.
+
+    Attributes:
+      rates: episodes per second of each run.
+      tokens: counts of episodes, searches and tokens of the last run, for printing.
+    """
 
     def __init__(self, mix: Mix, config: ConfigDict, features: Features):
         self.mix = mix
@@ -296,11 +321,11 @@ class Player:
             sampling=self.sampling,
             concurrent_searches=mix.concurrent if features.overlap else 0,
         )
-        self.rates: list[float] = []  # episodes per second
+        self.rates: list[float] = []
         self.rollouts.run(mix.episodes[: 2 * config.group_size], jax.random.key(1))
 
-    def play(self) -> None:
-        """Plays all episodes once."""
+    def measure(self) -> None:
+        """Runs all episodes once and records the rate."""
         self.generator.forget()
         began = time.monotonic()
         trajectories = self.rollouts.run(self.mix.episodes, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: ours against a named peer, as medians and their ratio."""
+"""Rows of a benchmark: our measurements and a peer's, their medians and ratio."""
 
 import json
 from collections.abc import Sequence
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from tabulate import tabulate
+
 
 @dataclass(frozen=True)
 class Row:
-    """Ours and a peer's repeats of one measurement, taken in one run; more is better.
+    """Our repeats and a peer's repeats of one measurement, taken in one run. More is better.
 
     Attributes:
-      ours, peer: one figure a repeat, in `unit`.
+      ours, peer: one measurement per repeat, in `unit`.
     """
 
     name: str
@@ -22,13 +24,11 @@ class Row:
 
     def __str__(self) -> str:
         d = self.as_dict()
-        return (
-            f"{self.name:40}  {d['ours']:8.4g}   {d['peer']:8.4g}  {d['ratio']:5.2f}  "
-            f"{self.unit} ({len(self.ours)})"
-        )
+        medians = f"{d['ours']:.4g} against {d['peer']:.4g} {self.unit}"
+        return f"{self.name}: {medians}, ratio {d['ratio']:.2f}, {len(self.ours)} repeats"
 
     def as_dict(self) -> dict[str, str | float]:
-        """Medians, and ours over the peer's."""
+        """Name, medians, unit, and the ratio of our median to the peer's."""
         ours, peer = median(self.ours), median(self.peer)
         return {
             "name": self.name,
@@ -40,10 +40,10 @@ class Row:
 
 
 def report(rows: Sequence[Row], workdir: Path) -> None:
-    """Prints the table and writes `workdir/bench.json`."""
-    print(f"\n{'':40}      ours       peer  ratio  (medians; repeats)")
-    for row in rows:
-        print(row)
+    """Prints a table of medians and writes `workdir/bench.json`."""
+    lines = [row.as_dict() | {"repeats": len(row.ours)} for row in rows]
+    formats = ("", ".4g", ".4g", "", ".2f", "")
+    print(f"\nmedians:\n{tabulate(lines, headers='keys', floatfmt=formats)}")
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "bench.json"
     path.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")

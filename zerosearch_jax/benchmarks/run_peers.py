@@ -1,10 +1,15 @@
-"""Other libraries that run the same model: transformers here, the others as subprocesses.
+"""Other libraries that run the same model: transformers in this process, others as subprocesses.
 
-A peer that decodes answers with `decode_secs`, seconds of each repeat for `new_tokens` greedy
-steps of all rows, prefill not included; `prefill_secs`, those of the prompts; `tokens`, row 0's
-greedy ids; `version`. One that trains answers with `step_secs`, seconds of each whole GRPO step,
-and `version`. What is compiled or loaded on first use is not in them. This module knows nothing
-of our own generator and learner.
+The response of a decoding peer has the keys
+
+  decode_secs    seconds of each repeat for `new_tokens` greedy steps of all rows, without prefill
+  prefill_secs   seconds of each repeat for the prompts
+  tokens         greedy token ids of row 0
+  version
+
+and the response of a training peer has `step_secs` (seconds of each whole GRPO step) and `version`.
+Compilation and loading on first use are not timed. This module does not use our generator or
+learner.
 """
 
 import json
@@ -30,27 +35,33 @@ def torch_decode(
     threads: int = 0,
     device: str = "cpu",
 ) -> dict:
-    """Transformers on torch: `generate`, greedy, with its default KV cache.
+    """Times greedy `generate` of transformers on torch, with its default KV cache.
 
-    Decode is a run of `new_tokens + 1` tokens less a run of one; prefill is one forward pass over
-    the prompts that fills the cache and computes the logits of the last position.
+    Decode time is a run of `new_tokens + 1` tokens minus a run of one token. Prefill time is one
+    forward pass over the prompts that fills the cache and computes the last position's logits.
 
     Args:
-      prompts: one list of token ids a row, all of one length.
-      dtype: "float32" or "bfloat16", of weights and cache.
-      threads: of a CPU; 0: as many as torch chooses.
-      device: torch's name of it: "cpu", "cuda".
+      prompts: one list of token ids per row, all of one length.
+      dtype: "float32" or "bfloat16", for weights and cache.
+      threads: CPU threads; 0 leaves the choice to torch.
+      device: torch's device name, "cpu" or "cuda".
+
+    Returns:
+      The response of a decoding peer; see the module's docstring.
+
+    Raises:
+      UserError: torch or transformers is missing, or torch sees no GPU.
     """
     torch, transformers = _torch(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "torch sees no GPU; install a build of torch with CUDA, or leave the peer out "
-            "(--config.torch_device='')"
+            "torch sees no GPU; install a build of torch with CUDA, or leave out this peer with "
+            "--config.torch_device=''"
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, dtype), local_files_only=True
     ).to(device)
-    # Without an end token every row makes the tokens that were asked for.
+    # Without an end token every row generates exactly the requested number of tokens.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
     mask = torch.ones_like(ids)
@@ -58,7 +69,7 @@ def torch_decode(
     def generate(count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=mask, max_new_tokens=count)
-        tokens = out[0, ids.shape[1] :].tolist()  # waits for the device
+        tokens = out[0, ids.shape[1] :].tolist()  # This waits for the device.
         return time.perf_counter() - start, tokens
 
     def prefill() -> float:
@@ -83,13 +94,13 @@ def torch_decode(
 
 
 class TorchUpdater:
-    """Transformers on torch: GRPO updates, layers checkpointed, by fused AdamW.
+    """GRPO updates by transformers on torch, with checkpointed layers and fused AdamW.
 
-    As a user of torch would write it: log-softmax and entropy over the whole logits, the frozen
-    reference as a second model, gradients summed over micro-batches, norms and biases not decayed.
+    The update is plain torch code: log-softmax and entropy over the whole logits, the frozen
+    reference as a second model, gradients summed over micro-batches, no decay of norms and biases.
 
     Args:
-      dtype: "float32", or "bfloat16": autocast over float32 parameters.
+      dtype: "float32", or "bfloat16" for autocast over float32 parameters.
       clip: the ratio stays in [1 - clip, 1 + clip].
       kl, entropy: weights of the k3 KL and of the entropy bonus.
     """
@@ -117,10 +128,10 @@ class TorchUpdater:
             for _ in range(2)
         )
         self._reference.requires_grad_(False)
-        with warnings.catch_warnings():  # the older name, which all releases from 5.0 on have
+        with warnings.catch_warnings():  # Deprecated name that all releases since 5.0 have.
             warnings.simplefilter("ignore", FutureWarning)
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model.train()  # in eval mode nothing is checkpointed; there is no dropout
+        self._model.train()  # Eval mode would not checkpoint; there is no dropout.
         parameters = list(self._model.parameters())
         self._optimizer = self._torch.optim.AdamW(
             [
@@ -136,11 +147,11 @@ class TorchUpdater:
         self._clip_norm, self._clip, self._kl, self._entropy = clip_norm, clip, kl, entropy
 
     def update(self, arrays: Mapping[str, np.ndarray], micro_rows: int) -> tuple[float, float]:
-        """Seconds and loss of one update.
+        """Runs one update; returns its seconds and loss.
 
         Args:
-          arrays: tokens, targets, mask, old_logprobs, advantages, weights; each `[R, T]`, one
-            sequence a row; target t follows token t, and the others speak of it.
+          arrays: tokens, targets, mask, old_logprobs, advantages and weights, each `[R, T]` with
+            one sequence per row. Target t follows token t; the other arrays refer to the target.
           micro_rows: rows of one forward and backward pass.
         """
         began = time.perf_counter()
@@ -181,18 +192,19 @@ class TorchUpdater:
 
 
 def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> dict:
-    """The response of a peer script of `peers/` that runs under another interpreter.
+    """Runs a script of `peers/` under another interpreter and returns its response.
 
     Args:
-      python: interpreter of the environment that the script's head says how to make.
-      request: what the script's head lists; written to its stdin as JSON.
+      python: interpreter of the environment that the script's docstring describes.
+      request: the keys that the script's docstring lists; sent to its stdin as JSON.
 
     Raises:
-      UserError: there is no such interpreter, or it lacks a package.
+      UserError: the interpreter does not run or lacks a package.
+      RuntimeError: the script failed in another way.
     """
     recipe = re.search(r"pip install (.+)", Path(script).read_text())[1]
     try:
-        # -I: neither PYTHONPATH nor the user's own packages reach the other environment.
+        # -I keeps PYTHONPATH and the user's packages out of the other environment.
         done = subprocess.run(
             [str(python), "-I", str(script)],
             input=json.dumps(request),
@@ -203,7 +215,7 @@ def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> di
     except OSError as error:
         raise UserError(
             f"{python} does not run ({error.strerror}); make an environment with "
-            f"python3.11 -m venv and there pip install {recipe}"
+            f"python3.11 -m venv and run pip install {recipe} in it"
         ) from error
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -214,13 +226,13 @@ def subprocess_peer(python: str | Path, script: str | Path, request: dict) -> di
 
 
 def _torch(threads: int):
-    """torch, limited to `threads` unless they are 0, and transformers."""
+    """Imports torch, limited to `threads` unless 0, and transformers."""
     try:
         import torch
         import transformers
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed, which the peer transformers needs; "
+            f"the peer transformers needs {error.name}, which is not installed; "
             "run pip install -r requirements-test.txt"
         ) from error
     if threads:

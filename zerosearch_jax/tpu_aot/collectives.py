@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, read from its optimized HLO text, loops counted.
+"""The collectives of a compiled program, read from its optimized HLO text with loops counted.
 
-A collective that the TPU compiler spreads over several fusions, to hide it behind their work,
-stands in each of them with one channel and counts once.
+The TPU compiler may spread one collective over several fusions, to overlap it with their work. Such
+a collective appears in each of them with the same channel id and counts once.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Bytes on the wire, a chip, of a ring over g chips, per byte of the result.
+# Bytes that each chip of a ring of g chips sends per byte of the result.
 WIRE = {
     "all-gather": lambda g: (g - 1) / g,
     "reduce-scatter": lambda g: g - 1,
@@ -31,9 +31,9 @@ class Collective:
     """One collective of a program.
 
     Attributes:
-      bytes: of its result on one chip, each time it runs.
-      wire_bytes: that one chip sends over its links, each time.
-      times: how often it runs.
+      bytes: size of its result on one chip, per run.
+      wire_bytes: bytes that one chip sends over its links, per run.
+      times: runs per call of the program.
     """
 
     kind: str
@@ -43,14 +43,14 @@ class Collective:
 
 
 def collectives(hlo: str, unknown_trips: Sequence[int], devices: int) -> list[Collective]:
-    """All collectives of an optimized HLO module.
+    """Returns all collectives of an optimized HLO module.
 
     Args:
-      unknown_trips: turns of loops whose count is not a constant, the outermost first.
-      devices: of the program, for collectives over all of them.
+      unknown_trips: trip counts for the loops whose count is not a constant, outermost first.
+      devices: devices of the program, the group of a collective that names none.
 
     Raises:
-      ValueError: such loops are nested deeper than `unknown_trips`.
+      ValueError: loops of unknown trip count are nested deeper than `unknown_trips`.
     """
     bodies, entry = _computations(hlo)
     found: dict[tuple, Collective] = {}
@@ -61,18 +61,18 @@ def collectives(hlo: str, unknown_trips: Sequence[int], devices: int) -> list[Co
                 one = _collective(match, line, name, times, devices)
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (one.kind, channel[1], one.bytes) if fused and channel else (name, line)
-                # Steps may stand in a loop that it is hidden behind; its start stands outside.
+                # Parts may be in a loop that hides the collective; its start is outside the loop.
                 if key not in found or times < found[key].times:
                     found[key] = one
-            deeper, turns = depth, 1
+            deeper, trips = depth, 1
             if " while(" in line:
-                turns = _turns(line, bodies)
-                if turns is None:
+                trips = _trips(line, bodies)
+                if trips is None:
                     if depth == len(unknown_trips):
                         raise ValueError(f"{depth + 1} nested loops of unknown trip count")
-                    turns, deeper = unknown_trips[depth], depth + 1
+                    trips, deeper = unknown_trips[depth], depth + 1
             for called in _called(line):
-                visit(called, times * turns, deeper, " fusion(" in line)
+                visit(called, times * trips, deeper, " fusion(" in line)
 
     visit(entry, 1, 0, False)
     return list(found.values())
@@ -96,8 +96,8 @@ def _called(line: str) -> Iterator[str]:
         yield from re.findall(r"%([\w.\-]+)", match[1])
 
 
-def _turns(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """The trip count of a loop that counts from 0 to a constant; None: it depends on data."""
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """The trip count of a loop from 0 to a constant; None if the count depends on data."""
     if known := _TRIPS.search(line):
         return int(known[1])
     lines = bodies[re.search(r"condition=%([\w.\-]+)", line)[1]]
@@ -109,11 +109,11 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int | None:
 def _collective(match, line: str, computation: str, times: int, devices: int) -> Collective:
     kind, group = match[2], _group(line, devices)
     size = sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]))
-    if match[3] and kind == "all-gather":  # its type holds the operand, too
+    if match[3] and kind == "all-gather":  # Its type also holds the operand.
         size = size * group // (group + 1)
     if match[3] and kind == "collective-permute":
         size //= 2
-    if computation.startswith("all-reduce-scatter"):  # a TPU fusion that keeps one part
+    if computation.startswith("all-reduce-scatter"):  # A TPU fusion that keeps one part.
         kind, size = "reduce-scatter", size // group
     return Collective(kind, size, size * WIRE[kind](group), times)
 
@@ -124,7 +124,7 @@ def _bytes(dtype: str, shape: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many chips take part in one instance of a collective."""
+    """Number of chips in one instance of a collective."""
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):

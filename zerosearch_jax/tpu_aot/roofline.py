@@ -1,8 +1,8 @@
-"""What a program costs on a chip, from the model's sizes: FLOPs, HBM bytes, seconds at least.
+"""Analytic cost of a program on a chip: FLOPs, HBM bytes and a lower bound in seconds.
 
-XLA's cost analysis counts a loop's body once and knows no trip counts, so the figures are derived
-here. A product reads both operands once and writes its result once; norms, rotations and the
-softmax are left out, as are copies. So the seconds are a lower bound, not a forecast.
+XLA's cost analysis counts a loop's body once and knows no trip counts. So the cost is derived here
+from the model's sizes. A product reads both operands once and writes its result once. Norms,
+rotations, the softmax and copies are left out. The seconds are a lower bound, not a forecast.
 
 Axis letters as in `models.transformer`: D embed, N query heads, K key-value heads, H head size,
 F MLP, L layers, V vocabulary.
@@ -15,10 +15,14 @@ from zerosearch_jax.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Chip:
-    """A TPU chip: bfloat16 FLOP/s, HBM bytes, HBM bytes/s, interconnect bytes/s.
+    """Speed and memory of a TPU chip.
 
     Attributes:
-      ici: of a ring over one torus axis, both directions together: what one collective gets.
+      flops: bfloat16 FLOP/s.
+      hbm_bytes: size of the memory.
+      hbm: bytes/s of the memory.
+      ici: bytes/s of the links that one collective gets: a ring over one torus axis, both
+        directions together.
     """
 
     flops: float
@@ -27,9 +31,10 @@ class Chip:
     ici: float
 
 
-# FLOP/s, HBM size and speed: cloud.google.com/tpu/docs, "System architecture" of each. Links:
-# "How to Scale Your Model", part 2 (jax-ml.github.io/scaling-book/tpus): 4.5e10 bytes/s one way
-# for v5e, 9e10 for v5p and v6e, doubled.
+# FLOP/s, HBM size and HBM speed are from the "System architecture" page of each chip at
+# cloud.google.com/tpu/docs. Link speeds are from "How to Scale Your Model", part 2
+# (jax-ml.github.io/scaling-book/tpus): 4.5e10 bytes/s one way for v5e, 9e10 for v5p and v6e,
+# doubled here.
 CHIPS = {
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 9e10),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 1.8e11),
@@ -39,7 +44,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one chip does: floating-point operations and bytes to and from HBM."""
+    """One chip's work: floating-point operations and bytes to and from HBM."""
 
     flops: float
     hbm_bytes: float
@@ -52,13 +57,17 @@ class Work:
 
 
 def product(rows: float, inner: int, outer: float, *, weight=2, result=2) -> Work:
-    """`[rows, inner]` bfloat16 times `[inner, outer]`; `weight`, `result`: bytes of an element."""
+    """Work of `[rows, inner]` bfloat16 times `[inner, outer]`.
+
+    Args:
+      weight, result: bytes of an element of the second operand and of the result.
+    """
     moved = 2 * rows * inner + weight * inner * outer + result * rows * outer
     return Work(2 * rows * inner * outer, moved)
 
 
 def trunk_products(config: ModelConfig, tokens: float, tensor: int, weight: int = 2) -> Work:
-    """All layers' matrix products for `tokens` on one chip of `tensor` that share the heads."""
+    """Work of all layers' weight products for `tokens`, on one of `tensor` chips."""
     d, h, f = config.embed_dim, config.head_dim, config.mlp_dim / tensor
     n, k = config.num_heads / tensor, config.num_kv_heads / tensor
     shapes = ((d, n * h), (d, k * h), (d, k * h), (n * h, d), (d, f), (d, f), (f, d))
@@ -69,16 +78,16 @@ def trunk_products(config: ModelConfig, tokens: float, tensor: int, weight: int 
 
 
 def vocab_product(config: ModelConfig, tokens: float, tensor: int, weight: int = 2) -> Work:
-    """Float32 logits of `tokens`."""
+    """Work of the float32 logits of `tokens`."""
     outer = config.vocab_size / tensor
     return product(tokens, config.embed_dim, outer, weight=weight, result=4)
 
 
 def attention(config: ModelConfig, *, queries: float, keys: float, pairs: float, tensor: int):
-    """Both products of all layers' attention, with the scores kept on the chip.
+    """Work of both attention products of all layers; the scores never reach HBM.
 
     Args:
-      queries, keys: tokens read as such from HBM, of all rows together.
+      queries, keys: tokens whose queries, or keys and values, are read from HBM, over all rows.
       pairs: query-key pairs that are scored.
     """
     n, k, h = config.num_heads / tensor, config.num_kv_heads / tensor, config.head_dim
@@ -87,13 +96,13 @@ def attention(config: ModelConfig, *, queries: float, keys: float, pairs: float,
 
 
 def causal_pairs(length: int, block: int) -> float:
-    """Pairs that one row scores when its blocks of queries look at the keys up to their end."""
+    """Query-key pairs of one row if each block of queries scores all keys up to its own end."""
     full, rest = divmod(length, block)
     return block * block * full * (full + 1) / 2 + rest * length
 
 
-def scored(config: ModelConfig, *, rows: float, length: int, tensor: int) -> Work:
-    """Log-probs of all targets of `rows` on one chip, without a gradient."""
+def logprob_work(config: ModelConfig, *, rows: float, length: int, tensor: int) -> Work:
+    """Work of one chip for the log-probs of `rows` rows of `length` tokens, without gradients."""
     tokens = rows * length
     return (
         trunk_products(config, tokens, tensor)
@@ -109,18 +118,21 @@ def scored(config: ModelConfig, *, rows: float, length: int, tensor: int) -> Wor
 
 
 SPLASH_BLOCK = 512  # tokens
-# Passes over the products of a forward pass: itself, the gradients of both operands.
+# Each product runs once forward and once for the gradient of each operand.
 PASSES = 3
-# Splash's two backward kernels take three and four products where the forward pass takes two.
+# Splash's forward kernel has two products, its two backward kernels have three and four.
 ATTENTION_PASSES = 1 + 7 / 2
 
 
-def trained(config: ModelConfig, *, rows: float, length: int, tensor: int, remat: str) -> Work:
-    """Gradients of one microbatch of `rows` on one chip.
+def training_work(
+    config: ModelConfig, *, rows: float, length: int, tensor: int, remat: str
+) -> Work:
+    """Work of one chip for the gradients of one microbatch.
 
     Args:
-      remat: "full" computes the layers once more, but for their last product, whose result no
-        gradient needs; "dots" their attention alone; "none" neither.
+      rows, length: the chip's rows of the microbatch, and tokens per row.
+      remat: "full" recomputes the layers, except their last product, whose result no gradient
+        needs; "dots" recomputes only the attention; "none" recomputes nothing.
     """
     tokens = rows * length
     pairs = rows * causal_pairs(length, SPLASH_BLOCK)
@@ -132,37 +144,44 @@ def trained(config: ModelConfig, *, rows: float, length: int, tensor: int, remat
         trunk_products(config, tokens, tensor) * (PASSES + again)
         + last * -again
         + scores * (ATTENTION_PASSES + attention_again)
-        + vocab_product(config, tokens, tensor) * (PASSES + 1)  # logits are computed twice
+        + vocab_product(config, tokens, tensor) * (PASSES + 1)  # Logits are computed twice.
     )
 
 
-def updated(parameters: float) -> Work:
-    """AdamW on `parameters` of one chip: they and both moments read and written, gradients read."""
+def adamw_work(parameters: float) -> Work:
+    """Work of AdamW on one chip's `parameters`.
+
+    It reads and writes parameters and both moments and reads gradients, all in float32.
+    """
     return Work(15 * parameters, 7 * 4 * parameters)
 
 
-def prefilled(config: ModelConfig, *, rows: float, tokens: int, window: int, tensor: int, weight):
-    """`tokens` a row behind a window of cached ones; no logits."""
+def prefill_work(
+    config: ModelConfig, *, rows: float, tokens: int, window: int, tensor: int, weight: int
+) -> Work:
+    """Work of a prefill of `tokens` per row after `window` cached tokens, without logits."""
     pairs = rows * tokens * (window + tokens)
     keys = rows * (window + tokens)
     scores = attention(config, queries=rows * tokens, keys=keys, pairs=pairs, tensor=tensor)
     return trunk_products(config, rows * tokens, tensor, weight) + scores
 
 
-def decoded(config: ModelConfig, *, rows: float, burst: int, window: int, tensor: int, weight):
-    """`burst` tokens a row, each behind the window and what the burst has written."""
-    keys = rows * (window + burst)
+def decode_work(
+    config: ModelConfig, *, rows: float, chunk_tokens: int, window: int, tensor: int, weight: int
+) -> Work:
+    """Work of a decode chunk of `chunk_tokens` per row, after `window` cached tokens."""
+    keys = rows * (window + chunk_tokens)
     step = (
         trunk_products(config, rows, tensor, weight)
         + attention(config, queries=rows, keys=keys, pairs=keys, tensor=tensor)
         + vocab_product(config, rows, tensor, weight)
     )
-    return step * burst
+    return step * chunk_tokens
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds that each of a chip's parts needs at least; the slowest is the program's bound."""
+    """Least seconds for compute, memory and links; the slowest of them bounds the program."""
 
     compute: float
     hbm: float
@@ -170,15 +189,15 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The program's seconds if all three work at once."""
+        """Least seconds of the program if all three overlap perfectly."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
     def name(self) -> str:
-        """Which of the three takes longest."""
+        """The slowest of the three."""
         return max(("compute", "hbm", "interconnect"), key=lambda part: getattr(self, part))
 
 
 def bound(work: Work, collective_bytes: float, chip: Chip) -> Bound:
-    """The roofline of a program that also sends `collective_bytes` over the chip's links."""
+    """The roofline of a program that sends `collective_bytes` over the chip's links."""
     return Bound(work.flops / chip.flops, work.hbm_bytes / chip.hbm, collective_bytes / chip.ici)

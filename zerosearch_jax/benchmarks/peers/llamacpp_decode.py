@@ -1,32 +1,34 @@
-"""Times greedy decoding of a Llama-architecture model with llama.cpp, compiled for this machine.
+"""Peer script: greedy decoding of a Llama-architecture model with llama.cpp.
 
-Stand-alone: it imports nothing of this project and runs in an environment of its own, which takes
-a C++ compiler and about ten minutes to make,
+It imports nothing of this project but `respond.py` next to it. llama.cpp is compiled for this
+machine, which needs a C++ compiler and about ten minutes. Make the environment with
 
     python3.11 -m venv llamacppenv
     llamacppenv/bin/pip install --no-binary llama-cpp-python \\
         llama-cpp-python==0.3.36 gguf==0.19.0 safetensors==0.8.0
 
-and is called by `bench_peers.subprocess_peer`: JSON request on stdin, one JSON line on stdout.
+`run_peers.subprocess_peer` calls it with a JSON request on stdin; it prints one JSON line.
 
-Request: model (Hugging Face directory, safetensors), prompts (token ids, one list a row), slots
-(rows; prompts are repeated to fill them), new_tokens, repeats, dtype (float32 or bfloat16, of
-weights and KV cache), threads.
+Request: model (Hugging Face directory, safetensors), prompts (one list of token ids per row), slots
+(rows; prompts are repeated to fill them), new_tokens, repeats, dtype (of weights and KV cache:
+float32 or bfloat16), threads.
 Response: decode_secs and prefill_secs (seconds of each repeat), tokens (greedy ids of row 0),
 version.
 
-It calls llama.cpp's own functions: a step is one `llama_decode` of a token a row and the largest
-of each row's logits. Prompts go in as one `llama_decode` after the other, as many tokens as a
-batch holds.
+It calls llama.cpp's C functions. A step is one `llama_decode` with one token per row and an argmax
+of each row's logits. Prefill calls `llama_decode` with as many prompt tokens as a batch holds.
 """
 
 import json
-import os
 import re
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -I leaves the script's folder out
+
+from respond import respond  # noqa: E402
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -44,14 +46,14 @@ NAMES = {
 
 
 def ggml_type(dtype: str):
-    """ggml's type of a dtype."""
+    """Returns ggml's type for a dtype."""
     import gguf
 
     return gguf.GGMLQuantizationType[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
 
 
 def write_gguf(directory: Path, dtype: str, out: Path) -> None:
-    """The GGUF file `out` of a Hugging Face directory; matrices in `dtype`, norms in float32."""
+    """Converts a Hugging Face directory to the GGUF file `out`: `dtype` matrices, float32 norms."""
     import gguf
     import numpy as np
     from safetensors import safe_open
@@ -81,7 +83,7 @@ def write_gguf(directory: Path, dtype: str, out: Path) -> None:
             weight = file.get_tensor(name).astype(np.float32)
             layer, part = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name).groups()
             part = NAMES[part]
-            if part in heads:  # halves to neighbouring pairs: llama.cpp's order for rotation
+            if part in heads:  # llama.cpp rotates adjacent pairs, HF halves.
                 halves = weight.reshape(heads[part], 2, -1, weight.shape[1])
                 weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
             own = kind if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -94,7 +96,7 @@ def write_gguf(directory: Path, dtype: str, out: Path) -> None:
 
 
 class Model:
-    """llama.cpp's model and a context with a sequence a row."""
+    """llama.cpp's model and a context with one sequence per row."""
 
     def __init__(self, path: Path, request: dict):
         import llama_cpp
@@ -114,7 +116,7 @@ class Model:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.context = llama_cpp.llama_init_from_model(model, options)
         if not self.context:
-            raise RuntimeError("llama.cpp made no context; see its messages above")
+            raise RuntimeError("llama.cpp made no context; its messages above say why")
         self.batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
 
     def forget(self) -> None:
@@ -122,7 +124,7 @@ class Model:
         self.cpp.llama_memory_clear(self.cpp.llama_get_memory(self.context), True)
 
     def feed(self, entries) -> list[int]:
-        """Takes (row, position, token, is it the row's last); returns what follows each last."""
+        """Decodes (row, position, token, is_last) entries; returns the argmax after each last."""
         import numpy as np
 
         batch, last = self.batch, []
@@ -133,7 +135,7 @@ class Model:
                 last.append(i)
         batch.n_tokens = len(entries)
         if self.cpp.llama_decode(self.context, batch):
-            raise RuntimeError("llama_decode failed; see llama.cpp's messages above")
+            raise RuntimeError("llama_decode failed; llama.cpp's messages above say why")
         found = []
         for i in last:
             logits = self.cpp.llama_get_logits_ith(self.context, i)
@@ -142,7 +144,7 @@ class Model:
 
 
 def run(request: dict) -> dict:
-    """The response to a request; see the module's docstring."""
+    """Returns the response to a request; see the module's docstring."""
     import llama_cpp
 
     prompts = request["prompts"]
@@ -184,12 +186,5 @@ def run(request: dict) -> dict:
     }
 
 
-def main() -> None:
-    """Reads the request, prints the response."""
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # llama.cpp may write to the standard output
-    os.write(stdout, json.dumps(run(json.load(sys.stdin))).encode() + b"\n")
-
-
 if __name__ == "__main__":
-    main()
+    respond(run, limit_cores=False)  # llama.cpp has an option for its threads

@@ -1,55 +1,58 @@
-"""Times whole GRPO steps of TRL's `GRPOTrainer`: sampling, reference log-probs, update.
+"""Peer script: whole GRPO steps of TRL's `GRPOTrainer`: sampling, reference log-probs, update.
 
-Stand-alone: it imports nothing of this project and runs in an environment of its own,
+It imports nothing of this project but `respond.py` next to it. Make its environment with
 
     python3.11 -m venv trlenv
     trlenv/bin/pip install trl==1.16.0 torch==2.13.0 transformers==5.23.0
 
-and is called by `bench_peers.subprocess_peer`: JSON request on stdin, one JSON line on stdout.
+`run_peers.subprocess_peer` calls it with a JSON request on stdin; it prints one JSON line.
 
-Request: model (Hugging Face directory), prompts (token ids, one list a question; a step takes all
-of them), group_size, new_tokens (of every completion: none ends early), micro_rows (sequences of
-one forward and backward pass), learning_rate, beta1, beta2, weight_decay, clip_norm, clip, kl,
-entropy, repeats, threads.
-Response: step_secs (seconds of each step but the first, which is not counted), kl (mean, nats a
-token), version.
+Request: model (Hugging Face directory), prompts (one list of token ids per question; a step uses
+all of them), group_size, new_tokens (length of every completion: none ends early), micro_rows
+(sequences of one forward and backward pass), learning_rate, beta1, beta2, weight_decay, clip_norm,
+clip, kl, entropy, repeats, threads.
+Response: step_secs (seconds of each step except the first), kl (mean, nats per token), version.
 
-TRL is left at its defaults but for what the request names: float32, gradient checkpointing, its
-own chunked log-probs, one update a step (so that the log-probs at sampling are not computed).
+Everything that the request does not set keeps TRL's default: float32, gradient checkpointing, TRL's
+chunked log-probs, one update per step (so TRL does not recompute the log-probs at sampling).
 """
 
 import itertools
-import json
 import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no call of home while a step is timed
+sys.path.insert(0, str(Path(__file__).parent))  # python -I leaves the script's folder out
+
+from respond import respond  # noqa: E402
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # No network calls while a step is timed.
 
 
 def distinct(completions: list[str], **_) -> list[float]:
-    """A reward that differs within a group: distinct characters of each completion."""
+    """Reward: the number of distinct characters of each completion, which differs in a group."""
     return [float(len(set(text))) for text in completions]
 
 
 def texts_of(tokenizer, prompts: list[list[int]]) -> list[str]:
-    """The prompts' texts, which TRL turns back into the same ids."""
+    """Returns the prompts' texts; TRL encodes them as the same ids."""
     texts = [tokenizer.decode(ids) for ids in prompts]
     if tokenizer(text=texts)["input_ids"] != prompts:
-        sys.exit("prompts must be token ids that their text is encoded as")
+        sys.exit("prompts must be token ids that equal the encoding of their text")
     return texts
 
 
 def run(request: dict) -> dict:
-    """The response to a request; see the module's docstring."""
+    """Returns the response to a request; see the module's docstring."""
     import torch
     import transformers
     import trl
     from datasets import Dataset
 
     class Clock(transformers.TrainerCallback):
-        """When each step ended."""
+        """Records the time at the end of each step."""
 
         def __init__(self):
             self.ends: list[float] = []
@@ -97,9 +100,12 @@ def run(request: dict) -> dict:
             callbacks=[clock],
         )
         trainer.train()
-    means = trainer.state.log_history[-1]  # over all steps, logged at the end
+    means = trainer.state.log_history[-1]  # TRL logs means over all steps at the end.
     if means["completions/min_length"] != request["new_tokens"]:
-        sys.exit(f"completions had {means['completions/min_length']} tokens at least")
+        sys.exit(
+            f"the shortest completion has {means['completions/min_length']} tokens, "
+            f"not {request['new_tokens']}"
+        )
     return {
         "step_secs": [end - start for start, end in itertools.pairwise(clock.ends)],
         "kl": means["kl"],
@@ -107,14 +113,5 @@ def run(request: dict) -> dict:
     }
 
 
-def main() -> None:
-    """Reads the request, limits the threads, prints the response."""
-    request = json.load(sys.stdin)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["threads"]])
-    stdout, sys.stdout = sys.stdout, sys.stderr  # libraries print there
-    response = run(request)
-    print(json.dumps(response), file=stdout)
-
-
 if __name__ == "__main__":
-    main()
+    respond(run)

@@ -1,33 +1,36 @@
-"""Times greedy decoding of a Llama-architecture model with Tunix's own sampler.
+"""Peer script: greedy decoding of a Llama-architecture model with Tunix's own sampler.
 
-Stand-alone: it imports nothing of this project and runs in an environment of its own,
+It imports nothing of this project but `respond.py` next to it. Make its environment with
 
     python3.11 -m venv tunixenv
     tunixenv/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 
-and is called by `bench_peers.subprocess_peer`: JSON request on stdin, one JSON line on stdout.
+`run_peers.subprocess_peer` calls it with a JSON request on stdin; it prints one JSON line.
 
-Request: model (Hugging Face directory, safetensors), prompts (token ids, one list a row, all of
+Request: model (Hugging Face directory, safetensors), prompts (one list of token ids per row, all of
 one length), slots (rows; prompts are repeated to fill them), new_tokens, repeats, dtype, threads.
 Response: decode_secs and prefill_secs (seconds of each repeat), tokens (greedy ids of row 0),
 version.
 
-Seconds are those of whole calls of `Sampler`: prefill_secs of one that makes no step, decode_secs
-of one that makes new_tokens steps, less the former. Tunix's prefill computes the logits of every
-prompt position; there is no option against it for Llama.
+It times whole calls of `Sampler`: prefill_secs is a call without steps, decode_secs is a call with
+new_tokens steps minus prefill_secs. Tunix's prefill computes the logits of every prompt position;
+for Llama no option avoids that.
 """
 
 import functools
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # python -I leaves the script's folder out
+
+from respond import respond  # noqa: E402
+
 
 class Ids:
-    """Tunix samples from texts; here a text is a list of token ids, written as JSON."""
+    """Tokenizer for Tunix whose texts are JSON lists of token ids."""
 
     def encode(self, text: str) -> list[int]:
         return json.loads(text)
@@ -36,17 +39,17 @@ class Ids:
         return json.dumps(ids)
 
     def bos_id(self) -> int:
-        return 0  # falsy: none is put in front
+        return 0  # Falsy: Tunix then prepends nothing.
 
     def eos_id(self) -> int:
-        return -1  # never sampled, so that no row ends early
+        return -1  # Never sampled, so that no row ends early.
 
     def pad_id(self) -> int:
-        return -1  # the sampler masks every token that equals it, sampled ones too
+        return -1  # The sampler masks every token equal to it, sampled ones too.
 
 
 def load(directory: str, dtype: str):
-    """Tunix's Llama with the weights of a Hugging Face directory, and its config."""
+    """Returns Tunix's Llama with the weights of a Hugging Face directory, and its config."""
     import jax.numpy as jnp
     from tunix.models.llama3 import model as llama
     from tunix.models.llama3 import params
@@ -64,33 +67,33 @@ def load(directory: str, dtype: str):
         norm_eps=hf["rms_norm_eps"],
         weight_tying=hf["tie_word_embeddings"],
     )
-    # Tunix 0.1.7 reads config.rope_theta nowhere: its attention always uses 1,000,000.
+    # Tunix 0.1.7 never reads config.rope_theta: its attention always uses 1,000,000.
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
     model = params.create_model_from_safe_tensors(directory, config, dtype=jnp.dtype(dtype))
     return model, config
 
 
 def run(request: dict) -> dict:
-    """The response to a request; see the module's docstring."""
+    """Returns the response to a request; see the module's docstring."""
     from tunix.generate.sampler import CacheConfig, Sampler
 
     model, config = load(request["model"], request["dtype"])
     prompts, steps = request["prompts"], request["new_tokens"]
     length = len(prompts[0])
     if any(len(prompt) != length for prompt in prompts):
-        sys.exit("prompts must be of one length: Tunix pads shorter ones")
+        sys.exit("all prompts must have the same length, because Tunix pads shorter ones")
     texts = [json.dumps(prompts[row % len(prompts)]) for row in range(request["slots"])]
-    # Attention runs over the whole cache, so it is no longer than needed.
+    # Attention runs over the whole cache, so the cache is as short as possible.
     cache = CacheConfig(length + steps, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = Sampler(model, Ids(), cache)
 
     def sample(count: int) -> tuple[float, list[int]]:
-        """Seconds and row 0's tokens of a call that makes `count` steps after its prefill."""
+        """Seconds and row 0's tokens of a call with `count` steps after its prefill."""
         start = time.perf_counter()
         out = sampler(texts, max_generation_steps=count, max_prompt_length=length, eos_tokens=[-1])
         return time.perf_counter() - start, [int(token) for token in out.tokens[0]]
 
-    sample(0), sample(steps)  # compiles
+    sample(0), sample(steps)  # These calls compile.
     decode_secs, prefill_secs = [], []
     for _ in range(request["repeats"]):
         prefill, _ = sample(0)
@@ -105,15 +108,5 @@ def run(request: dict) -> dict:
     }
 
 
-def main() -> None:
-    """Reads the request, limits the threads, prints the response."""
-    request = json.load(sys.stdin)
-    # XLA makes one thread for each core that it may run on when it is loaded.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["threads"]])
-    stdout, sys.stdout = sys.stdout, sys.stderr  # libraries print there
-    response = run(request)
-    print(json.dumps(response), file=stdout)
-
-
 if __name__ == "__main__":
-    main()
+    respond(run)
