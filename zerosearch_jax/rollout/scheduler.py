@@ -148,7 +148,7 @@ class Rollouts:
         self.searching = searching
         self._invalid = encode(tokenizer, prompts.INVALID_ACTION)
 
-    def play(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
+    def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
         """Plays all episodes, as many at once as the generator has slots.
 
         Args:
