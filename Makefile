@@ -10,6 +10,7 @@
 # make clean        removes .venv and caches; keeps runs/ and models/
 #
 # PYTHON=python3.12 selects the interpreter for a new .venv; 3.11 and 3.12 are supported.
+# CONFIG=configs/ppo.py selects the config of make run.
 # ARGS="..." is passed on: make run ARGS="--config.rl.steps=20 --workdir=runs/short"
 
 PYTHON ?= python3
