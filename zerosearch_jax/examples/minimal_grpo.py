@@ -24,13 +24,16 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import losses
 from zerosearch_jax.rl.advantages import group_advantages
 from zerosearch_jax.rl.logprobs import chunked_logprobs
-from zerosearch_jax.rl.rewards import exact_match, token_f1
+from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.rewards import token_f1
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search import bm25, curriculum, simulated
+from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.factory import Model, load_model, stop_table
+from zerosearch_jax.training.row_sampler import RowSampler
 
-STEPS, QUESTIONS, GROUP_SIZE = 8, 40, 3  # updates, questions per update, episodes per question
+STEPS, QUESTIONS, GROUP_SIZE = 10, 40, 3  # updates, questions per update, episodes per question
 SLOTS, ROWS = 120, 8  # episodes that are sampled at once, and differentiated at once
 MAX_TOKENS = 640  # of an episode, prompt and documents included
 LIMITS = Limits(max_turns=3, response_tokens=64, observation_tokens=192)
@@ -54,11 +57,6 @@ def rollout(params, generator, engine, tokenizer, rows, first=0, **options) -> l
     episodes = [Episode(first + i, r.question, r.golden_answers) for i, r in enumerate(rows)]
     rollouts = Rollouts(generator, engine, tokenizer, limits=LIMITS, **options)
     return rollouts.run(episodes, jax.random.key(0))
-
-
-def em(trajectories: list[Trajectory]) -> float:
-    """Share of episodes whose answer is an exact match."""
-    return np.mean([exact_match(t.answer, t.episode.golden_answers) for t in trajectories])
 
 
 def make_batch(trajectories: list[Trajectory], advantages: np.ndarray) -> Batch:
@@ -99,16 +97,17 @@ def loss_and_grads(params, reference, batch: Batch, policy_tokens, *, graphdef):
 def train(policy: Model, generator: Generator, engine, rows, steps=STEPS, questions=QUESTIONS):
     """The parameters after `steps` updates; each uses GROUP_SIZE episodes of `questions` rows."""
     graphdef, params = abstract_model(policy.config)[0], policy.params
-    rate = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    rate = warmup_cosine(LEARNING_RATE, warmup_steps=2, total_steps=steps, final_fraction=0.05)
+    optimizer = adamw(rate, beta1=0.9, beta2=0.99, weight_decay=0.01, clip_norm=1.0)
     opt_state = optimizer.init(params)
+    sampler = RowSampler(rows, questions, seed=0, size_key="questions")
     for step in range(steps):
         p_noisy = curriculum.noise_probability(step, max(1, steps - 1), **NOISE)
         noisy = partial(curriculum.draw_noisy, 0, step, probability=p_noisy)
-        drawn = np.random.default_rng(step).choice(len(rows), questions, replace=False)
-        groups = [rows[i] for i in drawn for _ in range(GROUP_SIZE)]
+        groups = [row for row in sampler.draw(step) for _ in range(GROUP_SIZE)]
         options = dict(first=step * len(groups), sampling=Sampling(), noisy=noisy)
         trajectories = rollout(params, generator, engine, policy.tokenizer, groups, **options)
+        em = np.mean(answer_scores(trajectories, "em"))
         reward = np.array([token_f1(t.answer, t.episode.golden_answers) for t in trajectories])
         advantages = group_advantages(reward.reshape(questions, GROUP_SIZE)).reshape(-1)
         batch = make_batch(trajectories, np.asarray(advantages))
@@ -119,7 +118,7 @@ def train(policy: Model, generator: Generator, engine, rows, steps=STEPS, questi
             loss, grads = jax.tree.map(jnp.add, (loss, grads), new)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        print(f"{step + 1:4}{reward.mean():9.3f}{em(trajectories):9.3f}{p_noisy:9.3f}{loss:9.4f}")
+        print(f"{step + 1:4}{reward.mean():9.3f}{em:9.3f}{p_noisy:9.3f}{loss:9.4f}")
     return params
 
 
@@ -137,7 +136,8 @@ def main() -> tuple[float, float]:
     test = qa.load_qa("world", "test", 240)
 
     def evaluate(params) -> float:
-        return em(rollout(params, generator, real_engine, policy.tokenizer, test, sampling=GREEDY))
+        answered = rollout(params, generator, real_engine, policy.tokenizer, test, sampling=GREEDY)
+        return np.mean(answer_scores(answered, "em"))
 
     before = evaluate(policy.params)
     print("step   reward       em  p_noisy     loss")
