@@ -19,6 +19,7 @@ from zerosearch_jax.jobs import collect
 from zerosearch_jax.rl.rewards import exact_match, token_f1
 from zerosearch_jax.simulator.pairs import load_pairs, stable_hash
 from zerosearch_jax.text.actions import final_answer
+from zerosearch_jax.training.job_configs import CollectConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = ("episodes.jsonl", "labels.jsonl", "pairs.jsonl", "heldout.jsonl", "summary.json")
@@ -284,7 +285,7 @@ def test_repeated_ids_of_merged_sets_get_their_source():
 @pytest.mark.parametrize("preset", ["", ":smollm2-135m-wikipedia"])
 def test_presets_pass_the_checks_and_episodes_fit(preset):
     config = config_flags.load(str(ROOT / "configs" / "collect.py") + preset)
-    collect.check(config)
+    config_flags.typed(CollectConfig, config)
     assert config.is_locked and config.job == "collect"
     turns, limits = config.limits.max_turns, config.limits
     episode = (turns + 1) * limits.response_tokens + turns * limits.observation_tokens
@@ -297,8 +298,8 @@ def test_presets_pass_the_checks_and_episodes_fit(preset):
     [
         ("collect", {"samples": 0}, "samples=0"),
         ("collect", {"batch_questions": 0}, "batch_questions=0"),
-        ("extract", {"label_by": "vote"}, "'vote'; choose rule, labeler or both"),
-        ("extract", {"label_by": "both"}, "config.labeling.kind"),
+        ("extract", {"label_by": "vote"}, "'vote'; choose one of rule, labeler, both"),
+        ("extract", {"label_by": "both"}, "labeling.kind"),
         ("extract", {"heldout_share": 1.0}, "heldout_share=1.0"),
         ("labeling", {"kind": "best"}, "labeling.kind"),
     ],

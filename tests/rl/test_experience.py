@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from zerosearch_jax.data.packing import TokenSequence, pack
-from zerosearch_jax.errors import UserError
 from zerosearch_jax.rl.experience import (
     AdvantageEstimator,
     minibatches,
@@ -14,6 +11,9 @@ from zerosearch_jax.rl.experience import (
     with_scores,
     with_weights,
 )
+
+from zerosearch_jax.data.packing import TokenSequence, pack
+from zerosearch_jax.errors import UserError
 
 NAN = np.nan
 ROW_TOKENS = 12

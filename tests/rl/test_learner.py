@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from zerosearch_jax.rl.experience import with_scores, with_weights
 
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.generate.generator import Generator
@@ -16,7 +17,6 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
-from zerosearch_jax.rl.experience import with_scores, with_weights
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine

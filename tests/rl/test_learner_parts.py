@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from zerosearch_jax.rl.experience import with_weights
 
 from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
-from zerosearch_jax.rl.experience import with_weights
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec, TrainState
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from zerosearch_jax.rl.experience import with_scores, with_weights
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.experience import with_scores, with_weights
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine

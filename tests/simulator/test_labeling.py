@@ -11,13 +11,13 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.simulator.labeling import (
     agreement,
-    check_labeling,
     choose_label,
     chosen_labels,
     make_labeler,
     reader_labels,
 )
 from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
+from zerosearch_jax.training.job_configs import LabelingConfig
 
 ROOT = Path(__file__).parents[2]
 SEARCHES = (
@@ -129,7 +129,7 @@ def test_a_server_labels_searches(config, server, monkeypatch):
         kind="server", model="big", response_tokens=8, url=f"http://127.0.0.1:{server.server_port}"
     )
     config.labeling.server.update(key_variable="LABELER_KEY", attempts=1)
-    check_labeling(config.labeling)
+    config_flags.typed(LabelingConfig, config.labeling)
     labeler = make_labeler(config.labeling, 0, config.mesh)
     assert labeler(SEARCHES) == ["useful", "noisy", None]
     headers, request = server.requests[0]
@@ -146,7 +146,7 @@ def test_a_server_labels_searches(config, server, monkeypatch):
 def test_a_missing_key_variable_is_refused(config):
     config.labeling.server.key_variable = "NO_SUCH_VARIABLE"
     with pytest.raises(UserError, match="NO_SUCH_VARIABLE"):
-        check_labeling(config.labeling)
+        config_flags.typed(LabelingConfig, config.labeling)
 
 
 def test_a_local_model_labels_searches(config, markov_model):

@@ -15,12 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from zerosearch_jax.benchmarks import decode, run_peers
+from zerosearch_jax.benchmarks.config import (
+    BatchConfig,
+    LearnerBenchConfig,
+    MFUBenchConfig,
+    PackingConfig,
+)
 from zerosearch_jax.benchmarks.rows import Row
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
@@ -35,6 +39,7 @@ from zerosearch_jax.rl.losses import aggregation_weights
 from zerosearch_jax.rl.objective import Objective, policy_terms
 from zerosearch_jax.text.tokenizer import encode
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import LearnerConfig
 
 OBJECTIVE, KL = Objective(), 0.001
 
@@ -44,7 +49,7 @@ OBJECTIVE, KL = Objective(), 0.001
 DONE_PASSES, MODEL_PASSES = 5, 4
 
 
-def run(config: ConfigDict) -> list[Row]:
+def run(config: LearnerBenchConfig) -> list[Row]:
     """Runs the parts `config.parts` and prints each row as soon as it is measured.
 
     Raises:
@@ -64,8 +69,16 @@ def run(config: ConfigDict) -> list[Row]:
 class Updater:
     """A learner with its state and a frozen reference in the compute dtype."""
 
-    def __init__(self, model: factory.Model, config: ConfigDict, dtype: str):
-        settings = ConfigDict(dict(config.learner, compute_dtype=dtype))
+    def __init__(
+        self, model: factory.Model, config: LearnerBenchConfig | MFUBenchConfig, dtype: str
+    ):
+        settings = LearnerConfig(
+            row_tokens=0,  # The caller packs.
+            rows=0,
+            compute_dtype=dtype,
+            remat=config.learner.remat,
+            logprob_chunk=config.learner.logprob_chunk,
+        )
         self.learner = factory.make_learner(model.config, make_mesh(), config.optimizer, settings)
         self.state = self.learner.init(model.params)
         self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
@@ -127,7 +140,7 @@ def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> Toke
     return TokenSequence(tokens, mask, {"correct": np.zeros(len(tokens)), **columns})
 
 
-def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
+def random_sequences(sizes: BatchConfig, vocab_size: int) -> list[TokenSequence]:
     """Returns `sizes.rows` sequences of `sizes.tokens` random ids.
 
     The mask excludes the first `sizes.prompt_tokens` tokens.
@@ -137,14 +150,14 @@ def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
     return [sequence_of(row, mask) for row in ids.tolist()]
 
 
-def peer_settings(config: ConfigDict) -> dict[str, float]:
+def peer_settings(config: LearnerBenchConfig) -> dict[str, float]:
     """Optimizer and loss settings for every peer."""
     names = ("learning_rate", "beta1", "beta2", "weight_decay", "clip_norm")
     loss = dict(clip=OBJECTIVE.loss.clip_low, kl=KL, entropy=OBJECTIVE.loss.entropy)
-    return {name: config.optimizer[name] for name in names} | loss
+    return {name: getattr(config.optimizer, name) for name in names} | loss
 
 
-def updates(config: ConfigDict) -> Iterator[Row]:
+def updates(config: LearnerBenchConfig) -> Iterator[Row]:
     """Updates of one model against transformers on torch and against the GEMM peak."""
     sizes = config.batch
     model = factory.load_model(config.model, make_mesh(), "float32")
@@ -162,7 +175,7 @@ def updates(config: ConfigDict) -> Iterator[Row]:
 
 
 def update_secs(
-    model: factory.Model, config: ConfigDict, dtype: str
+    model: factory.Model, config: LearnerBenchConfig | MFUBenchConfig, dtype: str
 ) -> tuple[list[float], list[float]]:
     """Seconds of our updates and of torch's, which alternate.
 
@@ -205,7 +218,7 @@ def fastest(update: Callable[[int], tuple[float, float]], choices: Sequence[int]
     return min(choices, key=lambda choice: update(choice)[0])
 
 
-def steps(config: ConfigDict) -> Iterator[Row]:
+def steps(config: LearnerBenchConfig) -> Iterator[Row]:
     """Whole GRPO steps against the trainers of TRL and Tunix; no completion ends early."""
     sizes = config.step
     model = factory.load_model(config.model, make_mesh(), "float32")
@@ -236,7 +249,7 @@ def steps(config: ConfigDict) -> Iterator[Row]:
 
 
 def step_secs(
-    model: factory.Model, prompts: Sequence[Sequence[int]], config: ConfigDict
+    model: factory.Model, prompts: Sequence[Sequence[int]], config: LearnerBenchConfig
 ) -> list[float]:
     """Seconds of each of our steps except the first, which compiles."""
     sizes = config.step
@@ -287,7 +300,7 @@ def stretches(tokenizer, count: int, tokens: int) -> list[list[int]]:
     return [part for part, _ in zip(whole, range(count), strict=False)]
 
 
-def packing(config: ConfigDict) -> Iterator[Row]:
+def packing(config: LearnerBenchConfig) -> Iterator[Row]:
     """Updates on packed episodes against one episode per row, with one compiled program."""
     sizes = config.packing
     model = factory.load_model(sizes.model, make_mesh(), "float32")
@@ -305,13 +318,13 @@ def packing(config: ConfigDict) -> Iterator[Row]:
     yield Row("update packed / one episode per row", *rates, "episodes/s")
 
 
-def episodes(tokenizer, sizes: ConfigDict) -> list[TokenSequence]:
+def episodes(tokenizer, sizes: PackingConfig) -> list[TokenSequence]:
     """Returns tokenised episodes of the embedded world's scripted agent that fit a row."""
     transcripts = sft_data.policy_transcripts(
         worlds=1,  # The first world is the real one, whose number of entities is fixed.
         entities_per_world=0,
         questions_per_world=2 * sizes.episodes,
-        behaviours=Behaviours(**sizes.behaviours),
+        behaviours=sizes.behaviours,
         topk=sizes.topk,
         seed=0,
     )
@@ -331,10 +344,10 @@ def padded(sequence: TokenSequence, length: int) -> TokenSequence:
     )
 
 
-def memory(config: ConfigDict) -> Iterator[Row]:
+def memory(config: LearnerBenchConfig) -> Iterator[Row]:
     """Temporary bytes of a gradient with whole logits, against chunked logits."""
     sizes = config.memory
-    model_config = from_hf(sizes.model.to_dict())
+    model_config = from_hf(dict(sizes.model))
     chunked = partial(chunked_logprobs, chunk=sizes.logprob_chunk)
     whole, ours = (
         gradient_bytes(model_config, sizes.tokens, each) for each in (whole_logprobs, chunked)
@@ -393,7 +406,7 @@ def forward_flops(config: ModelConfig, attended: float) -> float:
     return 2 * products + 4 * config.num_layers * heads * attended
 
 
-def mfu(config: ConfigDict) -> list[Row]:
+def mfu(config: MFUBenchConfig) -> list[Row]:
     """Model FLOP/s of updates of random models on an accelerator, against its peak.
 
     Raises:
@@ -406,7 +419,7 @@ def mfu(config: ConfigDict) -> list[Row]:
         )
     rows, sizes = [], config.batch
     for name, shape in config.models.items():
-        model_config = from_hf(shape.to_dict())
+        model_config = from_hf(dict(shape))
         # The state copies the parameters; no other reference keeps the originals in memory.
         updater = Updater(
             factory.Model(model_config, init_params(model_config, 0), None), config, "bfloat16"

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
-from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
@@ -33,6 +32,7 @@ from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import GeneratorConfig
 
 METHODS = ("direct", "cot", "rag", "search", "search_o1")
 WITHOUT_ENGINE = ("direct", "cot")
@@ -105,7 +105,7 @@ def evaluate_policy(
 
 
 def refiner(
-    model: factory.Model, config: ConfigDict, mesh: jax.sharding.Mesh, *, max_new_tokens: int
+    model: factory.Model, config: GeneratorConfig, mesh: jax.sharding.Mesh, *, max_new_tokens: int
 ) -> TextGenerator:
     """Builds the greedy generator with which "search_o1" refines documents.
 

@@ -23,19 +23,19 @@ import jax
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs.evaluate import OUTPUT_SETTINGS
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
-from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.simulator.labeling import (
     agreement,
-    check_labeling,
     chosen_labels,
     make_labeler,
 )
@@ -49,11 +49,13 @@ from zerosearch_jax.simulator.pairs import (
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.job_configs import CollectConfig
+from zerosearch_jax.training.step_rollouts import limits_of
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes episodes, labels, pairs, held-out pairs and `summary.json` to `workdir`."""
-    check(config)
+    config = config_flags.typed(CollectConfig, config)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     episodes = Records(workdir / "episodes.jsonl")
@@ -83,29 +85,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"{len(train)} pairs written to {workdir / 'pairs.jsonl'}, {len(heldout)} held out")
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError, before any work, if the config contradicts itself."""
-    for key in ("samples", "batch_questions"):
-        value = getattr(config.collect, key)
-        if value < 1:
-            raise UserError(f"config.collect.{key}={value}: it must be at least 1")
-    check_labeling(config.labeling)
-    label_by = config.extract.label_by
-    if label_by not in ("rule", "labeler", "both"):
-        raise UserError(f"config.extract.label_by is {label_by!r}; choose rule, labeler or both")
-    if label_by != "rule" and config.labeling.kind == "none":
-        raise UserError(
-            f"config.extract.label_by={label_by} needs a labeler: set config.labeling.kind"
-        )
-    if not 0 <= config.extract.heldout_share < 1:
-        share = config.extract.heldout_share
-        raise UserError(f"config.extract.heldout_share={share}: it must be in [0, 1)")
-
-
 # Stage 1: collect.
 
 
-def collect_episodes(config: ConfigDict, episodes: Records) -> None:
+def collect_episodes(config: CollectConfig, episodes: Records) -> None:
     """Runs the episodes that `episodes` lacks, one batch of questions at a time.
 
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
@@ -140,9 +123,9 @@ def collect_episodes(config: ConfigDict, episodes: Records) -> None:
             progress.update(done, episode_metrics(trajectories))
 
 
-def make_rollouts(config: ConfigDict) -> tuple[Rollouts, str]:
+def make_rollouts(config: CollectConfig) -> tuple[Rollouts, str]:
     """Builds the agent's rollouts, with its programs compiled; also returns the model's name."""
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
     engine = factory.make_engine(config.search, config.seed, config.mesh)
@@ -151,7 +134,7 @@ def make_rollouts(config: ConfigDict) -> tuple[Rollouts, str]:
         generator,
         engine,
         policy.tokenizer,
-        limits=Limits(**config.limits),
+        limits=limits_of(config.limits),
         sampling=sampling,
         stop_on_failure=config.rollout.stop_on_failure,
         concurrent_searches=config.rollout.concurrent_searches,
@@ -228,18 +211,18 @@ def episode_record(
     }
 
 
-def collect_settings(config: ConfigDict) -> dict[str, object]:
+def collect_settings(config: CollectConfig) -> dict[str, object]:
     """Returns all settings, besides its id, that determine an episode."""
     generator = config.policy.generator
     return {
         "seed": config.seed,
         "policy.model": config.policy.model,
         "policy.generator": {key: getattr(generator, key) for key in OUTPUT_SETTINGS},
-        "search": config.search.to_dict(),
+        "search": config_flags.plain(config.search),
         "rollout.stop_on_failure": config.rollout.stop_on_failure,
         "data.source": config.data.source,
         "data.split": config.data.split,
-        "limits": config.limits.to_dict(),
+        "limits": config_flags.plain(config.limits),
         "collect.temperature": config.collect.temperature,
     }
 
@@ -248,21 +231,19 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
     """Writes the settings of `records` to a file next to it.
 
     Raises:
-      UserError: the records that exist were made with other settings.
+      UserError: the records that exist were made with other settings or by an older version.
     """
     path = records.path.with_suffix(".settings.json")
+    settings = {"format": FORMAT, **settings}
     settings = json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
     if len(records) and path.exists():
-        for key, before in json.loads(path.read_text(encoding="utf-8")).items():
-            if key not in settings:
-                raise UserError(
-                    f"{records.path} was made by another version, with config.{key}={before!r}; "
-                    "give another --workdir or delete that file"
-                )
-            if settings[key] != before:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        check_format(kept, path.parent)
+        for key, before in kept.items():
+            if settings.get(key) != before:
                 raise UserError(
                     f"{records.path} was made with config.{key}={before!r}, which is now "
-                    f"{settings[key]!r}; give another --workdir or delete that file"
+                    f"{settings.get(key)!r}; give another --workdir or delete that file"
                 )
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
@@ -270,7 +251,7 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
 # Stage 2: label.
 
 
-def label_searches(config: ConfigDict, episodes: Records, labels: Records) -> None:
+def label_searches(config: CollectConfig, episodes: Records, labels: Records) -> None:
     """Labels the searches that `labels` lacks, by the paper's rule and by the labeler if any."""
     labeling = config.labeling
     settings = collect_settings(config) | {"labeling.kind": labeling.kind}

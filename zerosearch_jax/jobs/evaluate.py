@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import (
@@ -19,13 +20,15 @@ from zerosearch_jax.evaluation.baselines import (
     refiner,
 )
 from zerosearch_jax.evaluation.summary import summary, text_table
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
+from zerosearch_jax.training.job_configs import EvaluateConfig
+from zerosearch_jax.training.step_rollouts import limits_of
 
 # Generator settings that change sampled tokens; the others change only speed and memory.
 OUTPUT_SETTINGS = ("dtype", "int8_weights", "max_tokens")
@@ -39,6 +42,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Remove the file if the model's weights changed in place. `evaluation.txt` holds the printed
     table and exists only once all rows do.
     """
+    config = config_flags.typed(EvaluateConfig, config)
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
     cases, rows = eval_cases(config), read_rows(path)
@@ -62,7 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"\n{text}written to {text_path} and {path}")
 
 
-def eval_cases(config: ConfigDict) -> list[dict]:
+def eval_cases(config: EvaluateConfig) -> list[dict]:
     """Returns the identity of each requested row, as it reads back from JSON.
 
     Keys: model, method, engine ("none" if the method needs none), set, limit (number of questions
@@ -75,12 +79,13 @@ def eval_cases(config: ConfigDict) -> list[dict]:
     for method in config.methods:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
-            settings = dict(seed=config.seed, limits=config.limits.to_dict())
-            settings |= {key: config.policy.generator[key] for key in OUTPUT_SETTINGS}
+            settings = dict(format=FORMAT, seed=config.seed)
+            settings["limits"] = config_flags.plain(config.limits)
+            settings |= {key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS}
             if engine != "none":
-                settings["engine"] = config.engines[engine].to_dict()
+                settings["engine"] = config_flags.plain(config.engines[engine])
             if method == "search_o1":
-                settings["refine"] = config.refine.to_dict()
+                settings["refine"] = config_flags.plain(config.refine)
             cases += [
                 dict(
                     model=config.policy.model,
@@ -101,12 +106,18 @@ def eval_cases(config: ConfigDict) -> list[dict]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Reads the rows of an evaluation file; an absent file has none."""
+    """Reads the rows of an evaluation file; an absent file has none.
+
+    Raises:
+      UserError: the file is not a list of rows, or an older version wrote it.
+    """
     if not path.exists():
         return []
     rows = json.loads(path.read_text())
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a list of rows; remove it or give another --workdir")
+    for row in rows:
+        check_format(row["settings"], path.parent)
     return rows
 
 
@@ -124,12 +135,12 @@ def load_set(name: str, limit: int | None) -> list[QARow]:
 
 
 def evaluate_cases(
-    config: ConfigDict, cases: Sequence[dict], question_sets: dict[str, list[QARow]]
+    config: EvaluateConfig, cases: Sequence[dict], question_sets: dict[str, list[QARow]]
 ) -> Iterator[tuple[dict, list[Trajectory]]]:
     """Yields each case with its episodes. Builds only the engines and models that they need."""
     if not cases:
         return
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
     engines: dict[str, SearchEngine | None] = {"none": None}
@@ -146,7 +157,7 @@ def evaluate_cases(
             engines[case["engine"]],
             model.tokenizer,
             question_sets[case["set"]],
-            limits=Limits(**config.limits),
+            limits=limits_of(config.limits),
             method=case["method"],
             generate=generate,
         )

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from scipy.spatial.distance import jensenshannon
 from tabulate import tabulate
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.intervals import wilson_interval
 from zerosearch_jax.files import write_atomically
@@ -29,6 +30,7 @@ from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions, words
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.job_configs import SimulatorReportConfig
 
 FEW_WORDS, MANY_WORDS = 15, 60  # The prompt asks for documents of about 30 words.
 LENGTH_BIN_WORDS = 5
@@ -39,11 +41,7 @@ ReadSearch = tuple[Pair, Sequence[str], str | None]  # a search, its documents, 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes `report.md` and `report.json` to `workdir`, and prints the former."""
-    for name, search in config.simulators.items():
-        if search.engine != "simulated":
-            raise UserError(
-                f"config.simulators.{name}.engine is {search.engine!r}; set it to simulated"
-            )
+    config = config_flags.typed(SimulatorReportConfig, config)
     identities = {name: simulator_identity(search) for name, search in config.simulators.items()}
     pairs = held_out(config.pairs, config.limit, config.seed)
     print(f"{len(pairs)} held-out searches", flush=True)

@@ -8,12 +8,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.training.config import SearchConfig
 
 
-def simulator_identity(search: ConfigDict) -> dict[str, object]:
+def simulator_identity(search: SearchConfig) -> dict[str, object]:
     """Returns the hash of a `search` section's simulator weights and its prompt settings.
 
     A report is valid for exactly one identity.

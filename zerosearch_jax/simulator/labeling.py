@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
-from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import GREEDY
@@ -28,8 +27,8 @@ from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
 from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
 from zerosearch_jax.training import factory
-
-LABELER_KINDS = ("none", "reader", "local", "server")
+from zerosearch_jax.training.config import MeshConfig
+from zerosearch_jax.training.job_configs import LabelingConfig
 
 # A search to label: question, gold answers, query, documents.
 Search = tuple[str, Sequence[str], str, Sequence[str]]
@@ -37,31 +36,7 @@ Labeler = Callable[[Sequence[Search]], list[str | None]]
 Complete = Callable[[Sequence[str], Sequence[tuple[int, int]]], list[str | SearchFailed]]
 
 
-def check_labeling(config: ConfigDict) -> None:
-    """Raises UserError if the `labeling` section contradicts itself or lacks a key."""
-    if config.kind not in LABELER_KINDS:
-        raise UserError(
-            f"config.labeling.kind is {config.kind!r}; choose one of {', '.join(LABELER_KINDS)}"
-        )
-    if config.kind != "none" and not config.model:
-        raise UserError(
-            f"config.labeling.kind={config.kind} needs config.labeling.model: "
-            "a model directory, or the model's name on the server"
-        )
-    if config.kind == "server" and not config.url:
-        raise UserError(
-            "config.labeling.kind=server needs config.labeling.url, such as http://HOST:PORT"
-        )
-    if config.batch < 1:
-        raise UserError(f"config.labeling.batch={config.batch}: it must be at least 1")
-    if config.server.key_variable and config.server.key_variable not in os.environ:
-        raise UserError(
-            f"config.labeling.server.key_variable: the environment has no variable "
-            f"{config.server.key_variable}; set it to the server's API key"
-        )
-
-
-def make_labeler(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> Labeler | None:
+def make_labeler(config: LabelingConfig, seed: int, mesh_config: MeshConfig) -> Labeler | None:
     """Builds the labeler of a `labeling` section; None for kind "none".
 
     A labeler returns "useful", "noisy" or None (undecided) for each search.
@@ -72,7 +47,7 @@ def make_labeler(config: ConfigDict, seed: int, mesh_config: ConfigDict) -> Labe
         return partial(reader_labels, make_reader(config, mesh_config))
     if config.kind == "server":
         return partial(model_labels, _chat_client(config, seed))
-    mesh = make_mesh(**mesh_config)
+    mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     model = factory.load_model(config.model, mesh, config.generator.dtype)
     generator = factory.make_generator(model, config.generator, mesh, stop_strings=())
     generator.warm_up([GREEDY])
@@ -184,7 +159,7 @@ def agreement(labels: Sequence[tuple[str, str | None]]) -> dict:
     }
 
 
-def _chat_client(config: ConfigDict, seed: int) -> ChatClient:
+def _chat_client(config: LabelingConfig, seed: int) -> ChatClient:
     server, headers = config.server, {}
     if server.key_variable:
         headers["Authorization"] = f"Bearer {os.environ[server.key_variable]}"

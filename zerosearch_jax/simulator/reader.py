@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-from ml_collections import ConfigDict
 
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY
@@ -14,6 +13,8 @@ from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import MeshConfig
+from zerosearch_jax.training.job_configs import LabelingConfig, ReaderConfig
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Reader:
         return prompt + encode(self.tokenizer, block + prompts.READER_OPENING.format(query=query))
 
 
-def make_reader(config: ConfigDict, mesh_config: ConfigDict) -> Reader:
+def make_reader(config: ReaderConfig | LabelingConfig, mesh_config: MeshConfig) -> Reader:
     """Builds the reader of a config section with `model`, `generator` and the token limits."""
-    mesh = make_mesh(**mesh_config)
+    mesh = make_mesh(mesh_config.data, mesh_config.fsdp, mesh_config.tensor)
     model = factory.load_model(config.model, mesh, config.generator.dtype)
     return Reader(
         factory.make_generator(model, config.generator, mesh, STOP_STRINGS),
