@@ -113,7 +113,7 @@ def learner() -> ConfigDict:
             batch=dict(
                 rows=8,
                 tokens=512,
-                prompt_tokens=1,  # the policy writes all other tokens, so both sides need all logits
+                prompt_tokens=1,  # both sides then need the logits of all tokens
                 dtypes=("float32", "bfloat16"),
                 micro_rows=(1, 2, 4),
             ),
