@@ -172,7 +172,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:
-    paths = [path for path, _ in _leaves(config)]
+    paths = {path: path for path, _ in _leaves(config)}
+    # A misspelt old name is near the old name, and its new name is the suggestion.
+    paths |= {old: new for old, new in RENAMED_KEYS.items() if new in paths}
     last = key.rpartition(".")[2]
 
     def likeness(path: str) -> float:
@@ -183,7 +185,7 @@ def _suggestion(key: str, config: Mapping[str, Any]) -> str:
 
     best = max(paths, key=likeness, default="")
     if best and likeness(best) >= _NEAR_ENOUGH:
-        return f"; did you mean --config.{best}?"
+        return f"; did you mean --config.{paths[best]}?"
     return f"; the sections are {', '.join(config)}"
 
 
