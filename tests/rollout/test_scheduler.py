@@ -80,7 +80,7 @@ class ScriptedPolicy:
             generations[slot] = Generation(tokens, [-0.01 * t for t in tokens], "stop")
         return generations
 
-    def decode_until(self, *, key, sampling, share):
+    def decode_until(self, *, key, sampling, min_finished_fraction):
         """As many as stop at once."""
         return self.decode_chunk(key=key, sampling=sampling)
 
