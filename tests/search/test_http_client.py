@@ -16,15 +16,15 @@ from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
 
 
-def client(url, *, timeout_secs=10.0, attempts=3, backoff_secs=0.5, **rest):
+def make_client(url, *, timeout_secs=10.0, attempts=3, backoff_secs=0.5, **rest):
     """Returns a client that records its waits in `.waits` instead of waiting."""
     waits = []
     settings = {"sleep": waits.append, **rest}
-    made = JsonClient(
+    client = JsonClient(
         url, timeout_secs=timeout_secs, attempts=attempts, backoff_secs=backoff_secs, **settings
     )
-    made.waits = waits
-    return made
+    client.waits = waits
+    return client
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def free_port() -> int:
 
 def test_post_and_get_send_payload_params_and_headers(serve):
     url, calls = serve(lambda call: (200, {"found": [1, "é"]}))
-    asked = client(url + "/", headers={"Authorization": "Bearer k"})
-    assert asked.post("/a", {"q": "ü"}, {"X-Extra": "1"}) == {"found": [1, "é"]}
-    assert asked.get("/b", {"q": "a b&c", "n": 3}) == {"found": [1, "é"]}
+    client = make_client(url + "/", headers={"Authorization": "Bearer k"})
+    assert client.post("/a", {"q": "ü"}, {"X-Extra": "1"}) == {"found": [1, "é"]}
+    assert client.get("/b", {"q": "a b&c", "n": 3}) == {"found": [1, "é"]}
     assert [(c.method, c.path, c.params, c.payload) for c in calls] == [
         ("POST", "/a", {}, {"q": "ü"}),
         ("GET", "/b", {"q": "a b&c", "n": "3"}, None),
@@ -88,14 +88,14 @@ def test_post_and_get_send_payload_params_and_headers(serve):
     assert [c.headers["authorization"] for c in calls] == ["Bearer k"] * 2
     assert [c.headers.get("x-extra") for c in calls] == ["1", None]
     assert calls[0].headers["content-type"] == "application/json"
-    assert asked.waits == []
+    assert client.waits == []
 
 
 def test_requests_share_one_connection(serve):
     url, calls = serve(lambda call: (200, {}))
-    asked = client(url)
+    client = make_client(url)
     for _ in range(3):
-        asked.post("/x", {})
+        client.post("/x", {})
     assert len({call.peer for call in calls}) == 1
 
 
@@ -103,47 +103,47 @@ def test_requests_share_one_connection(serve):
 def test_transient_errors_are_retried(serve, status):
     statuses = iter([status, status, 200])
     url, calls = serve(lambda call: (next(statuses), {"ok": 1}))
-    asked = client(url)
-    assert asked.post("/x", {}) == {"ok": 1}
+    client = make_client(url)
+    assert client.post("/x", {}) == {"ok": 1}
     assert len(calls) == 3
-    assert asked.waits == [0.5, 1.0]
+    assert client.waits == [0.5, 1.0]
 
 
 def test_tries_are_bounded_and_backoff_doubles(serve):
     url, calls = serve(lambda call: (503, {}))
-    asked = client(url, attempts=4, backoff_secs=0.25)
+    client = make_client(url, attempts=4, backoff_secs=0.25)
     with pytest.raises(SearchFailed, match=r"^POST /x: HTTP 503 in 4 tries$"):
-        asked.post("/x", {})
+        client.post("/x", {})
     assert len(calls) == 4
-    assert asked.waits == [0.25, 0.5, 1.0]
+    assert client.waits == [0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404])
 def test_permanent_errors_are_not_retried_and_redirects_not_followed(serve, status):
     url, calls = serve(lambda call: (status, {}))
-    asked = client(url)
+    client = make_client(url)
     with pytest.raises(SearchFailed, match=f"^POST /x: HTTP {status}$"):
-        asked.post("/x", {})
-    assert [call.path for call in calls] == ["/x"] and asked.waits == []
+        client.post("/x", {})
+    assert [call.path for call in calls] == ["/x"] and client.waits == []
 
 
 def test_reply_that_is_not_json_fails_at_once(serve):
     url, calls = serve(lambda call: (200, b"<html>"))
     with pytest.raises(SearchFailed, match="GET /x: the reply is not JSON"):
-        client(url).get("/x", {})
+        make_client(url).get("/x", {})
     assert len(calls) == 1
 
 
 def test_refused_connection_is_retried():
-    asked = client(f"http://127.0.0.1:{free_port()}")
+    client = make_client(f"http://127.0.0.1:{free_port()}")
     with pytest.raises(SearchFailed, match="^POST /x: ConnectError in 3 tries$"):
-        asked.post("/x", {})
-    assert len(asked.waits) == 2
+        client.post("/x", {})
+    assert len(client.waits) == 2
 
 
 def test_silent_server_times_out(raw_server):
     with pytest.raises(SearchFailed, match="^POST /x: Timeout in 2 tries$"):
-        client(raw_server(hang), timeout_secs=0.05, attempts=2).post("/x", {})
+        make_client(raw_server(hang), timeout_secs=0.05, attempts=2).post("/x", {})
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_deadline_covers_a_reply_that_drips(raw_server, start, drop):
 
     began = time.monotonic()
     with pytest.raises(SearchFailed, match="^POST /x: Timeout in 2 tries$"):
-        client(raw_server(drip), timeout_secs=0.2, attempts=2).post("/x", {})
+        make_client(raw_server(drip), timeout_secs=0.2, attempts=2).post("/x", {})
     assert 0.4 <= time.monotonic() - began < 5
 
 
@@ -174,9 +174,9 @@ def test_truncated_body_is_retried(raw_server):
     def respond(connection, stop):
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n" + next(bodies))
 
-    asked = client(raw_server(respond))
-    assert asked.post("/x", {}) == [1, 2]
-    assert len(asked.waits) == 1
+    client = make_client(raw_server(respond))
+    assert client.post("/x", {}) == [1, 2]
+    assert len(client.waits) == 1
 
 
 def test_chunked_body_is_read(raw_server):
@@ -184,7 +184,7 @@ def test_chunked_body_is_read(raw_server):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head + b"3\r\n[1,\r\n3\r\n 2]\r\n0\r\n\r\n")
 
-    assert client(raw_server(respond)).post("/x", {}) == [1, 2]
+    assert make_client(raw_server(respond)).post("/x", {}) == [1, 2]
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
@@ -199,9 +199,9 @@ def test_reply_over_the_byte_limit_fails_at_once(raw_server, encoding):
         connection.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body)
 
     url = raw_server(respond)
-    assert client(url, max_reply_bytes=1002).post("/x", {}) == []
+    assert make_client(url, max_reply_bytes=1002).post("/x", {}) == []
     with pytest.raises(SearchFailed, match="^POST /x: the reply is larger than 1001 bytes$"):
-        client(url, max_reply_bytes=1001).post("/x", {})
+        make_client(url, max_reply_bytes=1001).post("/x", {})
     assert len(tries) == 2
 
 
@@ -211,35 +211,37 @@ def test_damaged_compression_is_retried(raw_server):
         connection.sendall(head + b"[]")
 
     with pytest.raises(SearchFailed, match="^POST /x: DecodingError in 3 tries$"):
-        client(raw_server(respond)).post("/x", {})
+        make_client(raw_server(respond)).post("/x", {})
 
 
 @pytest.mark.parametrize("waiting_for", ["a reply", "the next try"])
 def test_close_ends_waiting_requests(raw_server, waiting_for):
     if waiting_for == "a reply":
-        asked = client(raw_server(hang), timeout_secs=60, sleep=None)
+        client = make_client(raw_server(hang), timeout_secs=60, sleep=None)
     else:
-        asked = client(f"http://127.0.0.1:{free_port()}", backoff_secs=60, sleep=None)
-    timer = threading.Timer(0.2, asked.close)
+        client = make_client(f"http://127.0.0.1:{free_port()}", backoff_secs=60, sleep=None)
+    timer = threading.Timer(0.2, client.close)
     timer.start()
     began = time.monotonic()
     with pytest.raises(SearchFailed, match="^POST /x: cancelled$"):
-        asked.post("/x", {})
+        client.post("/x", {})
     assert time.monotonic() - began < 10
     timer.join()
-    asked.close()  # a second call has no effect
+    client.close()  # a second call has no effect
     with pytest.raises(SearchFailed, match="^GET /x: cancelled$"):
-        asked.get("/x", {})
+        client.get("/x", {})
 
 
 @pytest.mark.parametrize("through", ["post", "answer_all", "chat"])
 def test_ctrl_c_does_not_wait_for_requests(raw_server, through):
-    asked = client(raw_server(hang), timeout_secs=60, sleep=None)
-    chat = ChatClient(asked, model="m", temperature=0.0, top_p=1.0, max_tokens=1, workers=2, seed=0)
+    client = make_client(raw_server(hang), timeout_secs=60, sleep=None)
+    chat = ChatClient(
+        client, model="m", temperature=0.0, top_p=1.0, max_tokens=1, workers=2, seed=0
+    )
     run = {
-        "post": lambda: asked.post("/x", {}),
+        "post": lambda: client.post("/x", {}),
         "answer_all": lambda: answer_all(
-            [request(0), request(1)], lambda request: asked.post("/x", {}), workers=2
+            [request(0), request(1)], lambda request: client.post("/x", {}), workers=2
         ),
         "chat": lambda: chat(["a", "b"], [(0, 0), (1, 0)]),
     }[through]
@@ -258,16 +260,16 @@ def test_keys_stay_out_of_reasons_tracebacks_and_logs(serve, caplog):
     with caplog.at_level(logging.DEBUG):
         url, _ = serve(lambda call: (500, {"error": f"bad key {secret}"}))
         for where in (url, f"http://127.0.0.1:{free_port()}"):
-            asked = client(where, headers={"X-API-KEY": secret})
+            client = make_client(where, headers={"X-API-KEY": secret})
             with pytest.raises(SearchFailed) as failure:
-                asked.get("/x", {"api_key": secret})
+                client.get("/x", {"api_key": secret})
             assert secret not in "".join(traceback.format_exception(failure.value))
             assert failure.value.__context__ is None
         for bad, kind in (("\n", "LocalProtocolError"), ("é", "UnicodeEncodeError")):
             with pytest.raises(SearchFailed, match=f"^POST /x: {kind}$") as failure:
-                client(url, headers={"X-API-KEY": f"{secret}{bad}"}).post("/x", {})
+                make_client(url, headers={"X-API-KEY": f"{secret}{bad}"}).post("/x", {})
             assert secret not in "".join(traceback.format_exception(failure.value))
-    assert secret not in caplog.text and secret not in repr(asked)
+    assert secret not in caplog.text and secret not in repr(client)
     assert url not in caplog.text
 
 
@@ -281,24 +283,37 @@ def test_many_threads_share_a_client(serve):
         return (503 if first else 200), {}
 
     url, calls = serve(reply)
-    asked = client(url)
-    threads = [threading.Thread(target=asked.post, args=("/x", {"n": n})) for n in range(20)]
+    client = make_client(url)
+    threads = [threading.Thread(target=client.post, args=("/x", {"n": n})) for n in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(calls) == 40 and len(asked.waits) == 20
+    assert len(calls) == 40 and len(client.waits) == 20
 
 
 @pytest.mark.parametrize("change", [{"attempts": 0}, {"timeout_secs": 0.0}, {"backoff_secs": -1.0}])
 def test_numbers_out_of_range_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
-        client("http://127.0.0.1", **change)
+        make_client("http://127.0.0.1", **change)
 
 
 def test_address_without_http_is_refused():
     with pytest.raises(UserError, match="must begin with http"):
-        client("localhost:8000")
+        make_client("localhost:8000")
+
+
+def test_proxy_of_the_environment_is_used(serve, monkeypatch):
+    url, calls = serve(lambda call: (200, {"ok": 1}))
+    monkeypatch.setenv("HTTP_PROXY", url)
+    assert make_client("http://search.invalid").post("/x", {}) == {"ok": 1}
+    assert calls[0].headers["host"] == "search.invalid"
+
+
+def test_unsupported_proxy_is_refused(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "ftp://proxy")
+    with pytest.raises(UserError, match="ALL_PROXY"):
+        make_client("http://search.invalid")
 
 
 def request(episode):

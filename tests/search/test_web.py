@@ -345,9 +345,9 @@ def test_world_recording_has_the_flaws_of_real_pages(entities, passages):
 def test_world_recording_can_be_searched(entities, passages):
     engine = recorded(world_recording(passages, 0))
     chad = next(e for e in entities if "capital" in e.facts)
-    named, asked = engine.search([request(chad.name), request(f"capital of {chad.name}")])
-    assert len(named.documents) == len(asked.documents) == 3
-    assert all(d.startswith(f"{chad.name}: ") for d in named.documents)
-    assert mentions(asked.documents[0], chad.facts["capital"])
+    by_name, by_attribute = engine.search([request(chad.name), request(f"capital of {chad.name}")])
+    assert len(by_name.documents) == len(by_attribute.documents) == 3
+    assert all(d.startswith(f"{chad.name}: ") for d in by_name.documents)
+    assert mentions(by_attribute.documents[0], chad.facts["capital"])
     texts = {p.text for p in passages}
-    assert all(d.partition(": ")[2] in texts for d in asked.documents)
+    assert all(d.partition(": ")[2] in texts for d in by_attribute.documents)

@@ -84,7 +84,8 @@ class JsonClient:
         """Checks the arguments; the first request opens the first connection.
 
         Raises:
-          UserError: the address is not HTTP, or a number is out of range.
+          UserError: the address is not HTTP, a number is out of range, or the environment names an
+            unsupported proxy.
         """
         if not base_url.startswith(("http://", "https://")):
             raise UserError(f"server address {base_url!r}: it must begin with http:// or https://")
@@ -105,11 +106,14 @@ class JsonClient:
         # httpx's timeouts bound each read, not their sum: `_try` has the one deadline. The number
         # of connections is bounded by the callers' threads; a limit here would make them queue
         # within their deadline. An explicit transport would switch the environment's proxies off.
-        self._http = httpx.AsyncClient(
-            timeout=None,
-            limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECS),
-            follow_redirects=False,
-        )
+        limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECS)
+        try:
+            self._http = httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"server {base_url}: the environment's proxy settings are not supported ({error}); "
+                "fix or unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"
+            ) from error
         # Also closes the connections of a client that is dropped without `close`.
         self._disconnect = weakref.finalize(self, _disconnect, self._http, self._loop)
         self._disconnect.atexit = False

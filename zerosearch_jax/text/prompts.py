@@ -150,7 +150,7 @@ def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
     )
 
 
-def judge_prompt(question: str, golden_answers: Sequence[str], documents: Sequence[str]) -> str:
+def labeling_prompt(question: str, golden_answers: Sequence[str], documents: Sequence[str]) -> str:
     """Returns the labeller's user turn, with at most the first five gold answers."""
     fields = {
         "question": _one_line(question),
