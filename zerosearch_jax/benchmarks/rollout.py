@@ -74,8 +74,8 @@ class PeerGenerator(Generator):
         for slot, new in zip(slots, tokens, strict=True):
             self.contexts[slot] += new
         # In lockstep, finished rows of the batch are prefilled again with the others.
-        ride_along = self.features == LOCKSTEP
-        self._fill([s for s in self.contexts if ride_along or s in slots])
+        all_rows = self.features == LOCKSTEP
+        self._fill([s for s in self.contexts if all_rows or s in slots])
 
     def decode_chunk(self, *, key, sampling, min_finished_fraction=0.25):
         options = dict(key=key, sampling=sampling)

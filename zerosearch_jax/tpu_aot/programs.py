@@ -1,4 +1,4 @@
-"""The programs of one training step, described by shapes alone, and what each costs.
+"""The programs of one training step as shapes, with the cost of each.
 
 A program is the learner's step, the reference policy's log-probs, prefill or decode of a generator,
 or the transfer of new weights to the policy's generator.
