@@ -87,7 +87,8 @@ def test_one_step_changes_the_parameters(markov_model, questions, monkeypatch, c
     step, reward, em, p_noisy, loss = map(float, capsys.readouterr().out.split())
     assert (step, p_noisy) == (1, 0) and 0 <= em <= 1 and 0 <= reward <= 1 and np.isfinite(loss)
     changes = jax.tree.map(lambda new, old: np.abs(new - old).max(), params, policy.params)
-    assert max(jax.tree.leaves(changes)) > 0.5 * minimal_grpo.LEARNING_RATE  # not only weight decay
+    # Adam's first step moves parameters by the rate of the first warm-up step; decay by far less.
+    assert max(jax.tree.leaves(changes)) > 0.4 * minimal_grpo.LEARNING_RATE
 
 
 @pytest.mark.slow

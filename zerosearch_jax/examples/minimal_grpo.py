@@ -1,9 +1,7 @@
 """ZeroSearch on one page: GRPO against a search engine that is a language model.
 
-    python -m zerosearch_jax.examples.minimal_grpo
-
-Trains the embedded policy on a CPU, prints a learning curve, and measures exact match (EM) on
-held-out questions with a real search engine before and after. `jobs/rl.py` is the full trainer.
+`python -m zerosearch_jax.examples.minimal_grpo` trains the embedded policy on a CPU. It prints a
+learning curve, and EM with a real engine before and after. The full trainer is `jobs/rl.py`.
 """
 
 from collections import namedtuple
@@ -45,7 +43,7 @@ Batch = namedtuple("Batch", "tokens targets mask old_logprobs advantages")
 
 
 def make_generator(model: Model, stops: tuple[str, ...]) -> Generator:
-    """A generator of texts that end with one of the `stops`."""
+    """Makes a generator whose texts end with one of the `stops`."""
     table, end_ids = stop_table(model, stops), [model.tokenizer.eos_token_id]
     sizes = dict(slots=SLOTS, max_tokens=MAX_TOKENS, prefill_rows=16, decode_rows=(16,))
     return Generator(model.config, stop_table=table, end_ids=end_ids, mesh=make_mesh(), **sizes)
@@ -75,7 +73,7 @@ def make_batch(trajectories: list[Trajectory], advantages: np.ndarray) -> Batch:
 
 @partial(jax.jit, static_argnames="graphdef")
 def loss_and_grads(params, reference, batch: Batch, policy_tokens, *, graphdef):
-    """GRPO's loss of some rows and its gradient, divided by the policy tokens of all rows."""
+    """Returns GRPO's loss of some rows and its gradient, both divided by `policy_tokens`."""
 
     def logprobs(params):  # [B, T]; 0 where the mask is False
         model = nnx.merge(graphdef, params)
@@ -94,8 +92,10 @@ def loss_and_grads(params, reference, batch: Batch, policy_tokens, *, graphdef):
     return jax.value_and_grad(loss)(params)
 
 
-def train(policy: Model, generator: Generator, engine, rows, steps=STEPS, questions=QUESTIONS):
-    """The parameters after `steps` updates; each uses GROUP_SIZE episodes of `questions` rows."""
+def train(
+    policy: Model, generator: Generator, engine, rows, steps=STEPS, questions=QUESTIONS
+) -> nnx.State:
+    """Returns the parameters after `steps` updates on groups of episodes; prints the curve."""
     graphdef, params = abstract_model(policy.config)[0], policy.params
     rate = warmup_cosine(LEARNING_RATE, warmup_steps=2, total_steps=steps, final_fraction=0.05)
     optimizer = adamw(rate, beta1=0.9, beta2=0.99, weight_decay=0.01, clip_norm=1.0)
