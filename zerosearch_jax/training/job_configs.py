@@ -22,6 +22,11 @@ from zerosearch_jax.training.config import (
     check_positive,
 )
 
+EXAMPLE_KEYS = {
+    "answers": ("source", "split"),
+    "policy_transcripts": ("worlds", "entities_per_world", "questions_per_world", "behaviours"),
+}
+"""Kinds of SFT examples, and the keys of section `data` that each needs."""
 LABEL_BY = ("rule", "labeler", "both")
 LABELERS = ("none", "reader", "local", "server")
 
@@ -53,6 +58,14 @@ class SFTDataConfig:
     questions_per_world: int | None = None
     """Questions per world."""
     behaviours: Behaviours | None = None
+
+    def __post_init__(self):
+        lacking = [k for k in EXAMPLE_KEYS.get(self.examples, ()) if getattr(self, k) is None]
+        if lacking:
+            raise UserError(
+                f"examples={self.examples} needs {' and '.join(lacking)}, which this section of "
+                "the config file lacks; add it there"
+            )
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class CollectConfig:
     def __post_init__(self):
         if self.extract.label_by != "rule" and self.labeling.kind == "none":
             raise UserError(
-                f"extract.label_by={self.extract.label_by} needs a labeler; set labeling.kind"
+                f"extract.label_by={self.extract.label_by} needs a labeler; set config.labeling.kind"
             )
 
 
