@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.embedded.scripted_agent import Behaviours, Segment
+from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
 from zerosearch_jax.errors import UserError
@@ -35,6 +36,7 @@ from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
@@ -46,12 +48,13 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     Args:
       profile_steps: steps, counted from 1, whose profiler traces go to `workdir/profile`.
     """
+    config = config_flags.typed(SFTConfig, config)
     workdir = Path(workdir)
     tokenizer, train, validation = load_data(config, workdir)
     sampler = RowSampler(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model_config, params = initial_model(config, tokenizer, mesh)
     learner = factory.make_learner(
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
@@ -105,7 +108,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
 
 
 def load_data(
-    config: ConfigDict, workdir: Path
+    config: SFTConfig, workdir: Path
 ) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
     """Loads the tokenizer and the training and held-out sequences.
 
@@ -154,7 +157,7 @@ def resume(
 
 
 def export(
-    config: ConfigDict,
+    config: SFTConfig,
     workdir: Path,
     learner: Learner,
     state: TrainState,
@@ -220,7 +223,7 @@ class BestCheckpoint:
         return replace(state, params=params)
 
 
-def load_examples(config: ConfigDict) -> list[list[Segment]]:
+def load_examples(config: SFTConfig) -> list[list[Segment]]:
     """Loads the examples that `config.data.examples` names: a kind, or a file of pairs."""
     if is_path(config.data.examples):
         return pair_segments(load_pairs(config.data.examples), config.data.topk)
@@ -231,7 +234,7 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
             worlds=config.data.worlds,
             entities_per_world=config.data.entities_per_world,
             questions_per_world=config.data.questions_per_world,
-            behaviours=Behaviours(**config.data.behaviours),
+            behaviours=config.data.behaviours,
             topk=config.data.topk,
             seed=config.seed,
         )
@@ -247,7 +250,7 @@ def is_path(examples: str) -> bool:
 
 
 def fitting_sequences(
-    examples: list[list[Segment]], tokenizer, config: ConfigDict
+    examples: list[list[Segment]], tokenizer, config: SFTConfig
 ) -> list[TokenSequence]:
     """Tokenises the examples and drops those too long for a row.
 
@@ -274,7 +277,7 @@ def fitting_sequences(
     return fitting
 
 
-def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: Path):
+def make_tokenizer(config: SFTConfig, examples: list[list[Segment]], workdir: Path):
     """Loads the tokenizer of `config.init`, or trains one on the examples if that is empty."""
     if config.init:
         return load_tokenizer(config.init)
@@ -283,13 +286,13 @@ def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: P
 
 
 def initial_model(
-    config: ConfigDict, tokenizer, mesh: jax.sharding.Mesh
+    config: SFTConfig, tokenizer, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, nnx.State]:
     """Returns the model of `config.init`, or one with random parameters if that is empty."""
     if config.init:
         model = factory.load_model(config.init, mesh, "float32")
         return model.config, model.params
-    model_config = from_hf(dict(config.model) | {"vocab_size": len(tokenizer)})
+    model_config = from_hf(config.model | {"vocab_size": len(tokenizer)})
     return model_config, init_params(model_config, config.seed)
 
 
@@ -310,7 +313,7 @@ def split(
 
 
 def pack_batch(
-    sequences: list[TokenSequence], config: ConfigDict, microbatches: int | None
+    sequences: list[TokenSequence], config: SFTConfig, microbatches: int | None
 ) -> PackedBatch:
     """Packs sequences into microbatches; `microbatches=None` takes as many as are needed."""
     return pack(
