@@ -244,7 +244,8 @@ class CollectConfig:
     def __post_init__(self):
         if self.extract.label_by != "rule" and self.labeling.kind == "none":
             raise UserError(
-                f"extract.label_by={self.extract.label_by} needs a labeler; set config.labeling.kind"
+                f"extract.label_by={self.extract.label_by} needs a labeler; set "
+                "config.labeling.kind"
             )
 
 
