@@ -192,7 +192,7 @@ def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, 
     for name in FILES[:2]:
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     (tmp_path / "labels.settings.json").write_text('{"judge.kind": "none"}')
-    with pytest.raises(UserError, match=r"labels\.jsonl .*judge\.kind='none'.*--workdir"):
+    with pytest.raises(UserError, match="older version.*--workdir"):
         collect.run(config, str(tmp_path))
 
 
