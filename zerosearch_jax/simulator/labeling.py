@@ -26,7 +26,7 @@ from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.simulator.pairs import LABELS
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
-from zerosearch_jax.text.prompts import judge_prompt, parse_verdict
+from zerosearch_jax.text.prompts import labeling_prompt, parse_verdict
 from zerosearch_jax.training import factory
 
 LABELER_KINDS = ("none", "reader", "local", "server")
@@ -110,7 +110,7 @@ def model_labels(complete: Complete, searches: Sequence[Search]) -> list[str | N
     Raises:
       UserError: the server failed after its retries.
     """
-    texts = [judge_prompt(question, golden, found) for question, golden, _, found in searches]
+    texts = [labeling_prompt(question, golden, found) for question, golden, _, found in searches]
     # Decoding is greedy, so the keys only have to differ.
     replies = complete(texts, [(i, 0) for i in range(len(texts))])
     for reply in replies:
