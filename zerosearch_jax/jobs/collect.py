@@ -146,12 +146,12 @@ def make_rollouts(config: ConfigDict) -> tuple[Rollouts, str]:
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
     engine = factory.make_engine(config.search, config.seed, config.mesh)
-    sampling, limits = Sampling(config.collect.temperature), config.limits
+    sampling = Sampling(config.collect.temperature)
     rollouts = Rollouts(
         generator,
         engine,
         policy.tokenizer,
-        limits=Limits(limits.max_turns, limits.response_tokens, limits.observation_tokens),
+        limits=Limits(**config.limits),
         sampling=sampling,
         stop_on_failure=config.rollout.stop_on_failure,
         concurrent_searches=config.rollout.concurrent_searches,

@@ -76,7 +76,7 @@ def eval_cases(config: ConfigDict) -> list[dict]:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
             settings = dict(seed=config.seed, limits=config.limits.to_dict())
-            settings |= {key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS}
+            settings |= {key: config.policy.generator[key] for key in OUTPUT_SETTINGS}
             if engine != "none":
                 settings["engine"] = config.engines[engine].to_dict()
             if method == "search_o1":
@@ -140,14 +140,13 @@ def evaluate_cases(
         generate = refiner(
             model, config.policy.generator, mesh, max_new_tokens=config.refine.max_new_tokens
         )
-    limits = config.limits
     for case in cases:
         trajectories = evaluate_policy(
             generator,
             engines[case["engine"]],
             model.tokenizer,
             question_sets[case["set"]],
-            limits=Limits(limits.max_turns, limits.response_tokens, limits.observation_tokens),
+            limits=Limits(**config.limits),
             method=case["method"],
             generate=generate,
         )
