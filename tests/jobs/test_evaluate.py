@@ -155,7 +155,7 @@ def _refusal(capsys, *arguments: str) -> str:
 
 def test_a_misspelt_key_gets_a_suggestion(capsys):
     error = _refusal(capsys, "--config=configs/grpo.py", "--config.rl.lernrate=1")
-    assert "--config.rl.lernrate: there is no such key" in error
+    assert "--config.rl.lernrate" in error
     assert "did you mean --config.optimizer.learning_rate?" in error
 
 

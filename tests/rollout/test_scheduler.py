@@ -164,7 +164,7 @@ def test_trained_ids_are_the_sampled_ids(tiny_tokenizer):
 
 
 def test_a_search_request_carries_its_own_episode(tiny_tokenizer):
-    """The released code pairs the first query with row 0, although row 2 searches first."""
+    """Row 2 searches first. The released code can pair its query with another row."""
     script = {
         10: [ANSWER],
         11: ["I ramble", search("q11"), ANSWER],
@@ -236,7 +236,7 @@ def test_a_search_in_the_last_turn_ends_the_episode(tiny_tokenizer):
 
 
 def test_a_long_observation_keeps_its_closing_tag(tiny_tokenizer):
-    """The released code cuts the block wherever the limit falls."""
+    """The released code cuts the block in the middle."""
     script = {10: [search("a"), ANSWER]}
     engine = EchoEngine(document="Chad lies in Africa. " * 50)
     (trajectory,), _ = run(tiny_tokenizer, script, engine, observation_tokens=60)

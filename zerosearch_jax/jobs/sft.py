@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     if config.sft.patience:
         patience_steps = config.sft.patience * config.sft.eval_every
         best = BestCheckpoint(workdir / "best", learner, patience_steps)
-    validation_batch = learner.put(pack_batch(validation, config, None))
+    validation_batch = learner.put(batch_of(validation, config, None))
     # Enough microbatches for one example per row, so that all steps have one shape.
     microbatches = -(-config.sft.examples_per_step // config.learner.rows)
     profiler = Profiler(profile_steps, workdir / "profile")
@@ -84,7 +84,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 break
             done = step + 1
             with profiler.step(done):
-                batch = pack_batch(sampler.draw(step), config, microbatches)
+                batch = batch_of(sampler.draw(step), config, microbatches)
                 state, metrics = learner.sft_step(state, learner.put(batch))
                 metrics = combine([{name: float(value) for name, value in metrics.items()}])
                 nonfinite.record(step, 0, metrics["skipped_updates"] > 0, batch)
@@ -312,7 +312,7 @@ def split(
     return sequences[:-validation_examples], sequences[-validation_examples:]
 
 
-def pack_batch(
+def batch_of(
     sequences: list[TokenSequence], config: SFTConfig, microbatches: int | None
 ) -> PackedBatch:
     """Packs sequences into microbatches; `microbatches=None` takes as many as are needed."""

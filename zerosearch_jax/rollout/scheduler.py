@@ -1,9 +1,9 @@
 """Multi-turn scheduler: runs many think-search-read-answer episodes at once.
 
 Each running episode owns a slot of the policy's generator. When an episode ends, its slot takes
-the next episode at once. A slot that waits for documents is parked while the others decode; then
-only the new documents are prefilled, behind the slot's cached tokens. The scheduler computes no
-rewards and knows nothing about learning.
+the next episode at once. A slot that waits for documents is parked while other slots decode. When
+the documents arrive, only they are prefilled, after the slot's cached tokens. The scheduler
+computes no rewards and knows nothing about learning.
 """
 
 from collections import deque
