@@ -1,4 +1,4 @@
-"""Benchmarks on this machine; every figure is a median, every row a ratio of one run.
+"""Benchmarks on this machine: medians, and ratios to peers measured in the same run.
 
   python -m zerosearch_jax.main --config=configs/bench.py:rollout   # against a lockstep loop
   python -m zerosearch_jax.main --config=configs/bench.py:decode    # against other libraries
@@ -6,12 +6,12 @@
   python -m zerosearch_jax.main --config=configs/bench.py:decode-gpu --config.peak_gb_per_s=3350
   python -m zerosearch_jax.main --config=configs/bench.py:learner-gpu --config.peak_tflops=989
 
-`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch; the other peers
-live in environments of their own, named by `peers.tunix_python`, `peers.llamacpp_python` and
-`peers.trl_python` (how to make them: zerosearch_jax/jobs/peers/). A peer whose interpreter is not
-given is reported as not run. `learner` takes about an hour; `parts` chooses of it. `decode-gpu`
-and `learner-gpu` have not been run: they need a GPU of 80 GB, and the figure of its memory's
-bandwidth or of its dense bfloat16 peak.
+`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch. The other peers run
+in separate environments: set `peers.tunix_python`, `peers.llamacpp_python` and
+`peers.trl_python` to their interpreters. The scripts in zerosearch_jax/benchmarks/peers/ say how to
+make them. A peer without an interpreter is reported as not run. `learner` takes about an hour;
+`parts` selects parts of it. `decode-gpu` and `learner-gpu` need a GPU of 80 GB and its memory
+bandwidth or its dense bfloat16 peak; they have not been run. Results: docs/speed.md.
 """
 
 from ml_collections import ConfigDict
@@ -113,9 +113,9 @@ def learner() -> ConfigDict:
             batch=dict(
                 rows=8,
                 tokens=512,
-                prompt_tokens=1,  # all others are the policy's, so both sides need all logits
+                prompt_tokens=1,  # both sides then need the logits of all tokens
                 dtypes=("float32", "bfloat16"),
-                micro_rows=(1, 2, 4),  # both sides take the fastest
+                micro_rows=(1, 2, 4),
             ),
             step=dict(
                 questions=4,
@@ -130,7 +130,15 @@ def learner() -> ConfigDict:
                 row_tokens=640,
                 rows=4,
                 topk=2,
-                behaviours=dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3),
+                behaviours=dict(
+                    guess=0.25,
+                    vague=0.7,
+                    wrong_attribute=0.0,
+                    stop_early=0.7,
+                    misread=0.05,
+                    malformed=0.0,
+                    retry=0.3,
+                ),
             ),
             memory=dict(
                 tokens=1024,
@@ -155,7 +163,7 @@ def learner() -> ConfigDict:
     ).lock()
 
 
-# Qwen2.5-0.5B and Qwen2.5-3B, for random weights.
+# The sizes of Qwen2.5-0.5B and Qwen2.5-3B; the weights are random.
 QWEN = dict(
     model_type="qwen2",
     vocab_size=151_936,
@@ -186,7 +194,7 @@ def decode_gpu() -> ConfigDict:
             prompt_tokens=128,
             new_tokens=64,
             dtype="bfloat16",
-            torch_device="cuda",  # of transformers; "": without that peer
+            torch_device="cuda",
             models=GPU_MODELS,
         )
     ).lock()
@@ -218,5 +226,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

@@ -223,9 +223,9 @@ def rl_config(tmp_path_factory, markov_model, questions) -> Path:
     )
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(
-        "from zerosearch_jax import config_check\n\n\n"
+        "from zerosearch_jax import config_flags\n\n\n"
         "def get_config():\n"
-        f"    config = config_check.load({str(ROOT / 'configs' / 'grpo.py')!r})\n"
+        f"    config = config_flags.load({str(ROOT / 'configs' / 'grpo.py')!r})\n"
         f"    config.update({changes!r})\n"
         "    return config\n"
     )

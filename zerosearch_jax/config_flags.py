@@ -25,9 +25,6 @@ from zerosearch_jax.errors import UserError
 
 T = TypeVar("T")
 
-FORMAT = 2
-"""Version of the files in a workdir. It changes when a newer program cannot resume an older one."""
-
 _OPTIMIZER = "learning_rate warmup_steps schedule_steps final_fraction beta1 beta2 weight_decay"
 _LOSS = "surrogate clip_low clip_high dual_clip aggregate fixed_tokens entropy llds importance_cap"
 RENAMED_KEYS = {
@@ -175,7 +172,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:
-    paths = [path for path, _ in _leaves(config)]
+    paths = {path: path for path, _ in _leaves(config)}
+    # A misspelt old name is near the old name, and its new name is the suggestion.
+    paths |= {old: new for old, new in RENAMED_KEYS.items() if new in paths}
     last = key.rpartition(".")[2]
 
     def likeness(path: str) -> float:
@@ -186,7 +185,7 @@ def _suggestion(key: str, config: Mapping[str, Any]) -> str:
 
     best = max(paths, key=likeness, default="")
     if best and likeness(best) >= _NEAR_ENOUGH:
-        return f"; did you mean --config.{best}?"
+        return f"; did you mean --config.{paths[best]}?"
     return f"; the sections are {', '.join(config)}"
 
 
@@ -291,7 +290,7 @@ def field_docs(cls: type) -> dict[str, str]:
 def describe(section: Any, path: str = "config", width: int = 100) -> str:
     """Returns a table of a typed section: every key with its type, value and documentation.
 
-    Keys are grouped by section; nested sections follow the keys of their parent.
+    Nested sections follow the keys of their parent. Absent sections are left out.
     """
     hints, docs = typing.get_type_hints(type(section)), field_docs(type(section))
     rows, nested = [], []
@@ -301,27 +300,21 @@ def describe(section: Any, path: str = "config", width: int = 100) -> str:
             nested.append((field.name, value))
         elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
             nested += [(f"{field.name}.{name}", one) for name, one in value.items()]
-        else:
+        elif field.name in docs:
             rows.append((field.name, _name_of(hints[field.name]), repr(value), docs[field.name]))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    widths[2] = min(widths[2], 24)  # a long value has a line to itself
+    indent = sum(widths) + 8
     lines = [f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"]
     for *cells, doc in rows:
         start = "  " + "  ".join(f"{cell:{w}}" for cell, w in zip(cells, widths, strict=True))
-        room = max(width - 2 - sum(widths) - 6, 40)
-        first, *rest = textwrap.wrap(doc, room) or [""]
-        lines += [f"{start}  {first}".rstrip(), *(" " * (len(start) + 2) + line for line in rest)]
-    return "\n".join(
-        ["\n".join(lines), *("\n" + describe(one, f"{path}.{n}", width) for n, one in nested)]
-    )
-
-
-def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:
-    """Raises UserError if `kept`, read from a file in `directory`, has another `FORMAT`."""
-    if kept.get("format") != FORMAT:
-        raise UserError(
-            f"{directory} was written by an older version (format {kept.get('format', 'absent')}, "
-            f"now {FORMAT}) and cannot be resumed; use a new --workdir"
-        )
+        below = [" " * indent + line for line in textwrap.wrap(doc, max(width - indent, 40))]
+        if len(start) > indent - 2:
+            lines += [start, *below]
+        else:
+            lines += [f"{start}  {below[0].lstrip()}", *below[1:]]
+    tables = [describe(value, f"{path}.{name}", width) for name, value in nested]
+    return "\n\n".join(["\n".join(lines), *tables])
 
 
 # The command line.

@@ -1,37 +1,45 @@
-"""Being one of several processes that run one job: how they meet, who speaks, how all end."""
+"""Multi-process setup: initialises jax.distributed, keeps stdout on process 0, exits together.
+
+When one process fails, all processes exit.
+"""
 
 import os
 import sys
 import traceback
-from types import ModuleType
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HEARTBEAT_SECS = 30  # a process that is silent for so long is dead, and the others end
+HEARTBEAT_SECS = 30  # after this silence a process counts as dead, and the others exit
 
 
-def join() -> None:
-    """Meets the other processes: those that `VARIABLES` name, without them a TPU slice's.
+def initialize() -> None:
+    """Initialises jax.distributed from `VARIABLES`, or from the TPU slice if none is set.
 
-    From here on only the first process has a standard output; errors are shown by all.
+    From then on only process 0 has a standard output; every process writes errors.
 
     Raises:
-      UserError: some of the variables are missing, or they are no numbers.
+      UserError: only some of the variables are set, or their values are not valid numbers.
     """
-    named = addressed(os.environ)
+    arguments = distributed_arguments(os.environ)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**named, heartbeat_timeout_seconds=HEARTBEAT_SECS)
+    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECS)
     if jax.process_index() != 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
-def addressed(environment) -> dict[str, str | int]:
-    """`jax.distributed.initialize`'s arguments that `VARIABLES` give; none where none is set."""
+def distributed_arguments(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Returns the arguments of `jax.distributed.initialize` that `VARIABLES` define.
+
+    Without the variables the result is empty, and JAX detects the processes of a TPU slice.
+
+    Raises:
+      UserError: only some of the variables are set, or their values are not valid numbers.
+    """
     given = [name for name in VARIABLES if name in environment]
     if not given:
         return {}
@@ -44,23 +52,24 @@ def addressed(environment) -> dict[str, str | int]:
     return dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
 
 
-def run(job: ModuleType, config: ConfigDict, workdir: str) -> None:
-    """Runs the job. An error ends this process at once, with the status that it has alone.
+def run(job: Callable[[], None]) -> None:
+    """Calls `job`, then waits until every process has finished.
 
-    On its way out Python would wait for the other processes, which wait for this one.
+    On error, exits immediately with the code a single-process run would return. A normal
+    interpreter shutdown would deadlock with the other processes.
     """
     try:
-        job.run(config, workdir)
-        multihost_utils.sync_global_devices("the first process has written everything")
+        job()
+        multihost_utils.sync_global_devices("process 0 has written all files")
     except UserError as error:
-        _end(2, f"error: {error}")
+        _exit(2, f"error: {error}")
     except KeyboardInterrupt:
-        _end(130, "stopped; the same command resumes from the last checkpoint")
+        _exit(130, "stopped; the same command resumes from the last checkpoint")
     except Exception:
-        _end(1, traceback.format_exc())
+        _exit(1, traceback.format_exc())
 
 
-def _end(status: int, message: str) -> None:
+def _exit(code: int, message: str) -> None:
     print(f"process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(status)
+    os._exit(code)

@@ -13,7 +13,7 @@ from typing import Any
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
@@ -171,7 +171,7 @@ class SearchConfig:
     topk: int
     """Documents per search."""
     corpus: str | None = None
-    """Passages of `bm25` and `noisy_bm25`: `world`, made_up:COUNT:SEED or a .jsonl file."""
+    """Passages of `bm25` and `noisy_bm25`: `world`, synthetic:COUNT:SEED or a .jsonl file."""
     noise: float | None = None
     """Fraction of the searches that `noisy_bm25` answers with passages without a gold answer."""
     web: WebConfig | None = None
@@ -224,7 +224,7 @@ class RolloutConfig:
     stop_on_failure: bool
     """Stop the run when a search fails after all attempts. False tells the policy instead."""
     concurrent_searches: int
-    """Batches of searches in flight while the policy decodes. 0 alternates decoding and searching."""
+    """Batches of searches in flight while the policy decodes. 0 alternates the two."""
     max_rounds: int
     """Rounds of questions per step. Above 1, sampling goes on until `questions_per_step` groups
     have rewards that differ (DAPO's dynamic sampling, arXiv 2503.14476 §3.2)."""
@@ -248,7 +248,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """Probability that a search is noisy, from the first to the last step (paper §3.3)."""
+    """Probability that a search is noisy, from the first to the last step (arXiv 2505.04588)."""
 
     start: float
     """Probability in the first step."""
@@ -348,7 +348,8 @@ class LearnerConfig:
     compute_dtype: str
     """Dtype of the forward and backward pass. Parameters are float32."""
     remat: str
-    """`none` keeps activations for the backward pass; `full` recomputes every layer."""
+    """Activations kept for the backward pass: `none` recomputes nothing, `dots` keeps the results
+    of matrix products, `full` recomputes every layer."""
     logprob_chunk: int
     """Tokens whose logits are in memory at once."""
 
@@ -361,7 +362,7 @@ class DataConfig:
     """Questions for training and evaluation."""
 
     source: str
-    """Training questions: `world`, made_up:COUNT:SEED, or a file of questions."""
+    """Training questions: `world`, synthetic:COUNT:SEED, or a file of questions."""
     eval_source: str
     """Evaluation questions, from the same kinds of sources."""
     train_split: str
@@ -437,11 +438,11 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
       UserError: an older version wrote the directory.
     """
     path = Path(workdir) / "config.json"
-    now = {"format": config_flags.FORMAT, **config_flags.plain(config)}
+    now = {"format": FORMAT, **config_flags.plain(config)}
     now = json.loads(json.dumps(now))  # tuples as the file returns them
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        config_flags.check_format(before, workdir)
+        check_format(before, workdir)
         for difference in config_flags.differences(before, now):
             print(f"warning: {workdir} was started with another config.{difference}")
     write_atomically(path, json.dumps(now, indent=1) + "\n")

@@ -22,6 +22,11 @@ from zerosearch_jax.training.config import (
     check_positive,
 )
 
+EXAMPLE_KEYS = {
+    "answers": ("source", "split"),
+    "policy_transcripts": ("worlds", "entities_per_world", "questions_per_world", "behaviours"),
+}
+"""Kinds of SFT examples, and the keys of section `data` that each needs."""
 LABEL_BY = ("rule", "labeler", "both")
 LABELERS = ("none", "reader", "local", "server")
 
@@ -43,16 +48,24 @@ class SFTDataConfig:
     end_of_text: bool
     """End every example with the end-of-text token."""
     source: str | None = None
-    """Questions of `answers`: `world`, made_up:COUNT:SEED, or a file of questions."""
+    """Questions of `answers`: `world`, synthetic:COUNT:SEED, or a file of questions."""
     split: str | None = None
     """Split of `source`."""
     worlds: int | None = None
-    """Worlds of `policy_transcripts`. Every tenth is the embedded world; the others are synthetic."""
+    """Worlds of `policy_transcripts`: every tenth is the embedded world, the others synthetic."""
     entities_per_world: int | None = None
     """Entities of a synthetic world."""
     questions_per_world: int | None = None
     """Questions per world."""
     behaviours: Behaviours | None = None
+
+    def __post_init__(self):
+        lacking = [k for k in EXAMPLE_KEYS.get(self.examples, ()) if getattr(self, k) is None]
+        if lacking:
+            raise UserError(
+                f"examples={self.examples} needs {' and '.join(lacking)}, which this section of "
+                "the config file lacks; add it there"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class CollectDataConfig:
     """Questions of the collecting agent."""
 
     source: str
-    """`world`, made_up:COUNT:SEED, or a file of questions."""
+    """`world`, synthetic:COUNT:SEED, or a file of questions."""
     split: str
     """Split of `source`."""
     limit: int
@@ -231,7 +244,7 @@ class CollectConfig:
     def __post_init__(self):
         if self.extract.label_by != "rule" and self.labeling.kind == "none":
             raise UserError(
-                f"extract.label_by={self.extract.label_by} needs a labeler; set labeling.kind"
+                f"extract.label_by={self.extract.label_by} needs a labeler; set config.labeling.kind"
             )
 
 
