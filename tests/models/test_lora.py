@@ -234,7 +234,7 @@ def test_a_bfloat16_forward_pass_is_close_and_gradients_are_float32(params, adap
 
 
 def test_gradients_of_frozen_weights_are_not_computed(params, adapters):
-    """LoRA saves the FLOPs of these gradients and adds those of the adapters' products."""
+    """LoRA saves the FLOPs of these gradients and adds the FLOPs of the adapters' products."""
 
     def flops(function, *args):
         # FLOPs before XLA removes dead code; the body of a scan counts once.

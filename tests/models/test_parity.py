@@ -1,4 +1,4 @@
-"""Compares float32 logits with those of `transformers` on torch."""
+"""Compares float32 logits with `transformers` on torch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def our_logits(directory, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_those_of_transformers(hf_models, kind):
+def test_logits_equal_transformers(hf_models, kind):
     directory, model = hf_models(kind)
     # Longer than the original length in Llama 3's rope scaling.
     tokens = np.random.default_rng(0).integers(0, 96, (2, 120))

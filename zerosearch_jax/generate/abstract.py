@@ -60,7 +60,7 @@ def abstract_generator(
       sampling: of the decode program.
       prefill_tokens: the longest of the generator's `prefill_buckets`.
 
-    The other arguments are those of `Generator`.
+    `Generator` documents the other arguments.
     """
     graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
     rest, layer = weight_parts(config, mesh, dtype=dtype, int8_weights=int8_weights)

@@ -10,7 +10,7 @@ The last token of every slot is *pending*: chosen, but not in the cache yet. Dec
 first, so a prefill computes no logits.
 
 The slots are split evenly over the mesh's data and fsdp axes (*replicas*). Rows never leave their
-replica, so the programs (`generate.kernels`) hold no collectives but those of the tensor axis.
+replica, so only the tensor axis needs collectives (see `generate.kernels`).
 """
 
 import math
@@ -237,8 +237,8 @@ class Generator:
     ) -> dict[int, Generation]:
         """Dispatches one decode program; decoding slots gain at most `chunk_tokens` tokens each.
 
-        If not all slots fit the program, those with the fewest cached tokens are decoded, because
-        a program attends to as many tokens as its longest row has.
+        If not all slots fit the program, the slots with the fewest cached tokens are decoded,
+        because a program attends to as many tokens as its longest row has.
 
         Args:
           key: a typed PRNG key, `[]`.
@@ -270,7 +270,7 @@ class Generator:
         return self._take_result(row_of, result)
 
     def _take_result(self, row_of: dict[int, int], result: DecodeResult) -> dict[int, Generation]:
-        """Adds the sampled tokens to the decoded slots; returns those that stopped."""
+        """Adds the sampled tokens to the decoded slots; returns the generations that ended."""
         stopped = {}
         for slot, row in row_of.items():
             decoding, n = self._decoding[slot], int(result.count[row])
@@ -292,7 +292,7 @@ class Generator:
     ) -> dict[int, Generation]:
         """Calls `decode_chunk` until `min_finished_fraction` of the decode rows are free.
 
-        If more slots decode than a program has rows, waiting slots take the rows of those that
+        If more slots decode than a program has rows, waiting slots take the rows of slots that
         stop.
 
         Returns:

@@ -1,7 +1,7 @@
 """The generator's jitted programs (prefill, copy, decode) and the structs that they take.
 
-Every program runs once per replica: rows never leave their replica, so the only collectives are
-those of the tensor axis. All programs donate the cache and return its new value.
+Every program runs once per replica. Rows never leave their replica, so only the tensor axis needs
+collectives. All programs donate the cache and return its new value.
 
 Sizes: P rows of a prefill or copy, C tokens of a chunk, R rows of a decode program (P and R count
 all replicas), A states of the stop automaton, V vocabulary. The cache is a list of `LayerCache`.

@@ -46,9 +46,9 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.
       keys: `[S]` typed PRNG keys, one per row.
 
     Returns:
-      Tokens `[S]` int32 and their log-probs `[S]` float32. Log-probs are those of the tempered
-      distribution *before* top-k and top-p, which the learner recomputes. At temperature 0 they
-      are those of the untempered distribution.
+      Tokens `[S]` int32 and their log-probs `[S]` float32. The log-probs belong to the tempered
+      distribution *before* top-k and top-p, because the learner recomputes these. At temperature 0
+      they belong to the untempered distribution.
     """
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)

@@ -102,9 +102,9 @@ class WeightLoader:
 
 
 def _own_shards(array: jax.Array, own: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns the array on those of its devices that `own.sharding` names, without a copy.
+    """Returns the array restricted to the devices of `own.sharding`, without a copy.
 
-    Each of these devices must already hold the shard that `own.sharding` gives it.
+    Each of these devices must already hold the shard that `own.sharding` assigns to it.
     """
     shards = [s.data for s in array.addressable_shards if s.device in own.sharding.device_set]
     return jax.make_array_from_single_device_arrays(array.shape, own.sharding, shards)

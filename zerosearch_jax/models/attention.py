@@ -1,6 +1,6 @@
 """Grouped-query attention of packed rows, of prefilled chunks and of single decoded tokens.
 
-Axis letters are those of `models.transformer`.
+`models.transformer` lists the axis letters.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """KV cache of a decoder: its layout, its sharding, and reads and writes of blocks of tokens.
 
-Axis letters are those of `models.transformer`.
+`models.transformer` lists the axis letters.
 """
 
 from collections.abc import Callable

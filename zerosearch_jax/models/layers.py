@@ -1,6 +1,6 @@
 """Parameter-free parts of a decoder layer: matrix product, RMS norm, rotary position embedding.
 
-Axis letters are those of `models.transformer`.
+`models.transformer` lists the axis letters.
 """
 
 import math

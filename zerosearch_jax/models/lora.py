@@ -164,7 +164,7 @@ def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
 def adapter_shardings(
     adapters: Adapters, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
 ) -> dict[str, dict[str, jax.sharding.NamedSharding]]:
-    """Returns the shardings of adapters: those of the weights, with the rank axis replicated.
+    """Returns the weights' shardings with the rank axis replicated, as a tree like `adapters`.
 
     Args:
       adapters: arrays or shapes.
