@@ -183,7 +183,7 @@ def check_simulator(config: RLConfig) -> None:
     if config.search.engine == "simulated" and simulator.gate.report:
         gate.check(
             simulator.gate.report,
-            gate.asked_of(config.search),
+            gate.simulator_identity(config.search),
             reader_em_useful_min=simulator.gate.useful_min,
             reader_em_noisy_max=simulator.gate.noisy_max,
         )
