@@ -1,15 +1,17 @@
-# make run          train the embedded example: a policy learns to search, on a CPU, in minutes
-# make test         lint, format check and the fast tests (what CI runs)
-# make test-slow    the tests marked slow
-# make algorithms   every algorithm on the embedded world, one budget: a table (an hour or two)
-# make miniature    the paper's claims on the embedded world: every stage, 3 seeds (some two hours)
-# make wikipedia    ten thousand Wikipedia summaries and questions on them, in data/wikipedia
-# make tensorboard  curves of everything under runs/
-# make smollm2      SmolLM2-135M-Instruct as a Hugging Face directory in models/
-# make clean        remove .venv and caches (runs/ and models/ stay)
+# make run          trains the embedded example: a policy learns to search, in minutes on a CPU
+# make test         runs lint, format check and the fast tests, as CI does
+# make test-slow    runs the tests marked slow
+# make docs         regenerates docs/code_map.md and docs/metrics.md from the sources
+# make algorithms   trains every algorithm with one budget and prints a table (1 to 2 hours)
+# make miniature    tests the paper's claims: every stage, every arm, 3 seeds (about 2 hours)
+# make wikipedia    writes 12,372 passages of Wikipedia and 634 questions to data/wikipedia
+# make smollm2      writes SmolLM2-135M-Instruct to models/ as a Hugging Face directory
+# make tensorboard  shows the curves of every run under runs/
+# make clean        removes .venv and caches; keeps runs/ and models/
 #
-# PYTHON=python3.12 chooses another interpreter; 3.11 and 3.12 are supported.
-# ARGS="..." is handed on: make run ARGS="--config.rl.steps=20 --workdir=runs/short"
+# PYTHON=python3.12 selects the interpreter for a new .venv; 3.11 and 3.12 are supported.
+# CONFIG=configs/ppo.py selects the config of make run.
+# ARGS="..." is passed on: make run ARGS="--config.rl.steps=20 --workdir=runs/short"
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,21 +20,21 @@ CONFIG ?= configs/grpo.py
 ARGS ?=
 CONFIG_SIZE ?=
 
-# The stamps say which requirements are installed, so a second `make run` installs nothing.
+# A stamp file marks installed requirements, so that a second `make run` installs nothing.
 STAMP := $(VENV)/.stamp-run
 STAMP_TEST := $(VENV)/.stamp-test
 STAMP_REPORT := $(VENV)/.stamp-report
 STAMP_SMOLLM2 := $(VENV)/.stamp-smollm2
-# Once .venv exists its own version counts, whatever PYTHON says.
+# An existing .venv decides the Python version; PYTHON matters only when .venv is created.
 INTERPRETER := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 VERSION := $(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS := constraints-$(VERSION).txt
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-# Huge pages for the buffers that XLA allocates anew at every step: a faster step on Linux CPUs.
+# XLA allocates large buffers in every step. Huge pages make this faster on Linux CPUs.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: run test test-slow algorithms miniature wikipedia tensorboard smollm2 clean python-check
+.PHONY: run test test-slow docs algorithms miniature wikipedia tensorboard smollm2 clean python-check
 
 run: $(STAMP)
 	$(PY) -m zerosearch_jax.main --config=$(CONFIG) $(ARGS)
@@ -44,6 +46,9 @@ test: $(STAMP_TEST)
 
 test-slow: $(STAMP_TEST)
 	$(PY) -m pytest -m slow $(ARGS)
+
+docs: | python-check $(PY)
+	$(PY) docs/generate.py
 
 algorithms: $(STAMP)
 	$(PY) -m zerosearch_jax.main --config=configs/algorithms.py $(ARGS)
@@ -66,8 +71,8 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 python-check:
-	@test -n "$(VERSION)" || { echo "error: '$(PYTHON)' does not run; say PYTHON=python3.11 or python3.12" >&2; exit 2; }
-	@test -f "$(CONSTRAINTS)" || { echo "error: Python $(VERSION) is not supported; say PYTHON=python3.11 or python3.12 (after make clean)" >&2; exit 2; }
+	@test -n "$(VERSION)" || { echo "error: '$(PYTHON)' does not run; set PYTHON=python3.11 or python3.12" >&2; exit 2; }
+	@test -f "$(CONSTRAINTS)" || { echo "error: Python $(VERSION) is not supported; run make clean, then set PYTHON=python3.11 or python3.12" >&2; exit 2; }
 
 $(PY): | python-check
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

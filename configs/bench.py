@@ -113,9 +113,9 @@ def learner() -> ConfigDict:
             batch=dict(
                 rows=8,
                 tokens=512,
-                prompt_tokens=1,  # all others are the policy's, so both sides need all logits
+                prompt_tokens=1,  # both sides then need the logits of all tokens
                 dtypes=("float32", "bfloat16"),
-                micro_rows=(1, 2, 4),  # both sides take the fastest
+                micro_rows=(1, 2, 4),
             ),
             step=dict(
                 questions=4,
@@ -130,7 +130,15 @@ def learner() -> ConfigDict:
                 row_tokens=640,
                 rows=4,
                 topk=2,
-                behaviours=dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3),
+                behaviours=dict(
+                    guess=0.25,
+                    vague=0.7,
+                    wrong_attribute=0.0,
+                    stop_early=0.7,
+                    misread=0.05,
+                    malformed=0.0,
+                    retry=0.3,
+                ),
             ),
             memory=dict(
                 tokens=1024,
@@ -155,7 +163,7 @@ def learner() -> ConfigDict:
     ).lock()
 
 
-# Qwen2.5-0.5B and Qwen2.5-3B, for random weights.
+# The sizes of Qwen2.5-0.5B and Qwen2.5-3B; the weights are random.
 QWEN = dict(
     model_type="qwen2",
     vocab_size=151_936,
@@ -186,7 +194,7 @@ def decode_gpu() -> ConfigDict:
             prompt_tokens=128,
             new_tokens=64,
             dtype="bfloat16",
-            torch_device="cuda",  # of transformers; "": without that peer
+            torch_device="cuda",
             models=GPU_MODELS,
         )
     ).lock()
@@ -218,5 +226,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

@@ -2,8 +2,11 @@
 
   python -m zerosearch_jax.main --config=configs/cispo.py[:PRESET]
 
-The presets are those of grpo.py; what differs: the ratio is clipped as a weight, so no token loses
-its gradient; no lower bound; two updates a step (with one, every ratio would be 1).
+Differs from grpo.py: the clipped ratio is a weight, so no token loses its gradient; there is no
+lower bound; a step has two updates, because with one every ratio is 1.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.779
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -12,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.update(
         dict(loss=dict(surrogate="cispo", clip_low=1.0, clip_high=0.28), rl=dict(minibatches=2))
     )

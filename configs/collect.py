@@ -2,22 +2,24 @@
 
   python -m zerosearch_jax.main --config=configs/collect.py[:PRESET] [--workdir=runs/collect]
 
-| preset | agent → engine | hardware | reads |
-|---|---|---|---|
-| (none) | tiny reader → BM25 with noise, a made-up world | 2 CPU cores | package data |
-| smollm2-135m-wikipedia | warm SmolLM2-135M → BM25 with noise | 2 CPU cores | data/wikipedia |
+| preset | agent | passages | hardware | time |
+|---|---|---|---|---|
+| (none) | tiny reader | a synthetic world | 1 CPU core | 29 min |
+| smollm2-135m-wikipedia | warm-started SmolLM2-135M | data/wikipedia | 2 CPU cores | 24 min |
 
-Three stages: episodes are collected, each search is labelled useful or noisy, pairs are extracted.
-The workdir gets episodes.jsonl, labels.jsonl, pairs.jsonl, heldout.jsonl and summary.json. Stop it
-at any moment; the same command goes on. With a higher data.limit or collect.samples it adds to
-what is there; other changes of the agent or the engine want another workdir.
+The engine is BM25 with noise. docs/pipeline.md has the agreement and the number of pairs.
 
-The paper's rule calls all searches of a right episode useful, of a wrong one noisy. A judge has a
-second opinion; how far they agree is printed, and extract.label_by says whose labels count: of an
-episode's last search the label that both give, of earlier ones the rule's. Here the judge is the
-reader, which answers from the documents. A language model can be asked instead:
-  --config.judge.kind=local --config.judge.model=DIRECTORY, or
-  --config.judge.kind=server --config.judge.url=http://HOST:PORT --config.judge.model=NAME
+Three stages: an agent collects episodes, each search gets a label (useful or noisy), and pairs are
+extracted. The workdir gets episodes.jsonl, labels.jsonl, pairs.jsonl, heldout.jsonl and
+summary.json. A stopped run resumes with the same command. A higher data.limit or collect.samples
+adds to the files; other changes of the agent or the engine need a new workdir.
+
+The paper's rule labels all searches of a correct episode useful and all others noisy. The labeler
+gives a second label, and its agreement with the rule is printed. extract.label_by selects the
+label: for an episode's last search the label on which both agree, for earlier searches the rule's.
+The default labeler is the reader, which answers from the documents. For a language model, use
+  --config.labeling.kind=local --config.labeling.model=DIRECTORY, or
+  --config.labeling.kind=server --config.labeling.url=http://HOST:PORT --config.labeling.model=NAME
 """
 
 from pathlib import Path
@@ -28,7 +30,7 @@ from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
-    """The default: every value there is, small enough for two CPU cores."""
+    """The default: sets every key, small enough for two CPU cores."""
     engines = config_flags.load(str(Path(__file__).with_name("grpo.py"))).eval.search.to_dict()
     return ConfigDict(
         dict(
@@ -49,27 +51,27 @@ def embedded() -> ConfigDict:
                     int8_weights=False,
                 ),
             ),
-            # Or bm25, retriever, web. BM25 finds too well here: with good queries wrong answers
-            # would be rare, as they are not on the web, and what noisy documents are for such a
-            # query could not be learned.
-            search=engines | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="made_up:1200:7"),
-            data=dict(source="made_up:1200:7", split="train", limit=12000),
+            # Noise, because BM25 alone answers nearly every good query here, unlike the web. The
+            # simulator could then not learn noisy documents for a good query.
+            search=engines
+            | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="synthetic:1200:7"),
+            data=dict(source="synthetic:1200:7", split="train", limit=12000),
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             rollout=dict(stop_on_failure=True, concurrent_searches=0),
             collect=dict(
-                samples=1,  # episodes a question
+                samples=1,
                 temperature=0.7,
-                batch_questions=300,  # at most these are lost by a kill
+                batch_questions=300,
             ),
-            judge=dict(
-                kind="reader",  # or local (a model asked yes or no), server or none
-                model="zerosearch_jax/assets/reader",  # or the name that the server knows
+            labeling=dict(
+                kind="reader",
+                model="zerosearch_jax/assets/reader",
                 url="",
-                response_tokens=64,  # at most; 8 do for yes or no
-                observation_tokens=192,  # of reader
-                batch=240,  # searches between two writes
+                response_tokens=64,
+                observation_tokens=192,
+                batch=240,
                 server=dict(
-                    key_variable="",  # of the environment, with the API key; "": none
+                    key_variable="",
                     timeout_secs=60.0,
                     attempts=5,
                     backoff_secs=1.0,
@@ -88,17 +90,17 @@ def embedded() -> ConfigDict:
                 ),
             ),
             extract=dict(
-                label_by="both",  # or rule, or judge
+                label_by="both",
                 last_only=False,
                 balance=True,
-                heldout_share=0.1,  # of the gold answers
+                heldout_share=0.1,
             ),
         )
     ).lock()
 
 
 def smollm2_135m_wikipedia() -> ConfigDict:
-    """A real model with its chat template searches real passages: one search an episode."""
+    """A real model with its chat template and real passages; one search per episode."""
     config = embedded()
     generator = dict(
         slots=20,
@@ -114,10 +116,10 @@ def smollm2_135m_wikipedia() -> ConfigDict:
             policy=dict(model=agent, generator=generator),
             search=dict(noise=0.4, topk=3, corpus="data/wikipedia/passages.jsonl"),
             data=dict(source="data/wikipedia/questions.jsonl", limit=200),
-            # 192 of the prompt, two turns and one observation are 768.
+            # 192 tokens of prompt, two turns and one observation: 768.
             limits=dict(max_turns=1, response_tokens=96, observation_tokens=384),
             collect=dict(batch_questions=20),
-            judge=dict(
+            labeling=dict(
                 model=agent,
                 observation_tokens=384,
                 batch=40,
@@ -133,5 +135,5 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`; UserError names them for any other."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

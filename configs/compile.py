@@ -1,17 +1,18 @@
-"""Compiles an rl config's programs for a TPU topology, without a TPU: do they fit, what binds them?
+"""Compiles an rl config's programs for a TPU topology without a TPU: do they fit, what limits them?
 
   pip install -r requirements-tpu-aot.txt
   python -m zerosearch_jax.main --config=configs/compile.py --config.preset=qwen2.5-7b \
     --config.topology=v5e:8x8 --workdir=runs/compile-7b-v5e-64
 
-It reads no weights: the models' sizes stand below. Results: compile.json and compile.md in the
-workdir. On two CPU cores a program of a 7B model takes one to ten minutes.
+Hardware: 2 CPU cores. Time: one to ten minutes per program of a 7B model. Results: compile.json and
+compile.md in the workdir, docs/scaling.md. The job reads no weights; the sizes of the models are
+below.
 """
 
 from ml_collections import ConfigDict
 
-# From the public config.json of each model; the keys are Hugging Face's. The name is the one that
-# the rl config gives the model.
+# From the public config.json of each model, with Hugging Face's keys. `name` is the value of
+# policy.model or search.simulator.model in the rl config.
 _QWEN = dict(
     model_type="qwen2",
     rms_norm_eps=1e-6,
@@ -41,7 +42,7 @@ MODELS = dict(
         num_key_value_heads=4,
         tie_word_embeddings=False,
     ),
-    # Qwen2.5-14B, fine-tuned.
+    # A fine-tuned Qwen2.5-14B.
     simulator_14b=_QWEN
     | dict(
         name="models/SearchSimulation_14B",
@@ -57,26 +58,25 @@ MODELS = dict(
 
 
 def get_config() -> ConfigDict:
-    chosen = dict(data=0, fsdp=0, tensor=0)  # 0: the job chooses, and prints what
+    chosen = dict(data=0, fsdp=0, tensor=0)
     return ConfigDict(
         dict(
             job="compile",
             recipe="configs/grpo.py",
             preset="qwen2.5-7b",
-            topology="v5e:8x8",  # of each slice
-            slices=1,  # what they send each other is counted as if it went over the chips' links
+            topology="v5e:8x8",
+            slices=1,
             mesh=chosen,
-            simulator_mesh=dict(chosen),  # of its tensor: search.simulator.tensor in a run
-            int8_simulator=False,  # search.simulator.generator.int8_weights in a run
-            # In proportion to the mesh: rows and slots of each data × fsdp part.
+            simulator_mesh=dict(chosen),
+            int8_simulator=False,
             rows_each=2,
             slots_each=10,
-            microbatches=0,  # 0: as many as the preset's episodes can need
+            microbatches=0,
             remat="full",
             programs=(
                 "learner step",
                 "reference log-probs",
-                "policy weights, a layer",  # to the generator, after every step
+                "policy weights, a layer",
                 "policy prefill",
                 "policy decode",
                 "simulator prefill",

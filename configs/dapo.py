@@ -1,9 +1,12 @@
-"""DAPO's settings (arXiv 2503.14476) against a simulated search engine.
+"""The settings of DAPO (arXiv 2503.14476) against a simulated search engine.
 
   python -m zerosearch_jax.main --config=configs/dapo.py[:PRESET]
 
-The presets are those of grpo.py; what differs: a higher upper clip, several updates a step,
-dynamic sampling, episodes that ran out of room masked, no KL. Token-mean is grpo.py's, too.
+Differs from grpo.py: a higher upper clip, two updates per step, dynamic sampling, no loss on
+episodes that ran out of tokens, no KL. The token mean is the same.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.771
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -12,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.rollout.max_rounds = 3
     config.update(
         dict(loss=dict(clip_high=0.28), rl=dict(minibatches=2, overlong="mask"), kl=dict(coef=0.0))

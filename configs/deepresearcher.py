@@ -1,11 +1,13 @@
-"""DeepResearcher (arXiv 2504.03160): GRPO on web search; -1 for a wrong format, else F1.
+"""DeepResearcher (arXiv 2504.03160): GRPO on web search; reward -1 for a wrong format, else F1.
 
   python -m zerosearch_jax.main --config=configs/deepresearcher.py[:PRESET]
 
-The presets are those of grpo.py; what differs: the engine and the reward's rule. The paper presets
-search the web with Serper; a search that fails is told to the policy, for some will. The others
-search a recording of the web made from the embedded world. The paper's policy also browses pages;
-ours reads the search's snippets.
+Differs from grpo.py: the engine and the reward rule. The paper presets search the web with Serper
+(SERPER_API_KEY) and tell the policy when a search fails, because some do. The other presets search
+a recording of the web made from the embedded world. The paper's policy also browses pages; this
+one reads the snippets of the results.
+
+Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """
 
 from pathlib import Path
@@ -14,9 +16,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     web = dict(provider="serper", blocked_domains=("huggingface.co",), recording="world")
     small = preset in ("", "smollm2-135m")
     config.search.update(dict(engine="recorded_web" if small else "web", web=web))

@@ -2,9 +2,12 @@
 
   python -m zerosearch_jax.main --config=configs/dr_grpo.py[:PRESET]
 
-The presets are those of grpo.py; what differs: advantages are not divided by the group's standard
-deviation, and a token counts 1 / (episodes × the most tokens an episode may write). The paper has
-no KL term; here grpo.py's stays, so that the two can be compared.
+Differs from grpo.py: advantages are not divided by the group's standard deviation, and a token has
+the weight 1 / (episodes × most tokens of an episode). The paper has no KL term; grpo.py's stays,
+so that the two can be compared.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.812
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -13,9 +16,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     most = (config.rollout.max_turns + 1) * config.rollout.response_tokens
     config.update(
         dict(

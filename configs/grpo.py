@@ -1,33 +1,36 @@
-"""GRPO against a simulated search engine.
+"""GRPO against a simulated search engine: the paper's method (arXiv 2505.04588).
 
   python -m zerosearch_jax.main --config=configs/grpo.py[:PRESET] [--workdir=runs/NAME]
 
 | preset | policy ← simulator | hardware | time | score |
 |---|---|---|---|---|
-| (none) | tiny base policy ← tiny simulator (package data) | 2 CPU cores | 7 min | see README |
+| (none) | tiny base policy ← tiny simulator (package) | 2 CPU cores | 7 min | EM 0.79 (README) |
 | smollm2-135m | warm-started SmolLM2-135M ← SmolLM2-135M | 2 CPU cores | 2 min | one step |
 | qwen2.5-3b | Qwen2.5-3B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 34.47 |
 | qwen2.5-7b | Qwen2.5-7B ← SearchSimulation_14B | 8 × 80 GB | not run | paper 40.93 |
 | llama-3.2-3b | Llama-3.2-3B ← SearchSimulation_14B | 8 × 80 GB | not run | see the paper |
 
-The paper's scores are *its* exact match (%), the mean of seven sets judged with Google (arXiv
-2505.04588, table 2; base models). Nobody has run the last three presets here: their meshes are
-checked against the models' shapes (tests/test_configs.py), their memory is reckoned on paper.
+The paper's scores are exact match (%), the mean of seven sets evaluated with Google (table 2, base
+models). The last three presets have not been run: tests check their meshes against the models'
+shapes (tests/test_configs.py), and their memory is computed, not measured.
 
-smollm2-135m takes a real model, its chat template and its tokenizer through one step, which
-teaches it nothing. Untuned it hardly ever searches (in 1 of 274 turns sampled at temperatures 0.3
-to 1), so the policy is warm-started on transcripts. Two commands make what it reads,
-models/smollm2-135m and runs/sft_smollm2/model:
+smollm2-135m takes a real model with its tokenizer and chat template through one step, which
+teaches it nothing. Without tuning the model searches in 1 of 274 turns (temperatures 0.3 to 1), so
+the policy is warm-started on transcripts. Two commands make models/smollm2-135m and
+runs/sft_smollm2/model, which the preset reads:
   make smollm2
   make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
 
-The paper's runs: fetch what they read, then start one process a host (`--distributed` if several).
+For the paper's runs, download models and questions, then start one process per host
+(`--distributed` if there are several):
   hf download Qwen/Qwen2.5-3B --local-dir models/Qwen2.5-3B
   hf download sunhaonlp/SearchSimulation_14B --local-dir models/SearchSimulation_14B
   hf download sunhaonlp/ZeroSearch_dataset --repo-type dataset --local-dir data/zerosearch
-They train on data/zerosearch/train.parquet (NQ and HotpotQA questions). **Their evaluation is not
-the paper's** unless eval.search and data.eval_source say so: by default BM25 over the embedded
-world judges them on its questions. That watches a run; it cannot stand beside the paper's tables.
+They train on data/zerosearch/train.parquet (NQ and HotpotQA questions). By default they are
+**evaluated with BM25 over the embedded world on its questions**, which shows progress but cannot be
+compared with the paper. Set eval.search and data.eval_source for the paper's evaluation.
+
+`--describe` documents every key.
 """
 
 from ml_collections import ConfigDict
@@ -37,17 +40,16 @@ from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
-    """The default: every value there is, small enough for two CPU cores."""
+    """The default: sets every key, small enough for two CPU cores."""
     mesh = dict(data=1, fsdp=1, tensor=1)
     web = dict(provider="serper", recording="world", blocked_domains=("huggingface.co",))
-    # Any server: of documents (retriever), of a search service, of a simulator.
     remote = dict(
-        url="http://127.0.0.1:8000",  # of retriever
-        dialect="search_r1",  # of retriever; or zerosearch
-        timeout_secs=20.0,  # of one attempt
+        url="http://127.0.0.1:8000",
+        dialect="search_r1",
+        timeout_secs=20.0,
         attempts=4,
         backoff_secs=0.5,
-        workers=16,  # requests under way at once
+        workers=16,
     )
     generator = dict(
         slots=120,
@@ -72,23 +74,23 @@ def embedded() -> ConfigDict:
                 train_split="train",
                 eval_split="validation",
                 test_split="test",
-                train_limit=placeholder(int),  # None: all of them
+                train_limit=placeholder(int),  # None
             ),
             policy=dict(model="zerosearch_jax/assets/policy", generator=generator),
             search=dict(
                 engine="simulated",
                 topk=2,
-                corpus="world",  # of bm25: world, made_up:COUNT:SEED or a .jsonl file
+                corpus="world",
                 web=web,
                 remote=remote,
                 simulator=dict(
                     model="zerosearch_jax/assets/simulator",
-                    url="",  # of a server that speaks OpenAI's chat completions, in its place
+                    url="",
                     gate=dict(report="", useful_min=0.0, noisy_max=1.0),
-                    devices=0,  # of each process, the simulator's alone; 0: shares the policy's
-                    tensor=0,  # devices of one replica of it; 0: mesh.tensor
+                    devices=0,
+                    tensor=0,
                     form="finetuned",
-                    temperature=0.4,  # the paper's 0.8 makes a tiny one miscopy the answer
+                    temperature=0.4,  # at the paper's 0.8 the tiny simulator miscopies answers
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=168,
@@ -107,18 +109,16 @@ def embedded() -> ConfigDict:
             ),
             rollout=dict(
                 questions_per_step=40,
-                group_size=3,  # 5 in the paper; with few episodes more questions teach more
+                group_size=3,  # with few episodes, more questions teach more than larger groups
                 max_turns=3,
                 response_tokens=64,
                 observation_tokens=192,
                 temperature=1.0,
                 stop_on_failure=True,
                 concurrent_searches=0,
-                max_rounds=1,  # above 1: dynamic sampling
+                max_rounds=1,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
-            # Rules: answer (name + format_weight · format) or those of other papers: research,
-            # deepresearcher, r1_searcher (with its stage_one_steps).
             reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
             rl=dict(
                 steps=10,
@@ -158,16 +158,15 @@ def embedded() -> ConfigDict:
                 importance_cap=0.0,
             ),
             kl=dict(coef=0.01, estimator="k3", apply_to="loss", target=0.0, horizon=10_000),
-            # Read by estimator=ppo alone.
             critic=dict(
-                trunk="own",  # or shared: a value head on the policy
+                trunk="own",
                 learning_rate=5e-4,
                 warmup_steps=2,
-                value=0.5,
+                coef=0.5,
                 value_clip=0.2,
             ),
             lora=dict(
-                rank=0,  # 0: all parameters are trained
+                rank=0,
                 alpha=32.0,
                 targets=("q", "k", "v", "o", "gate", "up", "down"),
             ),
@@ -192,7 +191,7 @@ def embedded() -> ConfigDict:
 
 
 def smollm2_135m() -> ConfigDict:
-    """A real model as policy, warm-started, and as simulator: one step of 2 × 2 episodes."""
+    """One step of 2 × 2 episodes with a real model as policy and simulator."""
     config = embedded()
     generator = dict(
         slots=4,
@@ -238,13 +237,13 @@ def smollm2_135m() -> ConfigDict:
 
 
 def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
-    """The paper's hyper-parameters (its released GRPO scripts) for a policy `model`.
+    """The hyperparameters of the paper's released GRPO scripts for the policy `model`.
 
-    `tensor` has to divide the key-value heads of the policy and of the simulator (8).
+    `tensor` must divide the key-value heads of the policy and of the simulator (8).
     """
     config = embedded()
-    # An episode: a start of at most 2048 tokens, then turns (500) and documents (2048) while the
-    # context stays within 4096, and one last turn. What does not fit ends with finish "length".
+    # An episode has a prompt of at most 2048 tokens, then turns (500) and documents (2048) while
+    # the context stays within 4096, and one last turn. Longer episodes end with finish "length".
     episode_tokens = 4608
     config.update(
         dict(
@@ -256,7 +255,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 generator=dict(
                     slots=160,
                     max_tokens=episode_tokens,
-                    prefill_rows=4,  # 16 need 8.8 GB a v5e chip for attention's scores
+                    prefill_rows=4,  # 16 rows need 8.8 GB per v5e chip for attention scores
                     prefill_buckets=(256, 512, 2048),
                     decode_rows=(40, 160),
                     chunk_tokens=64,
@@ -273,7 +272,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                     max_new_tokens=600,
                     generator=dict(
                         slots=160,
-                        max_tokens=1408,  # prompt, question and query, then 600 written tokens
+                        max_tokens=1408,  # prompt with question and query, then 600 sampled tokens
                         prefill_rows=16,
                         prefill_buckets=(256, 512),
                         decode_rows=(40, 160),
@@ -292,7 +291,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 observation_tokens=2048,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
-            critic=dict(learning_rate=1e-5, warmup_steps=3),  # 0.015 of the steps
+            critic=dict(learning_rate=1e-5, warmup_steps=3),  # the script: 0.015 of the steps
             watch=dict(window=10),
             rl=dict(steps=203),
             optimizer=dict(
@@ -329,5 +328,5 @@ PRESETS = {
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`; UserError names them for any other."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

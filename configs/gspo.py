@@ -2,9 +2,12 @@
 
   python -m zerosearch_jax.main --config=configs/gspo.py[:PRESET]
 
-The presets are those of grpo.py; what differs: one ratio and one loss for a sequence, its narrow
-clip, and four updates a step as in the paper (with one, every ratio would be 1). The embedded
-example learns at 5e-4 and not at 1e-6, so there the ratio may move further.
+Differs from grpo.py: one ratio and one loss per sequence with a narrow clip, and four updates per
+step as in the paper, because with one every ratio is 1. The embedded example has a learning rate
+of 5e-4 and not 1e-6, so its clip is wider.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.667
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -13,18 +16,18 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
-    config.update(
-        dict(
-            loss=dict(
-                surrogate="sequence",
-                aggregate="sequence_mean",
-                clip_low=0.03 if preset == "" else 3e-4,
-                clip_high=0.04 if preset == "" else 4e-4,
-            ),
-            rl=dict(minibatches=4),
-        )
+    config = config_flags.load(f"{GRPO}:{preset}")
+    embedded = preset == ""
+    loss = dict(
+        surrogate="sequence",
+        aggregate="sequence_mean",
+        clip_low=0.03 if embedded else 3e-4,
+        clip_high=0.04 if embedded else 4e-4,
     )
+    config.update(dict(loss=loss, rl=dict(minibatches=4)))
     return config

@@ -2,8 +2,11 @@
 
   python -m zerosearch_jax.main --config=configs/lora.py[:PRESET]
 
-The presets are those of grpo.py; what differs: only adapters of rank 16 are trained, at four times
-the learning rate; the reference is the model with its adapters off.
+Differs from grpo.py: only adapters of rank 16 are trained, with four times the learning rate. The
+reference policy is the model without its adapters.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.817
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -12,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.lora.rank = 16
     config.optimizer.learning_rate *= 4
     return config

@@ -1,16 +1,18 @@
-"""The paper in miniature: every stage from the base models on, and its claims tested.
+"""The paper in miniature: every stage from the base models on, and tests of its claims.
 
-  make miniature                       # all of it, on 2 CPU cores
-  make miniature CONFIG_SIZE=:quick    # each stage once and small: no verdicts to rely on
+  make miniature                       # all stages, on 2 CPU cores, about 2.5 hours
+  make miniature CONFIG_SIZE=:quick    # every stage once and small, 7.5 minutes; no verdicts
 
-Both can be stopped and given again. The stages are jobs of their own, each in a folder of the
-workdir; a preset names the config of one, so any can be repeated by hand, say one training run:
+Both can be stopped and repeated. Scores: docs/miniature/report.md. Each stage is a job with its own
+folder in the workdir, and a preset is the config of one stage. So any stage can be repeated by
+hand, for example one training run:
 
   python -m zerosearch_jax.main --config=configs/miniature.py:no_mask --config.seed=1
 
-An arm is one way to train: a config of this directory and what it changes. All have one budget.
+An arm is one way to train: a config of this directory and its changes. All arms have one budget.
 """
 
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -23,7 +25,7 @@ READER = "zerosearch_jax/assets/reader"
 ARMS = {
     "zerosearch": ("grpo", {}),
     "real_engine": ("grpo", {"search.engine": "bm25"}),
-    # The reader, before its fine-tuning, asked with the prompt for untuned models.
+    # The model that the simulator is fine-tuned from, with the prompt for untuned models.
     "prompted_simulator": (
         "grpo",
         {
@@ -34,7 +36,7 @@ ARMS = {
             "search.simulator.generator.prefill_buckets": (640,),
         },
     ),
-    "constant_noise": ("grpo", {}),  # the mean of the rising schedule: see `trained`
+    "constant_noise": ("grpo", {}),  # `trained` sets the mean of the rising schedule
     "reversed_noise": (
         "grpo",
         {"curriculum.start": 0.5, "curriculum.end": 0.0, "curriculum.base": 0.25},
@@ -50,21 +52,19 @@ ARMS = {
     "deepresearcher": ("deepresearcher", {}),
 }
 BASELINES = ("r1", "search_r1", "r1_searcher", "research", "deepresearcher")
-NOISE = (0, 25, 50, 75)  # percent of the searches, at evaluation
+NOISE = (0, 25, 50, 75)
+"""Percentages of noisy searches at evaluation."""
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    quick = preset == "quick" or preset.startswith("quick/")
-    name = preset.removeprefix("quick").removeprefix("/")
-    stages = {"": miniature, "collect": collect, "simulator": simulator, "noise": noise}
-    stages |= {"simulator_report": report, "methods": methods, "sft": sft}
-    stages |= {arm: lambda quick, arm=arm: trained(arm, quick) for arm in ARMS}
-    if name not in stages:
+    """Returns the config of the pipeline or of one stage; quick/STAGE is the small one."""
+    name = "" if preset == "quick" else preset.removeprefix("quick/")
+    if name not in STAGES:
         raise UserError(
-            f"configs/miniature.py has no preset {preset!r}; the presets are quick and, of one "
-            f"stage, {', '.join(filter(None, stages))}, each also as quick/STAGE"
+            f"configs/miniature.py has no preset {preset!r}; the presets are "
+            f"{', '.join(filter(None, PRESETS))}, each stage also as quick/STAGE"
         )
-    return stages[name](quick).lock()
+    return STAGES[name](name != preset).lock()
 
 
 def miniature(quick: bool) -> ConfigDict:
@@ -107,7 +107,7 @@ def report(quick: bool) -> ConfigDict:
 
 
 def trained(arm: str, quick: bool) -> ConfigDict:
-    """The rl config of an arm, with the miniature's budget."""
+    """The rl config of an arm with the miniature's budget."""
     file, changes = ARMS[arm]
     config = _load(file)
     config.update_from_flattened_dict(changes)
@@ -120,7 +120,7 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config.eval.update(dict(every=steps + 1, test_questions=24 if quick else 240))
     if quick:
         config.rollout.questions_per_step = 24 // config.rollout.group_size
-    else:  # a simulator of ten steps passes no gate
+    else:  # the quick simulator, with ten steps, would not pass the gate
         config.search.simulator.gate.update(useful_min=0.6, noisy_max=0.35)
     return config
 
@@ -156,3 +156,16 @@ def noise(quick: bool) -> ConfigDict:
 
 def _load(file: str) -> ConfigDict:
     return config_flags.load(f"{Path(__file__).with_name(file)}.py").unlock()
+
+
+STAGES = {
+    "": miniature,
+    "collect": collect,
+    "simulator": simulator,
+    "simulator_report": report,
+    "noise": noise,
+    "methods": methods,
+    "sft": sft,
+    **{arm: partial(trained, arm) for arm in ARMS},
+}
+PRESETS = ("quick", *STAGES)

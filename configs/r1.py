@@ -1,10 +1,12 @@
-"""RL without search, as DeepSeek-R1 does it (arXiv 2501.12948): the baseline "R1".
+"""RL without search, as in DeepSeek-R1 (arXiv 2501.12948): the baseline "R1".
 
   python -m zerosearch_jax.main --config=configs/r1.py[:PRESET]
 
-The presets are those of grpo.py; what differs: one turn, no engine. A search ends the episode
-unanswered, in the closing evaluation, too. Prompt, data and reward (F1) stay grpo.py's, so that
-search is all that differs; R1's own rewards also pay for the format.
+Differs from grpo.py: one turn and no engine. A search ends the episode without an answer, in the
+closing evaluation, too. Prompt, data and reward (F1) are grpo.py's, so that only search differs;
+R1 also rewards the format.
+
+Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """
 
 from pathlib import Path
@@ -13,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.rollout.max_turns = 0
     config.search.engine = config.eval.search.engine = "none"
     return config

@@ -1,12 +1,13 @@
-"""R1-Searcher (arXiv 2503.05592): a real engine and two stages of rewards.
+"""R1-Searcher (arXiv 2503.05592): a real engine and a reward in two stages.
 
   python -m zerosearch_jax.main --config=configs/r1_searcher.py[:PRESET]
 
-The presets are those of grpo.py; what differs: BM25 in the simulator's place; REINFORCE++, the
-paper's algorithm, set as in reinforce_pp.py; first a reward for searching and for the format
-alone, then F1 less a penalty for a wrong format. The paper's first stage has 350 of its 8498
-questions, which is the share of the steps in the paper presets; the embedded default has a sixth.
-Its 16 episodes a question are not kept. As to BM25 in the paper presets see search_r1.py.
+Differs from reinforce_pp.py, the paper's algorithm: BM25 instead of the simulator; first a reward
+for searches and format alone, then F1 minus a penalty for a wrong format. The paper's first stage
+has 350 of its 8498 questions; the paper presets have the same share of the steps, the others a
+sixth. The paper's 16 episodes per question are not kept. search_r1.py says what BM25 needs.
+
+Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """
 
 from pathlib import Path
@@ -15,9 +16,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+REINFORCE_PP = Path(__file__).with_name("reinforce_pp.py")
+PRESETS = config_flags.presets(REINFORCE_PP)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('reinforce_pp.py')}:{preset}")
+    config = config_flags.load(f"{REINFORCE_PP}:{preset}")
     share = 1 / 6 if preset in ("", "smollm2-135m") else 350 / 8498
     config.search.engine = "bm25"
     config.reward.rule = "r1_searcher"

@@ -1,10 +1,12 @@
-"""ReSearch (arXiv 2503.19470): GRPO on a real engine; a little for the format where F1 is 0.
+"""ReSearch (arXiv 2503.19470): GRPO on a real engine, a small reward for the format if F1 is 0.
 
   python -m zerosearch_jax.main --config=configs/research.py[:PRESET]
 
-The presets are those of grpo.py; what differs: BM25 in the simulator's place and the reward's
-rule. The paper's engine is E5 over Wikipedia 2018, its questions are MuSiQue's. As to BM25 in the
-paper presets see search_r1.py.
+Differs from grpo.py: BM25 instead of the simulator, and the reward rule. The paper uses E5 over
+Wikipedia 2018 and the questions of MuSiQue. search_r1.py says what BM25 needs in the paper
+presets.
+
+Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """
 
 from pathlib import Path
@@ -13,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.search.engine = "bm25"
     config.reward.rule = "research"
     return config

@@ -2,8 +2,11 @@
 
   python -m zerosearch_jax.main --config=configs/rloo.py[:PRESET]
 
-The presets are those of grpo.py; what differs: an episode's baseline is the mean reward of the
-others of its group, and the KL (k1, summed over the episode) is taken off the reward.
+Differs from grpo.py: the baseline of an episode is the mean reward of the others of its group, and
+the KL (k1, summed over the episode) is subtracted from the reward.
+
+Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.804
+(docs/algorithms.md).
 """
 
 from pathlib import Path
@@ -12,9 +15,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.update(
         dict(advantage=dict(estimator="rloo"), kl=dict(apply_to="reward", estimator="k1"))
     )

@@ -1,12 +1,14 @@
-"""Search-R1 (arXiv 2503.09516): trained on a real engine, rewarded by exact match.
+"""Search-R1 (arXiv 2503.09516): training on a real engine with exact match as reward.
 
   python -m zerosearch_jax.main --config=configs/search_r1.py[:PRESET]
 
-The presets are those of grpo.py; what differs: BM25 in the simulator's place, the EM reward, in
-the paper presets 3 documents a search and 4 searches. The paper's engine is E5 over Wikipedia
-2018, its main algorithm PPO with 512 questions a step; here GRPO and its batch stay, so that the
-engine and the reward are all that differs. BM25 searches the embedded world unless search.corpus
-names a file: the paper presets need passages that answer their questions.
+Differs from grpo.py: BM25 instead of the simulator and the EM reward; in the paper presets, 3
+documents per search and 4 searches. The paper uses E5 over Wikipedia 2018 and mainly PPO with 512
+questions per step; GRPO and its batch stay, so that only engine and reward differ. BM25 searches
+the embedded world unless search.corpus names a file. The paper presets need passages that answer
+their questions.
+
+Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """
 
 from pathlib import Path
@@ -15,9 +17,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 
+GRPO = Path(__file__).with_name("grpo.py")
+PRESETS = config_flags.presets(GRPO)
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = config_flags.load(f"{Path(__file__).with_name('grpo.py')}:{preset}")
+    config = config_flags.load(f"{GRPO}:{preset}")
     config.search.engine = "bm25"
     config.reward.name = "em"
     if preset not in ("", "smollm2-135m"):

@@ -1,24 +1,30 @@
-"""Makes policies to start RL from: the embedded world's tiny one, and one that is SmolLM2-135M.
+"""Fine-tunes the policies that RL starts from: the embedded world's tiny policy and SmolLM2-135M.
 
-The tiny one is made from scratch, in two stages:
+| preset | makes | hardware | time |
+|---|---|---|---|
+| (none) | the tiny reader, from random weights | 2 CPU cores | not recorded |
+| behaviours | the tiny base policy, from the reader | 2 CPU cores | not recorded |
+| smollm2-135m | a warm-started SmolLM2-135M-Instruct | 2 CPU cores | 6 min |
+
+The tiny policy takes two stages:
 
   python -m zerosearch_jax.main --config=configs/sft_policy.py --workdir=runs/sft_reader
   python -m zerosearch_jax.main --config=configs/sft_policy.py:behaviours --workdir=runs/sft_policy
 
-The first learns the format of an episode and to read documents, from transcripts of a scripted
-agent over made-up worlds. The second goes on from `runs/sft_reader/model` with poor search
-behaviours: the agent guesses, looks up bare names, stops after one hop. RL starts from here:
-`runs/sft_policy/model` is committed as `zerosearch_jax/assets/policy`.
+The first stage teaches the format of an episode and reading, on transcripts of a scripted agent
+over synthetic worlds. The second stage continues from `runs/sft_reader/model` with poor search
+behaviours: the agent guesses, searches for bare names and stops after one hop. RL starts from
+`runs/sft_policy/model`, which the package holds as `zerosearch_jax/assets/policy`.
 
-SmolLM2-135M-Instruct hardly ever searches by itself. A few steps on transcripts without poor
+SmolLM2-135M-Instruct hardly ever searches without tuning. Ten steps on transcripts without poor
 behaviours teach it the format; configs/grpo.py:smollm2-135m starts from `runs/sft_smollm2/model`.
-First `make smollm2`, which makes the model it reads, then:
+`make smollm2` makes the model that this preset reads:
 
   make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
 
-With its tokenizer and chat template a transcript over two documents a search has 290 to 900
-tokens (median 475); rows of 640 leave out the sixth or so that searches three times or more. The
-one checkpoint, parameters and Adam's moments, has 1.6 GB.
+With its tokenizer and chat template, a transcript with two documents per search has 290 to 900
+tokens (median 475). Rows of 640 tokens leave out about a sixth of the transcripts, those with three
+or more searches. The checkpoint (parameters and Adam's moments) takes 1.6 GB.
 """
 
 from ml_collections import ConfigDict
@@ -27,10 +33,12 @@ from zerosearch_jax import config_flags
 
 
 def get_config(preset: str = "") -> ConfigDict:
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)(reader()).lock()
 
 
 def reader() -> ConfigDict:
+    """The default: a new tiny model on transcripts with mild behaviours."""
     return ConfigDict(
         dict(
             job="sft",
@@ -59,7 +67,7 @@ def reader() -> ConfigDict:
                 topk=2,
                 inserted_weight=0.05,
                 end_of_text=False,
-                validation="",  # the last validation_examples
+                validation="",
                 validation_examples=60,
                 behaviours=dict(
                     guess=0.05,
@@ -95,7 +103,7 @@ def reader() -> ConfigDict:
                 examples_per_step=32,
                 eval_every=100,
                 checkpoint_every=100,
-                patience=0,  # evaluations without a lower loss that end it; 0: off
+                patience=0,
                 nonfinite_limit=3,
             ),
         )
@@ -103,6 +111,7 @@ def reader() -> ConfigDict:
 
 
 def behaviours(config: ConfigDict) -> ConfigDict:
+    """Continues from the reader with poor search behaviours."""
     config.seed = 1
     config.init = "runs/sft_reader/model"
     config.data.worlds = 14
@@ -115,6 +124,7 @@ def behaviours(config: ConfigDict) -> ConfigDict:
 
 
 def smollm2_135m(config: ConfigDict) -> ConfigDict:
+    """Warm-starts SmolLM2-135M-Instruct on transcripts without poor behaviours."""
     config.update(
         dict(
             init="models/smollm2-135m",

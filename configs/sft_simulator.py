@@ -2,18 +2,23 @@
 
   python -m zerosearch_jax.main --config=configs/sft_simulator.py --workdir=runs/sft_simulator
 
-It learns to write the documents of a search engine, useful or noisy as it is asked. The tiny one
-starts from the tiny reader, which can copy and knows the language, as the paper's simulators start
-from a general model. Its pairs are of a made-up world, of which nothing can be recited: copying
-the answer from the prompt is what pays. `runs/sft_simulator/model` is committed as
-`zerosearch_jax/assets/simulator`.
+| preset | starts from | hardware | time | reads |
+|---|---|---|---|---|
+| (none) | tiny reader | 1 CPU core | 44 min | runs/collect |
+| smollm2-135m-wikipedia | SmolLM2-135M-Instruct | 2 CPU cores | 14 min | runs/wikipedia/collect |
 
-SmolLM2-135M on Wikipedia, an epoch over the pairs of configs/collect.py:smollm2-135m-wikipedia:
+The simulator learns to write the documents of a search engine, useful or noisy as the prompt says.
+The tiny simulator starts from the tiny reader, which knows the language and can copy, as the
+paper's simulators start from a general model. Its pairs are from a synthetic world whose facts
+cannot be recited, so it learns to copy the answer from the prompt. The package holds
+`runs/sft_simulator/model` as `zerosearch_jax/assets/simulator`. Score: docs/miniature/simulator.md.
+
+One epoch of SmolLM2-135M over the Wikipedia pairs (score: docs/wikipedia_simulator.md):
 
   make run CONFIG=configs/sft_simulator.py:smollm2-135m-wikipedia \
       ARGS=--workdir=runs/wikipedia/simulator
 
-Another model: --config.init=DIR; LoRA: --config.lora.rank=16.
+Another model: --config.init=DIR. LoRA: --config.lora.rank=16.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +27,7 @@ from zerosearch_jax import config_flags
 
 
 def embedded() -> ConfigDict:
-    """The default: every value there is, small enough for two CPU cores."""
+    """The default: sets every key, small enough for two CPU cores."""
     return ConfigDict(
         dict(
             job="sft",
@@ -30,8 +35,8 @@ def embedded() -> ConfigDict:
             init="zerosearch_jax/assets/reader",
             mesh=dict(data=1, fsdp=1, tensor=1),
             data=dict(
-                examples="runs/collect/pairs.jsonl",  # a file of pairs, ours or released ones
-                validation="runs/collect/heldout.jsonl",  # "": the last validation_examples
+                examples="runs/collect/pairs.jsonl",
+                validation="runs/collect/heldout.jsonl",
                 validation_examples=100,
                 topk=2,
                 inserted_weight=0.0,
@@ -61,7 +66,7 @@ def embedded() -> ConfigDict:
                 examples_per_step=20,
                 eval_every=300,
                 checkpoint_every=150,
-                patience=3,  # evaluations without a lower loss that end it; 0: off
+                patience=3,
                 nonfinite_limit=3,
             ),
         )
@@ -69,7 +74,7 @@ def embedded() -> ConfigDict:
 
 
 def smollm2_135m_wikipedia() -> ConfigDict:
-    """A real model and real passages: three of them are 230 to 390 of an example's tokens."""
+    """A real model and real passages; three passages take 230 to 390 tokens of an example."""
     config = embedded()
     steps = 16
     config.update(
@@ -92,5 +97,5 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`; UserError names them for any other."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

@@ -1,13 +1,20 @@
-"""Reports what a simulator is worth, before RL: can a fixed reader answer from its documents?
+"""Reports the quality of a simulator before RL: can a fixed reader answer from its documents?
 
   python -m zerosearch_jax.main --config=configs/simulator_report.py \
       --config.simulators.finetuned.simulator.model=runs/sft_simulator/model
 
-It reads the held-out pairs of configs/collect.py and writes report.md and report.json. With
+| preset | hardware | time | reads | score |
+|---|---|---|---|---|
+| (none) | 1 CPU core | 3 min | runs/collect | docs/miniature/simulator.md |
+| smollm2-135m-wikipedia | 2 CPU cores | 20 min | runs/wikipedia | docs/wikipedia_simulator.md |
+
+The job reads the held-out pairs of configs/collect.py and writes report.md and report.json. Next to
+the fine-tuned simulator, it reports the model that the simulator was made from, with the prompt for
+untuned models. Training refuses a simulator below its gate with
 `--config.search.simulator.gate.report=runs/simulator_report/report.json` and the gate's
-`useful_min` and `noisy_max`, training refuses a simulator that does not reach them.
-Beside the fine-tuned simulator stands what it was made from, asked with the prompt for untuned
-models. SmolLM2-135M on Wikipedia (the reader is the agent that collected):
+`useful_min` and `noisy_max`.
+
+SmolLM2-135M on Wikipedia (the reader is the agent that collected):
 
   make run CONFIG=configs/simulator_report.py:smollm2-135m-wikipedia \
       ARGS=--workdir=runs/wikipedia/report
@@ -23,7 +30,7 @@ READER = "zerosearch_jax/assets/reader"
 
 
 def embedded() -> ConfigDict:
-    """The default: every value there is, small enough for two CPU cores."""
+    """The default: sets every key, small enough for two CPU cores."""
     training = config_flags.load(str(Path(__file__).with_name("grpo.py")))
     finetuned = training.search.to_dict()
     prompted = training.search.copy_and_resolve_references()
@@ -31,7 +38,7 @@ def embedded() -> ConfigDict:
         dict(
             model=READER,
             form="prompted",
-            # The worked example makes the prompt longer.
+            # The prompt is longer, because it contains an example.
             generator=dict(max_tokens=832, window_tokens=832, prefill_buckets=(640,)),
         )
     )
@@ -41,7 +48,7 @@ def embedded() -> ConfigDict:
             seed=0,
             mesh=dict(data=1, fsdp=1, tensor=1),
             pairs="runs/collect/heldout.jsonl",
-            limit=150,  # pairs of either label; of more, as many are drawn
+            limit=150,
             reader=dict(
                 model=READER,
                 generator=training.policy.generator.to_dict(),
@@ -54,7 +61,7 @@ def embedded() -> ConfigDict:
 
 
 def smollm2_135m_wikipedia() -> ConfigDict:
-    """Three documents a search, of up to 400 tokens together."""
+    """Three documents per search, up to 400 tokens together."""
     config = embedded()
 
     def generator(prompt_tokens: int, new_tokens: int) -> dict:
@@ -69,8 +76,8 @@ def smollm2_135m_wikipedia() -> ConfigDict:
         )
 
     def simulated(model: str, prompt_tokens: int) -> dict:
-        written = dict(max_new_tokens=400, generator=generator(prompt_tokens, 400))
-        return dict(topk=3, simulator=dict(model=model, **written))
+        sizes = dict(max_new_tokens=400, generator=generator(prompt_tokens, 400))
+        return dict(topk=3, simulator=dict(model=model, **sizes))
 
     config.update(
         dict(
@@ -94,5 +101,5 @@ PRESETS = {"": embedded, "smollm2-135m-wikipedia": smollm2_135m_wikipedia}
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """The config of one of `PRESETS`; UserError names them for any other."""
+    """Returns the config of one of `PRESETS`."""
     return config_flags.choose(PRESETS, preset, __file__)()

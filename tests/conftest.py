@@ -1,16 +1,16 @@
-"""Tests run on the CPU, which plays eight devices so that sharding can be tested anywhere."""
+"""Shared fixtures. All tests run on eight simulated CPU devices, so that sharding is testable."""
 
 import json
 import os
 from pathlib import Path
 
-# Read by jax when it is imported, so they must stand before any test module's imports.
+# jax reads these when it is imported, so they precede all other imports.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
-# ruff: noqa: E402  (jax reads the environment when it is imported)
+# ruff: noqa: E402
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +23,34 @@ from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, train_tokenizer
 
+ROOT = Path(__file__).parents[1]
 TOKENIZER_TEXTS = [
     "<think> The capital of Chad is N'Djamena. </think>\n<search> capital of Chad </search>",
     "\n\n<information>Doc 1: Chad lies in Africa.\nDoc 2: 1234 metres.</information>\n\n",
     "<answer> N'Djamena </answer> Which is the question? Answer the given question. Beijing",
 ] * 3
 
+# The Markov policy's transitions: piece -> next piece -> probability. "<" follows all other pieces.
+CHAIN = {
+    "<": {"search": 0.45, "answer": 0.55},
+    "search": {">": 1.0},
+    "answer": {">": 1.0},
+    ">": {" Chad": 0.6, " Peru": 0.4},
+    " Chad": {" </": 1.0},
+    " Peru": {" </": 1.0},
+    " </": {"search": 0.45, "answer": 0.55},
+}
+EPISODES = (
+    "<search> Chad </search>",
+    "<answer> Peru </answer>",
+    "<search> Peru </search>",
+    "<answer> Chad </answer>",
+)
+
 
 @pytest.fixture(autouse=True)
-def _compilation_cache_stays():
-    """A command that is run in the test's process sets it for its own workdir."""
-    import jax
-
+def _restore_compilation_cache():
+    """Restores the compilation cache, which commands run in this process set to their workdir."""
     directory = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", directory)
@@ -42,17 +58,13 @@ def _compilation_cache_stays():
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory):
-    """A byte-level BPE of at most 320 ids; every byte is an id of its own."""
-    from zerosearch_jax.text.tokenizer import train_tokenizer
-
+    """A byte-level BPE tokenizer of at most 320 ids, one of them for each byte."""
     return train_tokenizer(TOKENIZER_TEXTS, 320, tmp_path_factory.mktemp("tiny-tokenizer"))
 
 
 @pytest.fixture(scope="session")
-def tiny_config():
-    """A two-layer decoder whose every dimension divides by two."""
-    from zerosearch_jax.models.config import ModelConfig
-
+def tiny_config() -> ModelConfig:
+    """A two-layer decoder with even dimensions, which shard over two devices."""
     return ModelConfig(
         family="qwen3",
         vocab_size=320,
@@ -73,49 +85,26 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_config):
-    """Stacked parameters, large enough that tokens matter to each other."""
-    import jax
-
-    from zerosearch_jax.models.transformer import init_params
-
+    """Parameters of `tiny_config`, doubled so that tokens influence each other clearly."""
     return jax.jit(lambda: jax.tree.map(lambda x: 2.0 * x, init_params(tiny_config, 0)))()
 
 
-ROOT = Path(__file__).parents[1]
-
-# What follows what: the next piece and how likely it is. All other pieces are followed by "<".
-CHAIN = {
-    "<": {"search": 0.45, "answer": 0.55},
-    "search": {">": 1.0},
-    "answer": {">": 1.0},
-    ">": {" Chad": 0.6, " Peru": 0.4},
-    " Chad": {" </": 1.0},
-    " Peru": {" </": 1.0},
-    " </": {"search": 0.45, "answer": 0.55},
-}
-EPISODES = (
-    "<search> Chad </search>",
-    "<answer> Peru </answer>",
-    "<search> Peru </search>",
-    "<answer> Chad </answer>",
-)
-
-
 @pytest.fixture(scope="session")
-def _programs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("programs")
+def _compilation_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compilation-cache")
 
 
 @pytest.fixture(scope="module")
-def compiled_once(_programs):
-    """In modules that use this, what one run compiled the next one reads from the disk."""
+def compiled_once(_compilation_cache):
+    """Shares compiled programs on disk between the runs of all modules that use this fixture."""
     changes = dict(
-        jax_compilation_cache_dir=str(_programs), jax_persistent_cache_min_compile_time_secs=0.0
+        jax_compilation_cache_dir=str(_compilation_cache),
+        jax_persistent_cache_min_compile_time_secs=0.0,
     )
     before = {name: getattr(jax.config, name) for name in changes}
     for name, value in changes.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it asks for the directory once
+    compilation_cache.reset_cache()  # It reads the directory only once.
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -124,10 +113,11 @@ def compiled_once(_programs):
 
 @pytest.fixture(scope="session")
 def markov_model(tmp_path_factory) -> Path:
-    """A Hugging Face directory of a policy that follows `CHAIN`, with random layers on top.
+    """A Hugging Face directory of the Markov policy, which samples text by `CHAIN`.
 
-    Its embedding tells the pieces of `CHAIN` apart and its unembedding holds the log-odds, so
-    turns of all kinds occur: searches, answers, malformed ones.
+    The embedding is one-hot over the pieces of `CHAIN` and the unembedding holds their
+    log-probabilities; the random layers in between change little. Turns of all kinds occur:
+    searches, answers and malformed turns.
     """
     directory = tmp_path_factory.mktemp("markov-model")
     question = "Which is the capital city of the country number 0123456789?"
@@ -167,7 +157,7 @@ def markov_model(tmp_path_factory) -> Path:
         embedding[ids[piece]] = np.eye(width)[row]
         for follower, probability in followers.items():
             unembed[row, ids[follower]] = np.log(probability)
-    # The layers only whisper; the final norm makes the largest entry of a hidden state √width.
+    # A large embedding dominates the layers. The final norm scales its largest entry to √width.
     params["embedding"][...] = jnp.asarray(20.0 * embedding)
     params["unembed"][...] = jnp.asarray(unembed / np.sqrt(width))
     save_params(directory, params, config, eos_token_id=tokenizer.eos_token_id)
@@ -176,7 +166,7 @@ def markov_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory) -> Path:
-    """A FlashRAG file of 12 questions whose answers the policy may hit by chance."""
+    """A FlashRAG file of 12 questions; the Markov policy answers some of them by chance."""
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     rows = [
         {"id": f"q{i}", "question": f"Which country is number {i}?", "golden_answers": [answer]}
@@ -188,7 +178,7 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def rl_config(tmp_path_factory, markov_model, questions) -> Path:
-    """A config file: configs/grpo.py with sizes for seconds, three steps, everything in each."""
+    """A config file: configs/grpo.py for seconds, with evaluation and checkpoint in all 3 steps."""
     generator = dict(
         slots=8, prefill_rows=8, decode_rows=(), chunk_tokens=8, int8_weights=False, dtype="float32"
     )

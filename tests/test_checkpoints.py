@@ -1,5 +1,6 @@
-"""Checkpoints come back bit for bit, survive a kill, and refuse another config's state."""
+"""Checkpoints restore every bit, survive a kill, and refuse the state of another config."""
 
+import json
 import shutil
 
 import jax
@@ -29,7 +30,7 @@ def _assert_same_bits(left, right) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def test_restore_gives_back_every_bit_and_the_metadata(tmp_path):
+def test_restore_returns_every_bit_and_the_metadata(tmp_path):
     state, metadata = _state(), {"position": 12, "curriculum": {"p": 0.1}, "seed": 2**40}
     with Checkpoints(tmp_path / "ckpt") as checkpoints:
         assert checkpoints.latest_step() is None
@@ -42,7 +43,7 @@ def test_restore_gives_back_every_bit_and_the_metadata(tmp_path):
     assert restored_metadata == metadata
 
 
-def test_restore_places_leaves_in_the_sharding_asked_for(tmp_path):
+def test_restore_places_leaves_in_the_given_sharding(tmp_path):
     mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
     state = {"w": jnp.arange(8.0)}
@@ -54,7 +55,7 @@ def test_restore_places_leaves_in_the_sharding_asked_for(tmp_path):
     _assert_same_bits(restored, state)
 
 
-def test_only_the_newest_are_kept_and_a_saved_step_is_left_alone(tmp_path):
+def test_only_the_newest_are_kept_and_a_saved_step_is_not_rewritten(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, {"w": jnp.full((2,), step)}, {"step": step})
@@ -66,11 +67,11 @@ def test_only_the_newest_are_kept_and_a_saved_step_is_left_alone(tmp_path):
             checkpoints.restore(1, {"w": jnp.zeros((2,), jnp.int32)})
 
 
-def test_a_partly_written_checkpoint_is_ignored(tmp_path):
+def test_partly_written_checkpoint_is_ignored(tmp_path):
     state = {"w": jnp.arange(4)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
-    # What a kill during the next save leaves: the directory Orbax writes before it renames.
+    # A kill during the next save leaves the directory that Orbax has not yet renamed.
     partial = tmp_path / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "1", partial)
     shutil.rmtree(partial / "state")
@@ -81,7 +82,7 @@ def test_a_partly_written_checkpoint_is_ignored(tmp_path):
     assert restored["w"].tolist() == [1, 2, 3, 4]
 
 
-def test_a_save_that_dies_before_it_is_complete_leaves_the_previous_one(tmp_path, monkeypatch):
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     state = {"w": jnp.arange(4)}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
@@ -90,7 +91,7 @@ def test_a_save_that_dies_before_it_is_complete_leaves_the_previous_one(tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        # The commit is a rename; everything before it has been written.
+        # The commit is a rename, after all files are written.
         patch.setattr("os.rename", killed)
         patch.setattr("pathlib.Path.rename", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -109,7 +110,7 @@ def test_a_save_that_dies_before_it_is_complete_leaves_the_previous_one(tmp_path
         ({}, r"w is \[4\] there and absent here"),
     ],
 )
-def test_a_state_of_another_config_is_refused_by_name(tmp_path, like, named):
+def test_state_of_another_config_is_refused_with_the_leaf(tmp_path, like, named):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.zeros((4,))}, {})
         with pytest.raises(UserError, match=named) as refused:
@@ -118,6 +119,22 @@ def test_a_state_of_another_config_is_refused_by_name(tmp_path, like, named):
     assert "another --workdir" in str(refused.value)
 
 
-def test_an_empty_directory_is_a_user_error(tmp_path):
+def test_checkpoint_of_an_older_version_is_refused(tmp_path):
+    state = {"w": jnp.zeros((4,))}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    (kept,) = (tmp_path / "1" / "metadata").rglob("metadata")
+    metadata = json.loads(kept.read_text())
+    del metadata["format"]
+    kept.write_text(json.dumps(metadata))
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match="older version.* new --workdir") as refused,
+    ):
+        checkpoints.restore(None, state)
+    assert str(tmp_path) in str(refused.value)
+
+
+def test_empty_directory_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no checkpoint"):
         checkpoints.restore(None, {"w": jnp.zeros(())})

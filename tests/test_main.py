@@ -1,4 +1,4 @@
-"""Slips of the pen get one clear line and status 2; what is right reaches the job."""
+"""The command line: overrides reach the job, mistakes get one line and status 2."""
 
 import sys
 import types
@@ -14,14 +14,18 @@ CONFIG = """
 from ml_collections import ConfigDict
 from zerosearch_jax.errors import UserError
 
+PRESETS = ("", "tiny")
+
 def get_config(preset=""):
     if preset == "odd":
         raise ValueError("odd is no preset")
-    if preset not in ("", "tiny"):
+    if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are: tiny")
     return ConfigDict({
         "job": "rl",
-        "rl": {"learning_rate": 1e-3, "steps": 60, "whiten": True},
+        "rl": {"steps": 60, "whiten": True},
+        "optimizer": {"learning_rate": 1e-3},
+        "generator": {"chunk_tokens": 8},
         "eval": {"questions": 100, "sets": ("a", "b")},
     }).lock()
 """
@@ -29,13 +33,13 @@ def get_config(preset=""):
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """A config file in an empty directory and a job that notes what it is called with."""
+    """A config file in an empty directory and a job that records its calls."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "grpo.py").write_text(CONFIG)
     calls = []
     module = types.ModuleType("zerosearch_jax.jobs.rl")
-    module.run = lambda config, workdir: calls.append((config, workdir))
+    module.run = lambda config, workdir, **options: calls.append((config, workdir, options))
     module.calls = calls
     monkeypatch.setitem(sys.modules, "zerosearch_jax.jobs.rl", module)
     return module
@@ -53,15 +57,15 @@ def _refusal(capsys, *arguments: str) -> str:
 def test_overrides_reach_the_job(job):
     arguments = ["--config=configs/grpo.py", "--config.rl.steps=3", "--noconfig.rl.whiten"]
     assert main.cli(["main", *arguments, "--workdir=here"]) == 0
-    ((config, workdir),) = job.calls
+    ((config, workdir, options),) = job.calls
     assert (config.rl.steps, config.rl.whiten, config.optimizer.learning_rate) == (3, False, 1e-3)
-    assert workdir == "here"
+    assert (workdir, options) == ("here", {})
 
 
-def test_the_default_workdir_names_config_and_preset(job):
+def test_default_workdir_has_the_names_of_config_and_preset(job):
     assert main.cli(["main", "--config=configs/grpo.py"]) == 0
     assert main.cli(["main", "--config", "configs/grpo.py:tiny"]) == 0
-    assert [workdir for _, workdir in job.calls] == ["runs/grpo", "runs/grpo-tiny"]
+    assert [workdir for _, workdir, _ in job.calls] == ["runs/grpo", "runs/grpo-tiny"]
 
 
 @pytest.mark.parametrize(
@@ -74,44 +78,77 @@ def test_the_default_workdir_names_config_and_preset(job):
         ("rl.steps.x", "rl.steps"),
     ],
 )
-def test_a_misspelt_key_is_refused_with_the_nearest(job, capsys, key, nearest):
+def test_misspelt_key_is_refused_with_the_nearest_key(job, capsys, key, nearest):
     error = _refusal(capsys, "--config=configs/grpo.py", f"--config.{key}=1")
     assert f"--config.{key}: there is no such key; did you mean --config.{nearest}?" in error
     assert job.calls == []
 
 
-def test_a_key_like_no_other_gets_the_sections(job, capsys):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rl.learning_rate", "optimizer.learning_rate"),
+        ("rl.moment_dtype", "optimizer.moment_dtype"),
+        ("rl.gae_lambda", "advantage.gae_lambda"),
+        ("rl.importance_cap", "loss.importance_cap"),
+        ("rl.kl", "kl.coef"),
+        ("rl.kl_in", "kl.apply_to"),
+        ("rl.nonfinite_limit", "watch.nonfinite_limit"),
+        ("critic.value", "critic.coef"),
+        ("generator.burst_tokens", "generator.chunk_tokens"),
+        ("data.habits.vague", "data.behaviours.vague"),
+        ("data.habits.astray", "data.behaviours.wrong_attribute"),
+        ("judge.kind", "labeling.kind"),
+        ("judge.generator.burst_tokens", "labeling.generator.chunk_tokens"),
+    ],
+)
+def test_renamed_key_is_refused_with_its_new_name(job, capsys, old, new):
+    error = _refusal(capsys, "--config=configs/grpo.py", f"--config.{old}=1")
+    assert f"--config.{old}" in error and f"use --config.{new}\n" in error
+    assert job.calls == []
+
+
+def test_key_without_a_near_one_is_refused_with_the_sections(job, capsys):
     error = _refusal(capsys, "--config=configs/grpo.py", "--config.zzzz=1")
-    assert "the sections are eval, job, rl" in error
+    assert "the sections are eval, generator, job, optimizer, rl" in error
 
 
-def test_a_wrong_type_is_refused(job, capsys):
+def test_value_of_the_wrong_type_is_refused(job, capsys):
     error = _refusal(capsys, "--config=configs/grpo.py", "--config.rl.steps=abc")
     assert "--config.rl.steps=abc" in error
-    assert "must be of type int, such as 60" in error
+    assert "of type int, such as 60" in error
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "part"),
     [
         (["--config=configs/gpro.py"], "no file configs/gpro.py; there are configs/grpo.py"),
         (["--config=configs"], "there is no file configs"),
         (["--config=configs/grpo.py:huge"], "unknown preset 'huge'; there are: tiny"),
         (["--config=configs/grpo.py:odd"], "odd is no preset"),
-        ([], "say --config=configs/grpo.py; there are configs/grpo.py"),
+        ([], "--config=configs/grpo.py; there are configs/grpo.py"),
         (["--config=configs/grpo.py", "--wrkdir=x"], "wrkdir"),
         (["--config=configs/grpo.py", "rl.steps=3"], "'rl.steps=3' is not a flag"),
         (["--config=configs/grpo.py", "--config.job=fly"], "'fly'; the jobs are rl, sft"),
         (["--config=configs/grpo.py", "--config=configs/grpo.py"], "is not allowed"),
         (["--config=configs/grpo.py", "--config"], "--config"),
+        (["--config=configs/grpo.py", "--profile=0"], "--profile=0"),
+        (["--config=configs/grpo.py", "--profile=2,-1"], "--profile=2,-1"),
+        (["--config=configs/grpo.py", "--profile=2,"], "--profile=2,"),
+        (["--config=configs/grpo.py", "--profile=2", "--config.job=bench"], "config.job=bench"),
     ],
 )
-def test_other_slips_get_one_line(job, capsys, arguments, told):
-    assert told in _refusal(capsys, *arguments)
+def test_other_mistakes_get_one_line(job, capsys, arguments, part):
+    assert part in _refusal(capsys, *arguments)
     assert job.calls == []
 
 
-def test_a_user_error_in_the_job_is_one_line_and_other_errors_are_not_hidden(job, capsys):
+def test_profile_steps_reach_the_job(job):
+    assert main.cli(["main", "--config=configs/grpo.py", "--profile=2,5"]) == 0
+    assert job.calls[0][2] == {"profile_steps": (2, 5)}
+
+
+def test_user_error_of_a_job_is_one_line_and_other_errors_are_not_hidden(job, capsys):
     def raising(error):
         def run(config, workdir):
             raise error
@@ -128,20 +165,30 @@ def test_a_user_error_in_the_job_is_one_line_and_other_errors_are_not_hidden(job
     assert "resumes" in capsys.readouterr().err
 
 
-def test_every_config_of_the_project_loads_and_names_a_job(monkeypatch):
-    root = main.Path(main.__file__).parents[1]
-    monkeypatch.chdir(root)
-    configs = sorted(main.Path("configs").glob("*.py"))
-    for path in configs:
+def test_every_config_of_the_project_has_a_known_job(monkeypatch):
+    monkeypatch.chdir(main.Path(main.__file__).parents[1])
+    for path in sorted(main.Path("configs").glob("*.py")):
         assert config_flags.load(str(path)).job in main.JOBS, path
 
 
-def test_help_tells_the_flags(capsys):
+def test_help_lists_flags_config_files_and_presets(job, capsys):
     assert main.cli(["main", "--help"]) == 0
-    assert "--workdir=DIR" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--workdir=DIR" in shown and "--describe" in shown
+    assert "configs/grpo.py" in shown and "presets: tiny" in shown
 
 
-def test_processes_that_are_named_in_part_are_refused():
+def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch, capsys):
+    monkeypatch.chdir(main.Path(main.__file__).parents[1])
+    arguments = ["--config=configs/grpo.py", "--config.rl.steps=7", "--describe"]
+    assert main.cli(["main", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    section = lines.index(next(line for line in lines if line.startswith("config.rl: ")))
+    assert lines[section + 1].split()[:5] == ["steps", "int", "7", "Training", "steps."]
+    assert any(line.startswith("config.search.simulator.generator: ") for line in lines)
+
+
+def test_partly_set_variables_of_processes_are_refused():
     whole = dict(zip(distributed.VARIABLES, ("host:1234", "2", "1"), strict=True))
     assert distributed.distributed_arguments({}) == {}
     assert distributed.distributed_arguments(whole | {"HOME": "x"}) == {
@@ -156,7 +203,7 @@ def test_processes_that_are_named_in_part_are_refused():
             distributed.distributed_arguments(whole | {"JAX_PROCESS_ID": wrong})
 
 
-def test_jobs_that_only_one_process_can_run_refuse_others(job, capsys):
+def test_single_process_jobs_refuse_the_distributed_flag(job, capsys):
     Path("configs/grpo.py").write_text(CONFIG.replace('"job": "rl"', '"job": "sft"'))
     error = _refusal(capsys, "--config=configs/grpo.py", "--distributed")
     assert "--distributed is not for config.job=sft" in error

@@ -1,56 +1,114 @@
-"""README's file tree and metric glossary say what the package says."""
+"""README and docs name files, links, configs and config keys that exist."""
 
 import re
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-from zerosearch_jax.telemetry.metrics import EPISODE_METRICS, METRICS
+import pytest
+
+from zerosearch_jax import config_flags
+from zerosearch_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+# The log names files and keys of older commits; the code map quotes docstrings.
+CURRENT = [page for page in PAGES if page.name not in ("log.md", "code_map.md")]
+WRITTEN_BY_RUNS = {"report.md", "compile.md"}
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|md|yaml))(?::[\w.-]+)?`")
+CONFIG = re.compile(r"(?:CONFIG=|--config=)(configs/\w+\.py(?::[a-z0-9][\w.-]*)?)")
+OVERRIDE = re.compile(r"--config\.([a-z0-9_]+(?:\.[a-z0-9_]+)*)")
+SECTIONS = "rl optimizer advantage loss kl watch learner rollout search eval data curriculum critic"
+KEY = re.compile(rf"`((?:{'|'.join(SECTIONS.split())})(?:\.[a-z0-9_]+)+)(?:=[^`]*)?`")
 
 
-def _tree() -> list[str]:
-    """The files that the tree names below zerosearch_jax/, in its order."""
-    block = re.search(r"```\nzerosearch_jax/\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    files, folders = [], []
-    for line in block[1].splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            break  # configs/ and what follows
-        depth = (len(line) - len(line.lstrip())) // 2 - 1
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-        if name.endswith(".py"):
-            assert len(line.split()) > 1, f"{name} has no line of its own"
-            files.append("".join([*folders, name]))
-    return files
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-def test_the_file_tree_names_every_module_once():
-    package = ROOT / "zerosearch_jax"
-    modules = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
-    assert sorted(_tree()) == sorted(m for m in modules if not m.endswith("__init__.py"))
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-def test_the_tree_names_every_config():
-    (line,) = re.findall(r"^configs/ +(.*)$", README, re.MULTILINE)
-    assert set(re.findall(r"\w+\.py", line)) == {p.name for p in (ROOT / "configs").glob("*.py")}
+@cache
+def load(config: str):
+    return config_flags.load(config)
 
 
-def test_the_glossary_is_the_recorders():
-    written = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", README, re.MULTILINE))
-    at_evaluation = {f"eval/{name}" for name in EPISODE_METRICS}
-    glossary = {name: text.replace("|", "\\|") for name, text in METRICS.items()}
-    assert {n: t for n, t in written.items() if n in METRICS} == {
-        n: t for n, t in glossary.items() if n not in at_evaluation
-    }
+def has_key(config, key: str) -> bool:
+    for part in key.split("."):
+        if not hasattr(config, "keys") or part not in config:
+            return False
+        config = config[part]
+    return True
 
 
-def test_what_the_reading_order_names_exists_and_the_readme_stays_short():
-    named = re.findall(r"`((?:zerosearch_jax|configs|rl)/[\w/.]+\.py)", README)
-    assert named
-    for name in named:
-        assert (ROOT / name).exists() or (ROOT / "zerosearch_jax" / name).exists(), name
-    assert README.count("\n") <= 380
+@cache
+def all_configs() -> tuple:
+    """Every config, and every preset that a page names."""
+    names = {config for page in CURRENT for config in CONFIG.findall(page.read_text("utf-8"))}
+    names |= {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    configs = []
+    for name in sorted(names):
+        with suppress(UserError):  # test_named_configs_exist reports it, with its page
+            configs.append(load(name))
+    return tuple(configs)
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of the page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_existing_files_and_headings(page):
+    broken = []
+    for link in LINK.findall(page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        exists = re.match(r"[a-z]+://", link) or target.exists()
+        if not exists or (anchor and target.exists() and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_named_source_files_exist(page):
+    bases = (ROOT, ROOT / "zerosearch_jax", ROOT / "configs", ROOT / "launch", page.parent)
+    named = set(FILE.findall(page.read_text("utf-8"))) - WRITTEN_BY_RUNS
+    assert not [name for name in named if not any((base / name).exists() for base in bases)]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_named_configs_exist(page):
+    for config in CONFIG.findall(page.read_text("utf-8")):
+        load(config)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_overrides_in_commands_exist_in_the_named_config(page):
+    missing = []
+    for paragraph in page.read_text("utf-8").split("\n\n"):
+        names = CONFIG.findall(paragraph) + ["configs/grpo.py"] * ("make run" in paragraph)
+        configs = [load(name) for name in names] or all_configs()
+        keys = OVERRIDE.findall(paragraph)
+        missing += [key for key in keys if not any(has_key(c, key) for c in configs)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_config_keys_in_backticks_exist(page):
+    keys = KEY.findall(page.read_text("utf-8"))
+    modules = [ROOT / "zerosearch_jax" / Path(*key.split(".")[:2]) for key in keys]
+    assert not [
+        key
+        for key, module in zip(keys, modules, strict=True)
+        if not key.endswith(".py")
+        and not module.with_suffix(".py").exists()
+        and not any(has_key(config, key) for config in all_configs())
+    ]

@@ -1,6 +1,6 @@
-"""Saves and restores training state: one thin module over Orbax, so that only it knows Orbax's API.
+"""Saves and restores training state. The only module that uses Orbax.
 
-It knows nothing of what is in a state or in the metadata that goes with it.
+It knows nothing of the contents of a state or of the metadata.
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,18 @@ import jax
 import orbax.checkpoint as ocp
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import FORMAT, check_format
 
-# Orbax joins the names of nested nodes with ".", and optax's states are tuples without names;
-# a flat dict under a separator that no parameter name uses suits every pytree alike.
+# Orbax joins the names of nested nodes with ".", and optax's states are tuples without names. A
+# flat dict with a separator that no parameter name contains works for every pytree.
 _SEPARATOR = "/"
 
 
 class Checkpoints:
     """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them.
 
-    A step's directory appears under its name only when it is complete (Orbax writes beside it
-    and renames), so a run killed at any moment finds the previous checkpoint usable.
+    A checkpoint appears under its name only when it is complete, because Orbax writes to a
+    temporary directory and renames it. A run killed at any moment finds the previous checkpoint.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2) -> None:
@@ -38,39 +39,43 @@ class Checkpoints:
         """Writes `state` and `metadata` as checkpoint `step`; returns when it is on disk.
 
         Args:
-          step: number of finished steps. A step that is already saved is left as it is.
+          step: number of finished steps. A step that is already saved is not written again.
           state: any pytree of jax or numpy arrays and numbers.
-          metadata: what JSON can hold: data position, curriculum, config.
+          metadata: JSON values, such as the data position.
         """
         if step in self._manager.all_steps():
             return
+        kept = {
+            "format": FORMAT,
+            "leaves": _shapes(state),
+            "user": dict(metadata),
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
-                metadata=ocp.args.JsonSave({"leaves": _shapes(state), "user": dict(metadata)}),
+                state=ocp.args.StandardSave(_flat(state)), metadata=ocp.args.JsonSave(kept)
             ),
             force=True,
         )
         self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None when there is none."""
+        """Returns the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def restore(self, step: int | None, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads checkpoint `step` (None: the newest).
+        """Reads checkpoint `step`, or the newest if `step` is None.
 
         Args:
-          step: as given to `save`.
-          abstract_like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s;
-            each leaf comes back with the dtype and sharding given here.
+          abstract_like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s.
+            Each leaf is restored with the dtype and sharding of the leaf given here.
 
         Returns:
-          (state, metadata), the state's leaves bit for bit as saved.
+          (state, metadata). The leaves of the state have the bits that were saved.
 
         Raises:
-          UserError: there is no such checkpoint, or it holds a state of another structure.
+          UserError: there is no such checkpoint, an older version wrote it, or its state has
+            another structure.
         """
         step = self.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -79,6 +84,7 @@ class Checkpoints:
         saved = self._manager.restore(
             step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
         )
+        check_format(saved.metadata, self._directory / str(step))
         self._check_same(step, saved.metadata["leaves"], _shapes(abstract_like))
         abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
         restored = self._manager.restore(
@@ -107,9 +113,9 @@ class Checkpoints:
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
                 raise UserError(
-                    f"{self._directory}/{step} is of another config: {name} is "
+                    f"{self._directory}/{step} is a checkpoint of another config: {name} is "
                     f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here; "
-                    "give another --workdir or the config that began this one"
+                    "use another --workdir, or the config that wrote it"
                 )
 
 

@@ -1,30 +1,64 @@
-"""Reads a config file and its `--config.a.b=…` overrides; a slip of the pen gets one clear line.
+"""Config files, `--config.a.b=…` overrides and typed config sections, with one-line errors.
 
-`ml_collections.config_flags` does the overriding; this adds what it lacks: the nearest right
-key, the presets, the file that is not there. It knows no key by name.
+`ml_collections.config_flags` applies the overrides. This module adds the nearest key for a
+misspelt one, the new name of a renamed one, the presets of a file, and `typed`, which turns a
+ConfigDict into frozen dataclasses.
 """
 
+import ast
+import dataclasses
 import difflib
 import importlib.util
+import inspect
 import re
+import textwrap
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from zerosearch_jax.errors import UserError
 
-# Below this similarity a suggestion would puzzle more than it helps.
+T = TypeVar("T")
+
+_OPTIMIZER = "learning_rate warmup_steps schedule_steps final_fraction beta1 beta2 weight_decay"
+_LOSS = "surrogate clip_low clip_high dual_clip aggregate fixed_tokens entropy llds importance_cap"
+RENAMED_KEYS = {
+    **{f"rl.{key}": f"optimizer.{key}" for key in f"{_OPTIMIZER} clip_norm moment_dtype".split()},
+    **{
+        f"rl.{key}": f"advantage.{key}"
+        for key in ("estimator", "baseline", "normalize_std", "gamma", "gae_lambda")
+    },
+    **{f"rl.{key}": f"loss.{key}" for key in _LOSS.split()},
+    "rl.kl": "kl.coef",
+    "rl.kl_estimator": "kl.estimator",
+    "rl.kl_in": "kl.apply_to",
+    "rl.kl_target": "kl.target",
+    "rl.kl_horizon": "kl.horizon",
+    "rl.nonfinite_limit": "watch.nonfinite_limit",
+    "critic.value": "critic.coef",
+    "data.habits.astray": "data.behaviours.wrong_attribute",
+    "data.habits": "data.behaviours",
+    "judge": "labeling",
+}
+"""Old key or section: its new name. A key below a renamed section moves with it."""
+RENAMED_NAMES = {"burst_tokens": "chunk_tokens"}
+"""Old last part of a key, in any section: its new name."""
+
+# A suggestion that is less similar than this would confuse more than it helps.
 _NEAR_ENOUGH = 0.5
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
-    """Parses `argv` (with the program's name first) into `flag_values`; returns the config.
+    """Parses `argv` (program name first) into `flag_values` and returns the config.
 
     Raises:
-      UserError: no or unknown config file, unknown preset, unknown key or flag, wrong type.
+      UserError: no or unknown config file, unknown preset, unknown or renamed key, unknown flag,
+        or a value of the wrong type.
     """
     config = load(config_argument(argv))
     known = config.to_dict()
@@ -39,56 +73,96 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
     except flags.Error as error:
         raise UserError(_one_line(error, known)) from error
     if leftover:
-        raise UserError(f"{leftover[0]!r} is not a flag; values are given as --flag=value")
+        raise UserError(f"{leftover[0]!r} is not a flag; give values as --flag=value")
     return overridden.value
 
 
+# Config files.
+
+
 def load(spec: str) -> ConfigDict:
-    """Calls `get_config(preset)` of the file in `spec`, which reads `path.py[:preset]`.
+    """Returns `get_config(preset)` of the file in `spec`, which has the form `path.py[:preset]`.
 
     Raises:
       UserError: the file does not exist, or its `get_config` refuses the preset.
     """
     path, _, preset = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config={spec}: there is no file {path}{_configs_beside(path)}")
-    module_spec = importlib.util.spec_from_file_location("zerosearch_config", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config={spec}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _module(path, spec)
     try:
         return module.get_config(preset) if preset else module.get_config()
     except ValueError as error:
         raise UserError(f"--config={spec}: {error}") from error
 
 
-def choose(presets: Mapping[str, Any], preset: str, path: str) -> Any:
-    """The entry of `presets` that the config file at `path` was asked for.
+def presets(path: str | Path) -> tuple[str, ...]:
+    """Returns the names of the presets of a config file, "" (the default) left out."""
+    return tuple(filter(None, getattr(_module(str(path), str(path)), "PRESETS", ())))
+
+
+def summary(path: str | Path) -> str:
+    """Returns the first line of a config file's docstring."""
+    doc = ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0]
+
+
+def choose(options: Mapping[str, T], preset: str, path: str) -> T:
+    """Returns the entry of `options` for the preset that the config file at `path` was given.
 
     Raises:
-      UserError: there is none; it names those that there are.
+      UserError: there is no such preset. The message lists the presets.
     """
-    if preset not in presets:
+    if preset not in options:
         raise UserError(
             f"configs/{Path(path).name} has no preset {preset!r}; "
-            f"the presets are {', '.join(filter(None, presets))}"
+            f"the presets are {', '.join(filter(None, options))}"
         )
-    return presets[preset]
+    return options[preset]
+
+
+def _module(path: str, spec: str) -> types.ModuleType:
+    if not Path(path).is_file():
+        raise UserError(f"--config={spec}: there is no file {path}{_files_next_to(path)}")
+    module_spec = importlib.util.spec_from_file_location("zerosearch_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config={spec}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+# Keys.
 
 
 def check_key(key: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError with the nearest right key when the nested `config` has no `key` ("a.b")."""
+    """Raises UserError if the nested `config` has no `key` ("a.b").
+
+    The message names the new key if `key` was renamed, else the nearest one.
+    """
     node: Any = config
     for part in key.split("."):
         name = part.partition("[")[0]  # the override syntax can index a tuple: engines[0]
         if not isinstance(node, Mapping) or name not in node:
+            if new := renamed(key):
+                raise UserError(f"--config.{key}: this key was renamed; use --config.{new}")
             raise UserError(f"--config.{key}: there is no such key{_suggestion(key, config)}")
         node = node[name]
 
 
+def renamed(key: str) -> str | None:
+    """Returns the current name of a key that an older version had, or None."""
+    section, dot, name = key.rpartition(".")
+    if name in RENAMED_NAMES:
+        section = renamed(section) or section
+        return f"{section}{dot}{RENAMED_NAMES[name]}"
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):
+        if new := RENAMED_KEYS.get(".".join(parts[:count])):
+            return ".".join([new, *parts[count:]])
+    return None
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs as JSON gives them back: "kl.coef: 0.01 → 0.1" each."""
+    """Lists the keys that differ between two configs read from JSON: "kl.coef: 0.01 → 0.1"."""
     were, are = dict(_leaves(before)), dict(_leaves(now))
     return [
         f"{key}: {were.get(key, 'absent')!r} → {are.get(key, 'absent')!r}"
@@ -98,18 +172,20 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:
-    paths = [path for path, _ in _leaves(config)]
+    paths = {path: path for path, _ in _leaves(config)}
+    # A misspelt old name is near the old name, and its new name is the suggestion.
+    paths |= {old: new for old, new in RENAMED_KEYS.items() if new in paths}
     last = key.rpartition(".")[2]
 
     def likeness(path: str) -> float:
         whole = difflib.SequenceMatcher(None, key, path).ratio()
-        # A right name in the wrong section is worth a suggestion, too.
+        # A correct name in the wrong section is worth a suggestion, too.
         tail = difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio()
         return max(whole, 0.9 * tail)
 
     best = max(paths, key=likeness, default="")
     if best and likeness(best) >= _NEAR_ENOUGH:
-        return f"; did you mean --config.{best}?"
+        return f"; did you mean --config.{paths[best]}?"
     return f"; the sections are {', '.join(config)}"
 
 
@@ -121,12 +197,135 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
+# Typed sections.
+
+
+def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "config") -> T:
+    """Builds the frozen dataclass `cls` from a config section.
+
+    Nested dataclasses, `tuple[X, ...]`, `dict[str, X]` and `X | None` are converted, too. An int
+    is accepted for a float; a bool is not an int. Only a key whose field has the default None may
+    be absent, so that a config file states every value.
+
+    Args:
+      mapping: the section.
+      path: its full key, for messages.
+
+    Raises:
+      UserError: an unknown, renamed or missing key, a value of the wrong type, or a value that
+        `cls.__post_init__` refuses. The message names the full key.
+    """
+    given = plain(mapping)
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path}={mapping!r}: expected a section of the type {cls.__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in given.keys() - fields.keys():
+        key = f"{path}.{name}"
+        if new := renamed(key.removeprefix("config.")):
+            raise UserError(f"{key}: this key was renamed; use config.{new}")
+        raise UserError(f"{key}: there is no such key; {path} has {', '.join(fields)}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        if name in given:
+            values[name] = _converted(hints[name], given[name], f"{path}.{name}")
+        elif field.default is not None:
+            raise UserError(f"{path}.{name} is missing: add it, of type {_name_of(hints[name])}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def plain(section: Any) -> Any:
+    """Returns a typed section or a ConfigDict as nested dicts, the inverse of `typed`.
+
+    Fields that may be absent and are None are left out.
+    """
+    if isinstance(section, ConfigDict):
+        return section.to_dict()
+    if dataclasses.is_dataclass(section):
+        return {
+            field.name: plain(getattr(section, field.name))
+            for field in dataclasses.fields(section)
+            if field.default is not None or getattr(section, field.name) is not None
+        }
+    if isinstance(section, Mapping):
+        return {name: plain(value) for name, value in section.items()}
+    return section
+
+
+def _converted(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return typed(hint, value, key)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (one for one in arguments if one is not types.NoneType)
+        return None if value is None else _converted(inner, value, key)
+    if origin is tuple and isinstance(value, tuple | list):
+        return tuple(_converted(arguments[0], one, f"{key}[{i}]") for i, one in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {name: _converted(arguments[1], one, f"{key}.{name}") for name, one in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Any or type(value) is hint:
+        return value
+    raise UserError(f"{key}={value!r}: expected {_name_of(hint)}, not {type(value).__name__}")
+
+
+def _name_of(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Returns the documentation of each field: the string literal right below it."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return docs
+
+
+def describe(section: Any, path: str = "config", width: int = 100) -> str:
+    """Returns a table of a typed section: every key with its type, value and documentation.
+
+    Nested sections follow the keys of their parent. Absent sections are left out.
+    """
+    hints, docs = typing.get_type_hints(type(section)), field_docs(type(section))
+    rows, nested = [], []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            nested.append((field.name, value))
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            nested += [(f"{field.name}.{name}", one) for name, one in value.items()]
+        elif field.name in docs:
+            rows.append((field.name, _name_of(hints[field.name]), repr(value), docs[field.name]))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    widths[2] = min(widths[2], 24)  # a long value has a line to itself
+    indent = sum(widths) + 8
+    lines = [f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"]
+    for *cells, doc in rows:
+        start = "  " + "  ".join(f"{cell:{w}}" for cell, w in zip(cells, widths, strict=True))
+        below = [" " * indent + line for line in textwrap.wrap(doc, max(width - indent, 40))]
+        if len(start) > indent - 2:
+            lines += [start, *below]
+        else:
+            lines += [f"{start}  {below[0].lstrip()}", *below[1:]]
+    tables = [describe(value, f"{path}.{name}", width) for name, value in nested]
+    return "\n\n".join(["\n".join(lines), *tables])
+
+
+# The command line.
+
+
 def config_argument(argv: Sequence[str]) -> str:
-    """The value of `--config` in `argv`: `path.py[:preset]`. Raises UserError if there is none."""
+    """Returns the value of `--config` in `argv`, `path.py[:preset]`; UserError if there is none."""
     position = _config_position(argv)
     if position is None:
-        listed = _configs_beside("configs/x.py")
-        raise UserError(f"no config is given; say --config=configs/grpo.py{listed}")
+        listed = _files_next_to("configs/x.py")
+        raise UserError(f"no config is given; use --config=configs/grpo.py{listed}")
     _, equals, value = argv[position].partition("=")
     return value if equals else argv[position + 1]
 
@@ -153,13 +352,13 @@ def _override_keys(argv: Sequence[str]) -> Iterator[str]:
             yield match[1]
 
 
-def _configs_beside(path: str) -> str:
+def _files_next_to(path: str) -> str:
     found = sorted(str(file) for file in Path(path).parent.glob("*.py"))
     return f"; there are {', '.join(found)}" if found else ""
 
 
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
-    """The flag library's message on one line, with the type that the key wants."""
+    """The flag library's message on one line, with the type of the key's value."""
     message = " ".join(str(error).split()).removeprefix("flag ")
     if match := re.match(r"--config\.([^=]+)=", message):
         value: Any = known

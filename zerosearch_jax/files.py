@@ -1,9 +1,18 @@
-"""Atomic file writes: a reader finds the old file or the new one, never a partial one."""
+"""Atomic file writes, and the format version of the files in a workdir.
+
+A reader finds the old file or the new one, never a partial one.
+"""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from zerosearch_jax.errors import UserError
+
+FORMAT = 2
+"""Increased when a newer program cannot resume the workdir of an older one."""
 
 
 @contextmanager
@@ -24,3 +33,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Replaces the content of `path`; text is encoded as UTF-8."""
     with atomic_path(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:
+    """Raises UserError if `kept`, read from a file in `directory`, has another "format"."""
+    if kept.get("format") != FORMAT:
+        raise UserError(
+            f"{directory} was written by an older version (format {kept.get('format', 'absent')}, "
+            f"this version writes {FORMAT}) and cannot be resumed; use a new --workdir"
+        )

@@ -1,13 +1,16 @@
-"""The one entry point: python -m zerosearch_jax.main --config=configs/grpo.py [flags]
+"""Runs one job: python -m zerosearch_jax.main --config=configs/grpo.py [flags]
 
-  --config=FILE.py[:PRESET]  what to do; every value in it can be overridden:
-  --config.rl.steps=20       … like this; a misspelt key is refused
-  --workdir=DIR              results, checkpoints and logs (default runs/CONFIG[-PRESET]);
-                             the same command on the same directory resumes
-  --distributed              one of several processes: those of a TPU slice, or those that
-                             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID name
+  --config=FILE.py[:PRESET]  config file and preset, listed below
+  --config.rl.steps=20       overrides one value; unknown keys are refused
+  --workdir=DIR              directory of results, checkpoints and logs (default
+                             runs/CONFIG[-PRESET]); the same command on it resumes
+  --describe                 prints every key with its type, value and documentation
+  --profile=STEP[,STEP]      writes a jax.profiler trace of these steps (jobs rl and sft)
+  --distributed              this is one of several processes: those of a TPU slice, or of
+                             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
-It reads the flags and hands over to the config's job. It knows nothing of what a job does.
+The docstring of a config file says what it needs and how long it takes. The sections of a config
+are documented in zerosearch_jax/training/config.py; --describe shows them with their values.
 """
 
 import importlib
@@ -15,10 +18,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
@@ -34,18 +39,35 @@ JOBS = {
     "bench": "benchmarks.bench",
     "compile": "tpu_aot.compile_report",
 }
-
+"""Job: its module below zerosearch_jax."""
+CONFIGS = {
+    "rl": "training.config.RLConfig",
+    "sft": "training.job_configs.SFTConfig",
+    "evaluate": "training.job_configs.EvaluateConfig",
+    "collect": "training.job_configs.CollectConfig",
+    "simulator_report": "training.job_configs.SimulatorReportConfig",
+    "miniature": "experiments.config.MiniatureConfig",
+    "algorithms": "experiments.config.AlgorithmsConfig",
+    "compile": "tpu_aot.config.CompileConfig",
+    "bench/rollout": "benchmarks.config.RolloutBenchConfig",
+    "bench/decode": "benchmarks.config.DecodeBenchConfig",
+    "bench/bandwidth": "benchmarks.config.BandwidthBenchConfig",
+    "bench/learner": "benchmarks.config.LearnerBenchConfig",
+    "bench/mfu": "benchmarks.config.MFUBenchConfig",
+}
+"""Job, or job/suite: the dataclass of its config."""
 DISTRIBUTED_JOBS = ("rl",)
+PROFILED_JOBS = ("rl", "sft")
 
 
 def cli(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a UserError, 130 for Ctrl-C."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
     _quiet_libraries()
     try:
-        _run(argv)
+        if "--help" in argv or "-h" in argv:
+            print(f"{__doc__}\n{_list_configs(Path('configs'))}")
+        else:
+            _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,39 +78,79 @@ def cli(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    # Flags of its own, not absl's global ones: `cli` can be called twice in a process.
-    flag_values = flags.FlagValues()
-    workdir = flags.DEFINE_string("workdir", "", "results go here", flag_values=flag_values)
-    distributed = flags.DEFINE_bool(
-        "distributed", False, "initialize jax.distributed", flag_values=flag_values
-    )
-    config = config_flags.parse(flag_values, argv)
+    # Local flag values instead of absl's global ones: `cli` can run twice in a process.
+    values = flags.FlagValues()
+    workdir = flags.DEFINE_string("workdir", "", "directory of results", flag_values=values)
+    distributed = flags.DEFINE_bool("distributed", False, "one of several", flag_values=values)
+    describe = flags.DEFINE_bool("describe", False, "print the config", flag_values=values)
+    profile = flags.DEFINE_string("profile", "", "steps to trace", flag_values=values)
+    config = config_flags.parse(values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
-    multi_process = distributed.value or config.get("distributed", False)
-    if multi_process and config.job not in DISTRIBUTED_JOBS:
+    if describe.value:
+        print(config_flags.describe(config_flags.typed(config_class(config), config)))
+        return
+    if distributed.value and config.job not in DISTRIBUTED_JOBS:
         raise UserError(f"--distributed is not for config.job={config.job}; leave it out")
-    import jax  # imported late, so that a misspelt flag is answered at once
+    options = {}
+    if profile.value:
+        if config.job not in PROFILED_JOBS:
+            raise UserError(f"--profile is not for config.job={config.job}; leave it out")
+        options["profile_steps"] = profile_steps(profile.value)
+    directory = workdir.value or default_workdir(config_flags.config_argument(argv))
+    _run_job(config, directory, distributed.value, options)
+
+
+def _run_job(config: ConfigDict, workdir: str, multi_process: bool, options: dict) -> None:
+    import jax  # imported late, so that a misspelt flag is refused at once
 
     from zerosearch_jax.parallel import distributed
 
     if multi_process:
         distributed.initialize()
-    directory = workdir.value or default_workdir(config_flags.config_argument(argv))
-    # What was compiled once need not be compiled again by a resumed or repeated run.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads itself
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
-    job = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
+    # A resumed or repeated run reads the programs that an earlier run compiled.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))
+    module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
+    job = partial(module.run, config, workdir, **options)
     if multi_process:
-        distributed.run(lambda: job.run(config, directory))
+        distributed.run(job)
     else:
-        job.run(config, directory)
+        job()
+
+
+def config_class(config: ConfigDict) -> type:
+    """Returns the dataclass of a job's config."""
+    name = f"bench/{config.suite}" if config.job == "bench" else config.job
+    if name not in CONFIGS:
+        suites = [key.partition("/")[2] for key in CONFIGS if key.startswith("bench/")]
+        raise UserError(f"config.suite is {config.suite!r}; choose one of {', '.join(suites)}")
+    module, _, cls = CONFIGS[name].rpartition(".")
+    return getattr(importlib.import_module(f"zerosearch_jax.{module}"), cls)
+
+
+def profile_steps(value: str) -> tuple[int, ...]:
+    """Returns the steps in the value of `--profile`; UserError if one is not a positive number."""
+    steps = value.split(",")
+    if not all(step.isdecimal() and int(step) > 0 for step in steps):
+        raise UserError(f"--profile={value}: give steps from 1, separated by commas: --profile=3,4")
+    return tuple(map(int, steps))
 
 
 def default_workdir(config_spec: str) -> str:
-    """`configs/grpo.py:tiny` → `runs/grpo-tiny`."""
+    """Returns the workdir of a config: `runs/grpo-tiny` for `configs/grpo.py:tiny`."""
     path, _, preset = config_spec.partition(":")
     return str(Path("runs") / "-".join(filter(None, (Path(path).stem, preset))))
+
+
+def _list_configs(directory: Path) -> str:
+    """Every config file of the directory with its presets and its first line."""
+    lines = []
+    for path in sorted(directory.glob("*.py")):
+        lines.append(f"  {str(path):28} {config_flags.summary(path)}")
+        if names := config_flags.presets(path):
+            lines.append(f"  {'':28} presets: {', '.join(names)}")
+    return "\n".join([f"Config files in {directory}:", *lines])
 
 
 def _quiet_libraries() -> None:

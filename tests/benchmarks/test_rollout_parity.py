@@ -123,7 +123,7 @@ def test_episodes_equal_those_of_a_naive_loop(
         mesh=make_mesh(data=devices),
         concurrent_searches=concurrent,
     )
-    trajectories = played.play(EPISODES, KEY)
+    trajectories = played.run(EPISODES, KEY)
     finishes = set()
     for trajectory, (tokens, logprobs, finish) in zip(trajectories, naive, strict=True):
         assert trajectory.tokens == tokens

@@ -125,7 +125,7 @@ def test_tokenise_equals_the_tokens_of_a_rollout(transcripts, tiny_tokenizer):
         rollouts = Rollouts(
             replay, replay, tiny_tokenizer, limits=Limits(9, 500, 5000), sampling=Sampling()
         )
-        (trajectory,) = rollouts.play([Episode(0, question, ("x",))], jax.random.key(0))
+        (trajectory,) = rollouts.run([Episode(0, question, ("x",))], jax.random.key(0))
         sequence = tokenise(
             segments, tiny_tokenizer, system=None, inserted_weight=0.0, end_of_text=False
         )

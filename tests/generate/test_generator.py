@@ -1,4 +1,4 @@
-"""Cached, bucketed, windowed decoding against a naive loop over the whole forward pass."""
+"""Compares the generator with a naive loop that runs the whole forward pass for each token."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from zerosearch_jax.parallel.mesh import make_mesh
 MAX_TOKENS = 64
 KEY = jax.random.key(11)
 SAMPLED, GREEDY = Sampling(temperature=1.2), Sampling(temperature=0.0)
-# Every id is three digits, so that text can be cut anywhere between and inside tokens.
+# Every token is three digits, so stop strings can begin and end inside tokens.
 PIECES = [f"{i:03d}".encode() for i in range(320)]
 NO_STOPS = build_stop_table(PIECES, [])
 PROMPTS = [[5, 7, 9], [4] * 6 + [8] * 13, [300], [17, 18, 19, 20, 21, 22]]
@@ -27,7 +27,7 @@ PROMPTS = [[5, 7, 9], [4] * 6 + [8] * 13, [300], [17, 18, 19, 20, 21, 22]]
 
 @pytest.fixture(scope="module")
 def naive(tiny_config, tiny_params):
-    """`(context, stream, n, sampling, stops, end_ids) -> tokens, logprobs`, no cache at all."""
+    """`(context, stream, n, sampling, stops, end_ids) -> tokens, logprobs`, without a cache."""
     graphdef, _ = abstract_model(tiny_config)
 
     @jax.jit
@@ -93,8 +93,8 @@ def assert_same(generation, expected):
     np.testing.assert_allclose(generation.logprobs, logprobs, atol=1e-4)
 
 
-def play(generator, naive, sampling):
-    """Start, decode, extend two slots, decode them, start one anew; all against `naive`."""
+def check_against_naive(generator, naive, sampling):
+    """Starts and decodes all slots, extends two, restarts one; compares all tokens with `naive`."""
     contexts = [list(prompt) for prompt in PROMPTS]
     generator.start(range(4), contexts)
     assert generator.prefilled_tokens == sum(len(prompt) - 1 for prompt in PROMPTS)
@@ -108,7 +108,7 @@ def play(generator, naive, sampling):
     before = generator.prefilled_tokens
     inserted = {3: [40, 41, 42, 43, 44, 45, 46, 47, 48, 49], 0: [77]}
     generator.extend(list(inserted), list(inserted.values()))
-    # The pending token goes in, the last inserted one becomes pending: nothing is fed twice.
+    # The pending token is fed and the last inserted token becomes pending.
     assert generator.prefilled_tokens - before == 11
     for slot, generation in zip(
         inserted, decode(generator, [3, 0], [(3, 1), (0, 1)], sampling=sampling), strict=True
@@ -121,7 +121,7 @@ def play(generator, naive, sampling):
     generator.start([3], [new])
     (generation,) = decode(generator, [3], [(6, 6)], sampling=sampling)
     assert_same(generation, naive(new, (6, 6), 8, sampling))
-    # All that happened meanwhile has left the other slots as they were.
+    # The calls above left the other slots unchanged.
     for slot, generation in zip(
         (2, 1, 0), decode(generator, [2, 1, 0], [(s, 2) for s in (2, 1, 0)], sampling=sampling),
         strict=True,
@@ -131,15 +131,16 @@ def play(generator, naive, sampling):
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY])
-def test_equals_the_full_forward(make_generator, naive, sampling):
-    play(make_generator(), naive, sampling)
+def test_decoding_equals_the_full_forward_pass(make_generator, naive, sampling):
+    check_against_naive(make_generator(), naive, sampling)
 
 
-def test_equals_the_full_forward_on_a_mesh(make_generator, naive):
-    play(make_generator(mesh=make_mesh(data=2, fsdp=2, tensor=2)), naive, SAMPLED)
+def test_decoding_on_a_mesh_equals_the_full_forward_pass(make_generator, naive):
+    generator = make_generator(mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    check_against_naive(generator, naive, SAMPLED)
 
 
-def test_a_draw_depends_on_neither_slot_nor_neighbours_nor_calls(make_generator):
+def test_draws_do_not_depend_on_slot_or_batch_or_calls(make_generator):
     generator = make_generator()
     generator.start(range(4), PROMPTS)
     together = decode(generator, range(4), [(s, 0) for s in range(4)])
@@ -151,7 +152,7 @@ def test_a_draw_depends_on_neither_slot_nor_neighbours_nor_calls(make_generator)
     assert decode(generator, [2], [(1, 1)])[0].tokens != together[1].tokens
 
 
-def test_the_cache_ends_the_text_and_no_token_is_lost(make_generator, naive):
+def test_a_full_slot_ends_the_text_without_losing_tokens(make_generator, naive):
     generator = make_generator(max_tokens=32)
     prompt = list(range(100, 128))
     generator.start([1, 3], [prompt, prompt[:5]])
@@ -172,10 +173,10 @@ def test_the_cache_ends_the_text_and_no_token_is_lost(make_generator, naive):
         generator.start([0], [[1] * 33])
 
 
-def test_stop_strings_that_straddle_tokens(make_generator, naive):
+def test_stop_strings_across_tokens_end_the_text(make_generator, naive):
     free = [naive(prompt, (slot, 0), 8, SAMPLED)[0] for slot, prompt in enumerate(PROMPTS)]
     text = [b"".join(PIECES[t] for t in tokens).decode() for tokens in free]
-    stops = (text[0][8:10], text[1][13:20])  # over two tokens; over four
+    stops = (text[0][8:10], text[1][13:20])  # across two tokens; across four
     generator = make_generator(stops)
     generator.start(range(4), PROMPTS)
     generations = decode(generator, range(4), [(s, 0) for s in range(4)])
@@ -186,14 +187,14 @@ def test_stop_strings_that_straddle_tokens(make_generator, naive):
         assert generation.finish == ("stop" if stopped else "length")
     assert len(generations[0].tokens) <= 4
     assert len(generations[1].tokens) <= 7
-    # What a text wrote before its last stop is not held against the next one.
+    # The automaton restarts, so text before the last stop does not stop the next decoding.
     generator.extend([0], [[1]])
     (generation,) = decode(generator, [0], [(0, 9)])
     context = PROMPTS[0] + generations[0].tokens + [1]
     assert_same(generation, naive(context, (0, 9), 8, SAMPLED, stops))
 
 
-def test_end_tokens(make_generator, naive):
+def test_end_tokens_end_the_text(make_generator, naive):
     end = naive(PROMPTS[0], (0, 0), 8, SAMPLED)[0][2]
     generator = make_generator(end_ids=[319, end])
     generator.start([0, 3], [PROMPTS[0], PROMPTS[3]])
@@ -203,14 +204,14 @@ def test_end_tokens(make_generator, naive):
     assert_same(other, naive(PROMPTS[3], (3, 0), 8, SAMPLED, end_ids=[319, end]))
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(tiny_config):
+def test_max_tokens_beyond_the_models_positions_raises(tiny_config):
     with pytest.raises(UserError, match="max_tokens=2000"):
         Generator(tiny_config, stop_table=NO_STOPS, end_ids=[], slots=1, max_tokens=2000,
                   mesh=make_mesh())  # fmt: skip
 
 
-def test_a_prompt_is_prefilled_once_whoever_else_begins_with_it(make_generator, naive):
-    """Members of a group, a late member, and one that takes over the slot of a member."""
+def test_slots_with_the_same_prompt_share_one_prefill(make_generator, naive):
+    """Covers members of a group, a late member, and one that takes over a member's slot."""
     generator = make_generator()
     group, other = PROMPTS[1], PROMPTS[3]
     generator.start([0, 1, 2], [group, other, group])
@@ -218,8 +219,8 @@ def test_a_prompt_is_prefilled_once_whoever_else_begins_with_it(make_generator, 
     assert generator.prefilled_tokens == once
     first = decode(generator, [0, 1, 2], [(0, 0), (1, 0), (2, 0)])
     generator.extend([0], [[50, 51]])
-    generator.start([3], [group])  # copied behind the back of slot 0, which went on
-    generator.start([2], [group])  # where it stands already
+    generator.start([3], [group])  # copied from a slot that has decoded since
+    generator.start([2], [group])  # the slot already holds its prompt
     assert generator.prefilled_tokens == once + 2
     late = decode(generator, [2, 3, 0], [(3, 0), (4, 0), (0, 1)])
     for slot, (generation, stream) in enumerate(zip(first, [(0, 0), (1, 0), (2, 0)], strict=True)):
@@ -227,14 +228,14 @@ def test_a_prompt_is_prefilled_once_whoever_else_begins_with_it(make_generator, 
     assert_same(late[0], naive(group, (3, 0), 8, SAMPLED))
     assert_same(late[1], naive(group, (4, 0), 8, SAMPLED))
     assert_same(late[2], naive(group + first[0].tokens + [50, 51], (0, 1), 8, SAMPLED))
-    # Two slots that exchange their prompts: neither may be copied from.
+    # Two slots exchange their prompts, so neither can be copied from.
     generator.start([0, 1], [other, group])
     swapped = decode(generator, [0, 1], [(5, 0), (6, 0)])
     assert_same(swapped[0], naive(other, (5, 0), 8, SAMPLED))
     assert_same(swapped[1], naive(group, (6, 0), 8, SAMPLED))
 
 
-def test_new_weights_forget_the_prompts_of_the_old(make_generator, naive, tiny_params):
+def test_loading_weights_forgets_cached_prompts(make_generator, naive, tiny_params):
     generator = make_generator()
     generator.start([0], [PROMPTS[1]])
     load(generator, jax.tree.map(lambda x: 0.5 * x, tiny_params))
@@ -243,7 +244,7 @@ def test_new_weights_forget_the_prompts_of_the_old(make_generator, naive, tiny_p
     assert generator.prefilled_tokens == 2 * (len(PROMPTS[1]) - 1)
 
 
-def test_replicas_do_not_share_a_prefill(make_generator, naive):
+def test_each_replica_prefills_a_shared_prompt_once(make_generator, naive):
     generator = make_generator(mesh=make_mesh(data=2))
     assert [generator.replica_of(slot) for slot in range(4)] == [0, 0, 1, 1]
     generator.start(range(4), [PROMPTS[1]] * 4)
@@ -252,17 +253,17 @@ def test_replicas_do_not_share_a_prefill(make_generator, naive):
         assert_same(generation, naive(PROMPTS[1], (slot, 0), 8, SAMPLED))
 
 
-def test_advance_comes_back_for_those_that_stopped(make_generator, naive):
+def test_decode_chunk_returns_when_enough_slots_have_stopped(make_generator, naive):
     generator = make_generator(chunk_tokens=8)
     generator.start(range(4), PROMPTS)
     for slot, limit in enumerate((2, 5, 5, 30)):
         generator.start_decoding([slot], streams=[(slot, 0)], max_new_tokens=limit)
-    stopped = [generator.decode_chunk(key=KEY, sampling=GREEDY, share=0.25)]
+    stopped = [generator.decode_chunk(key=KEY, sampling=GREEDY, min_finished_fraction=0.25)]
     assert [list(s) for s in stopped] == [[0]]
-    generator.extend([0], [[9]])  # while the others are in the middle of their turns
+    generator.extend([0], [[9]])  # while the other slots are still decoding
     generator.start_decoding([0], streams=[(0, 1)], max_new_tokens=3)
     while len(stopped) < 20 and sum(map(len, stopped)) < 5:
-        stopped.append(generator.decode_chunk(key=KEY, sampling=GREEDY, share=0.5))
+        stopped.append(generator.decode_chunk(key=KEY, sampling=GREEDY, min_finished_fraction=0.5))
     assert generator.decode_chunk(key=KEY, sampling=GREEDY) == {}
     parts = [(slot, generation) for part in stopped for slot, generation in part.items()]
     again = [generation for slot, generation in parts if slot == 0]
@@ -275,8 +276,7 @@ def test_advance_comes_back_for_those_that_stopped(make_generator, naive):
 
 
 @pytest.mark.parametrize("decode_rows", [(), (1, 2)])
-def test_a_burst_moves_no_token_over_the_host(make_generator, decode_rows):
-    """What goes in and out is named; nothing else may cross while a burst runs."""
+def test_a_decode_chunk_makes_no_implicit_host_transfer(make_generator, decode_rows):
     generator = make_generator(decode_rows=decode_rows)
     generator.start(range(4), PROMPTS)
     generator.warm_up([SAMPLED])
@@ -286,9 +286,9 @@ def test_a_burst_moves_no_token_over_the_host(make_generator, decode_rows):
 
 TURNS = st.lists(
     st.tuples(
-        st.integers(0, 7),  # new tokens
-        st.lists(st.integers(0, 319), min_size=1, max_size=14),  # inserted after them
-        st.integers(0, 3),  # rounds that the insertion is late
+        st.integers(0, 7),  # max_new_tokens
+        st.lists(st.integers(0, 319), min_size=1, max_size=14),  # tokens inserted afterwards
+        st.integers(0, 3),  # rounds that the insertion is delayed
     ),
     min_size=1,
     max_size=4,
@@ -298,25 +298,25 @@ TURNS = st.lists(
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     jobs=st.lists(st.tuples(st.integers(0, 3), TURNS), min_size=1, max_size=7),
-    share=st.sampled_from([0.1, 0.5, 1.0]),
+    fraction=st.sampled_from([0.1, 0.5, 1.0]),
 )
-def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, share):
-    """Greedy, one row at a time, the whole forward pass for each token: the same tokens.
+def test_any_schedule_samples_the_tokens_of_the_naive_loop(scheduled, naive, jobs, fraction):
+    """Runs random jobs greedily and compares every generation with the naive loop.
 
-    Jobs take slots as they come free, share prompts, wait for what is inserted while others go
-    on, stop at strings, and run into the end of the cache.
+    Jobs take free slots, share prompts, wait for inserted tokens while others decode, stop at stop
+    strings, and fill their slots.
     """
     generator, stops = scheduled
     prefilled = generator.prefilled_tokens
-    queue, seated, parked = list(enumerate(jobs)), {}, {}
-    free, told = list(range(generator.slots)), {}
+    queue, active, parked = list(enumerate(jobs)), {}, {}
+    free, observations = list(range(generator.slots)), {}
     contexts, sampled = {}, {}
-    while queue or seated:
+    while queue or active:
         new = {}
         while queue and free:
             slot, (number, (prompt, turns)) = free.pop(0), queue.pop(0)
             new[slot] = number
-            seated[slot] = (number, list(turns))
+            active[slot] = (number, list(turns))
             contexts[number], sampled[number] = list(PROMPTS[prompt]), []
         if new:
             generator.start(list(new), [contexts[number] for number in new.values()])
@@ -325,39 +325,39 @@ def test_any_schedule_gives_what_a_naive_loop_gives(scheduled, naive, jobs, shar
             parked[slot] = rounds - 1
             if rounds <= 0:
                 del parked[slot]
-                ready[slot] = told.pop(slot)
+                ready[slot] = observations.pop(slot)
         inserted = {slot: tokens for slot, tokens in ready.items() if tokens}
         if inserted:
             generator.extend(list(inserted), list(inserted.values()))
         for slot in ready:
-            generator.start_decoding([slot], streams=[(0, 0)], max_new_tokens=seated[slot][1][0][0])
+            generator.start_decoding([slot], streams=[(0, 0)], max_new_tokens=active[slot][1][0][0])
         for slot, generation in generator.decode_chunk(
-            key=KEY, sampling=GREEDY, share=share
+            key=KEY, sampling=GREEDY, min_finished_fraction=fraction
         ).items():
-            number, turns = seated[slot]
-            limit, tokens, late = turns.pop(0)
-            room = MAX_TOKENS - len(contexts[number])
-            expected = naive(contexts[number], (0, 0), min(limit, room), GREEDY, stops)
+            number, turns = active[slot]
+            limit, tokens, delay = turns.pop(0)
+            free_tokens = MAX_TOKENS - len(contexts[number])
+            expected = naive(contexts[number], (0, 0), min(limit, free_tokens), GREEDY, stops)
             assert_same(generation, expected)
             contexts[number] += generation.tokens
             if turns and len(tokens) <= generator.free_tokens(slot):
                 contexts[number] += tokens
-                told[slot], parked[slot] = tokens, late
+                observations[slot], parked[slot] = tokens, delay
             else:
-                del seated[slot]
+                del active[slot]
                 free.append(slot)
     assert generator.prefilled_tokens - prefilled <= sum(len(c) for c in contexts.values())
 
 
 def start_decoding(generator, limits):
-    """All slots sample; slot n at most `limits[n]` tokens."""
+    """Starts all slots; slot n may sample `limits[n]` tokens."""
     generator.start(range(4), PROMPTS)
     for slot, limit in enumerate(limits):
         generator.start_decoding([slot], streams=[(slot, 0)], max_new_tokens=limit)
     generator.decoded_tokens = 0
 
 
-def test_more_rows_than_a_program_holds_take_turns_the_shortest_first(make_generator):
+def test_if_slots_exceed_decode_rows_the_shortest_decode_first(make_generator):
     generator = make_generator(window_tokens=4)
     sizes = [len(prompt) for prompt in PROMPTS]
     start_decoding(generator, [3] * 4)
@@ -368,44 +368,43 @@ def test_more_rows_than_a_program_holds_take_turns_the_shortest_first(make_gener
     assert set(first) | set(rest) == set(range(4))
 
 
-def test_a_burst_ends_when_a_smaller_program_does(make_generator):
+def test_a_chunk_ends_when_a_smaller_program_can_hold_the_rest(make_generator):
     generator = make_generator(decode_rows=(2, 4))
     start_decoding(generator, [8, 1, 2, 8])
-    stopped = generator.decode_chunk(key=KEY, sampling=GREEDY, share=1.0)
+    stopped = generator.decode_chunk(key=KEY, sampling=GREEDY, min_finished_fraction=1.0)
     assert set(stopped) == {1, 2}
     assert generator.decoded_tokens == 1 + 3 * 2
-    # Two rows need no program for four; a smaller one there is not.
-    assert not generator.decode_chunk(key=KEY, sampling=GREEDY, share=1.0)
+    # Two rows use the program for two, and there is no smaller one to switch to.
+    assert not generator.decode_chunk(key=KEY, sampling=GREEDY, min_finished_fraction=1.0)
     assert generator.decoded_tokens == 7 + 2 * 3
 
 
-def test_bursts_follow_each_other_until_enough_have_stopped(make_generator, naive):
+def test_decode_until_runs_chunks_until_enough_slots_have_stopped(make_generator, naive):
     generator = make_generator(decode_rows=(2,))
     limits = [8, 1, 2, 8]
     start_decoding(generator, limits)
-    stopped = generator.decode_until(key=KEY, sampling=GREEDY, share=0.5)
+    stopped = generator.decode_until(key=KEY, sampling=GREEDY, min_finished_fraction=0.5)
     assert set(stopped) in ({0, 1, 2}, {1, 2, 3})  # one of the two rows is free
-    stopped |= generator.decode_until(key=KEY, sampling=GREEDY, share=1.0)
+    stopped |= generator.decode_until(key=KEY, sampling=GREEDY, min_finished_fraction=1.0)
     for slot, limit in enumerate(limits):
         assert_same(stopped[slot], naive(PROMPTS[slot], (slot, 0), limit, GREEDY))
-    assert generator.decode_until(key=KEY, sampling=GREEDY, share=1.0) == {}
+    assert generator.decode_until(key=KEY, sampling=GREEDY, min_finished_fraction=1.0) == {}
 
 
-def test_no_rows_at_all_are_refused(make_generator):
+def test_decode_rows_below_one_raise(make_generator):
     with pytest.raises(UserError, match=r"decode_rows=\(0, 4\) must all be at least 1"):
         make_generator(decode_rows=(0, 4))
 
 
 @pytest.fixture(scope="module")
 def scheduled(make_generator, naive):
-    """One generator for all schedules (its slots hold what the last one left), and its stops."""
+    """A generator that all schedules reuse without clearing its slots, and its stop strings."""
     text = b"".join(PIECES[t] for t in naive(PROMPTS[1], (0, 0), 6, GREEDY)[0]).decode()
     stops = (text[4:9], "31")
     return make_generator(stops, slots=3, decode_rows=(1, 2)), stops
 
 
-def test_int8_weights_sample_like_the_rounded_model(make_generator, tiny_params):
-    """The same tokens and log-probs as a float model whose weights are the rounded ones."""
+def test_int8_weights_sample_like_a_float_model_with_rounded_weights(make_generator, tiny_params):
 
     def rounded(path, leaf):
         names = [entry.key for entry in path if getattr(entry, "key", None) in SUMMED_AXES]

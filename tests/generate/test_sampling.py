@@ -1,4 +1,4 @@
-"""One token a row: hand-computed filters, log-probs and frequencies."""
+"""Tests sampling against hand-computed filters, log-probs and frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ import pytest
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.sampling import Sampling, keep_top_k, keep_top_p, sample
 
-# Token probabilities, out of order on purpose.
+# Token probabilities, deliberately unsorted.
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3], np.float32)
-LOGITS = jnp.log(PROBABILITIES)[None] + 7.0  # a shift changes nothing
+LOGITS = jnp.log(PROBABILITIES)[None] + 7.0  # softmax ignores a constant shift
 
 
 def kept(filtered):
@@ -25,7 +25,7 @@ def keys(n, seed=0):
     ("k", "expected"),
     [(0, [1, 1, 1, 1]), (1, [0, 1, 0, 0]), (2, [0, 1, 0, 1]), (3, [1, 1, 0, 1]), (9, [1, 1, 1, 1])],
 )
-def test_top_k(k, expected):
+def test_top_k_keeps_the_k_most_likely(k, expected):
     assert kept(keep_top_k(LOGITS, k)) == [bool(x) for x in expected]
 
 
@@ -41,19 +41,19 @@ def test_top_k(k, expected):
         (1.0, [1, 1, 1, 1]),
     ],
 )
-def test_top_p(p, expected):
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
     filtered = keep_top_p(LOGITS, p)
     assert kept(filtered) == [bool(x) for x in expected]
     np.testing.assert_array_equal(filtered[np.isfinite(filtered)], LOGITS[np.isfinite(filtered)])
 
 
-def test_top_p_measures_the_mass_that_top_k_left():
-    # Of {0.5, 0.3} the first has 0.625 of the mass, and that reaches 0.6.
+def test_top_p_uses_the_probabilities_renormalised_after_top_k():
+    # After top-k, 0.5 of {0.5, 0.3} is 0.625 of the mass, which reaches 0.6.
     assert kept(keep_top_p(keep_top_k(LOGITS, 2), 0.6)) == [False, True, False, False]
     assert kept(keep_top_p(LOGITS, 0.6)) == [False, True, False, True]
 
 
-def test_temperature_zero_takes_the_likeliest_and_gives_its_plain_logprob():
+def test_temperature_zero_is_greedy_with_untempered_logprobs():
     tokens, logprobs = sample(jnp.tile(LOGITS, (5, 1)), keys(5), Sampling(temperature=0.0))
     assert tokens.tolist() == [1] * 5
     assert tokens.dtype == jnp.int32
@@ -61,7 +61,7 @@ def test_temperature_zero_takes_the_likeliest_and_gives_its_plain_logprob():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(2.0, top_k=2), Sampling(2.0, top_p=0.5)])
-def test_logprobs_are_tempered_and_unfiltered(sampling):
+def test_logprobs_are_tempered_but_not_filtered(sampling):
     tokens, logprobs = sample(jnp.tile(LOGITS, (64, 1)), keys(64), sampling)
     assert set(tokens.tolist()) == {1, 3}
     tempered = np.sqrt(PROBABILITIES) / np.sqrt(PROBABILITIES).sum()
@@ -77,7 +77,7 @@ def test_logprobs_are_tempered_and_unfiltered(sampling):
         (Sampling(top_p=0.7), PROBABILITIES * [0, 1, 0, 1]),
     ],
 )
-def test_frequencies(sampling, weights):
+def test_frequencies_match_the_probabilities(sampling, weights):
     n = 8000
     tokens, _ = sample(jnp.tile(LOGITS, (n, 1)), keys(n, seed=3), sampling)
     expected = weights / weights.sum()
@@ -86,7 +86,7 @@ def test_frequencies(sampling, weights):
     assert np.all(np.abs(seen - expected) <= 4 * spread + 1e-9), (seen, expected)
 
 
-def test_a_row_depends_on_its_own_logits_and_key_only():
+def test_a_row_depends_only_on_its_logits_and_key():
     logits = jax.random.normal(jax.random.key(5), (8, 50))
     row_keys = keys(8)
     sampling = Sampling(1.3, top_k=20, top_p=0.9)
@@ -100,6 +100,6 @@ def test_a_row_depends_on_its_own_logits_and_key_only():
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
-def test_impossible_settings_are_refused(bad):
+def test_parameters_out_of_range_raise(bad):
     with pytest.raises(UserError, match="sampling needs"):
         Sampling(**bad)

@@ -1,4 +1,4 @@
-"""The stop automaton against a search in the joined bytes."""
+"""Compares the stop automaton with a substring search in the joined bytes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4)
 
 
 def stopped_after(table, ids):
-    """For every prefix of `ids`, whether the automaton accepts it."""
+    """Returns for every prefix of `ids` whether the automaton accepts it."""
     state, seen = 0, []
     for token in ids:
         state = int(table[state, token])
@@ -22,7 +22,7 @@ def stopped_after(table, ids):
 
 
 @given(st.lists(PIECES, min_size=1, max_size=6), STOPS, st.data())
-def test_accepts_exactly_when_a_stop_string_has_been_written(pieces, stops, data):
+def test_accepts_exactly_if_a_stop_string_was_written(pieces, stops, data):
     vocabulary = [piece.encode() for piece in pieces]
     ids = data.draw(st.lists(st.integers(0, len(vocabulary) - 1), max_size=14))
     written, expected = b"", []
@@ -32,35 +32,35 @@ def test_accepts_exactly_when_a_stop_string_has_been_written(pieces, stops, data
     assert stopped_after(build_stop_table(vocabulary, stops), ids) == expected
 
 
-def test_a_stop_string_inside_another_accepts_at_once():
+def test_a_stop_string_inside_another_is_detected():
     table = build_stop_table([b"a", b"b", b"c", b"d"], ["abcd", "bc"])
     assert stopped_after(table, [0, 1, 2]) == [False, False, True]
 
 
-def test_a_tag_straddles_tokens_and_may_end_inside_one():
+def test_a_tag_may_span_tokens_and_end_inside_one():
     vocabulary = [b"x</", b"sea", b"rch", b">\n", b"", b"</s", b">"]
     table = build_stop_table(vocabulary, ["</search>", "</answer>"])
     assert stopped_after(table, [0, 1, 2, 3]) == [False, False, False, True]
-    assert stopped_after(table, [0, 1, 4, 2, 6]) == [False] * 4 + [True]  # b"" changes nothing
+    assert stopped_after(table, [0, 1, 4, 2, 6]) == [False] * 4 + [True]  # b"" keeps the state
     assert stopped_after(table, [0, 1, 1, 2, 6]) == [False] * 5
-    # A false start is not held against the tag that follows: "x</sea</search>".
+    # A tag that follows a partial match is detected: "x</sea</search>".
     table = build_stop_table([b"x</sea", b"</sea", b"rch>", b"y"], ["</search>"])
     assert stopped_after(table, [0, 1, 2, 3, 0]) == [False, False, True, True, True]
 
 
-def test_without_stop_strings_nothing_accepts():
+def test_without_stop_strings_the_table_never_accepts():
     table = build_stop_table([b"a", b"bb", b""], [])
     assert table.shape == (2, 3)
     assert table.dtype == np.int16
     assert stopped_after(table, [0, 1, 2, 0]) == [False] * 4
 
 
-def test_an_empty_stop_string_is_refused():
+def test_an_empty_stop_string_raises():
     with pytest.raises(ValueError, match="empty"):
         build_stop_table([b"a"], ["a", ""])
 
 
-def test_the_tags_of_a_real_tokenizer(tiny_tokenizer):
+def test_tags_are_detected_with_a_real_tokenizer(tiny_tokenizer):
     pieces = token_bytes(tiny_tokenizer)
     table = build_stop_table(pieces, ["</search>", "</answer>"])
     for text in ("<think> a </think>\n<search> b </search>", "<answer> </search </answer>"):

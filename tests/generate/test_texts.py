@@ -1,4 +1,4 @@
-"""Texts come back in order, whatever the waves, each drawn by its own key."""
+"""Tests text completion with more prompts than slots."""
 
 import jax
 import pytest
@@ -45,7 +45,7 @@ PROMPTS = ["the capital of Chad", "<search> Doc 1", "Answer", "Beijing 12", "a b
 KEYS = [(3, 0), (3, 1), (4, 0), (9, 2), (10, 0)]
 
 
-def test_a_text_depends_on_its_prompt_and_key_alone(texts):
+def test_a_text_depends_only_on_its_prompt_and_key(texts):
     together = texts(PROMPTS, KEYS)
     assert len(set(together)) == 5
     assert [texts([p], [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)] == together
@@ -53,7 +53,7 @@ def test_a_text_depends_on_its_prompt_and_key_alone(texts):
     assert texts(PROMPTS[:1], [(8, 8)]) != together[:1]
 
 
-def test_it_is_the_generators_own_text_without_the_prompt(texts, tiny_tokenizer):
+def test_a_text_is_the_decoded_generation_without_the_prompt(texts, tiny_tokenizer):
     (text,) = texts(PROMPTS[:1], KEYS[:1])
     texts.generator.start([1], [encode(tiny_tokenizer, PROMPTS[0])])
     (generation,) = texts.generator.decode(
@@ -62,17 +62,21 @@ def test_it_is_the_generators_own_text_without_the_prompt(texts, tiny_tokenizer)
     assert text == decode(tiny_tokenizer, generation.tokens)
 
 
-def test_few_prompts_go_to_all_replicas(make_texts, texts, monkeypatch):
-    """Three prompts of five slots a replica: two to one, one to the other, then the same again."""
-    shared = make_texts(slots=10, mesh=make_mesh(data=2))
-    begun, begin = [], shared.generator.start_decoding
-    monkeypatch.setattr(
-        shared.generator, "begin", lambda slots, **kw: begun.append(slots) or begin(slots, **kw)
-    )
+def test_few_prompts_are_spread_over_all_replicas(make_texts, texts, monkeypatch):
+    """Gives three prompts to two replicas of five slots each, twice."""
+    spread = make_texts(slots=10, mesh=make_mesh(data=2))
+    generator, started = spread.generator, []
+    start = generator.start_decoding
+
+    def start_decoding(slots, **options):
+        started.append([generator.replica_of(slot) for slot in slots])
+        start(slots, **options)
+
+    monkeypatch.setattr(generator, "start_decoding", start_decoding)
     for _ in range(2):
-        assert shared(PROMPTS[:3], KEYS[:3]) == texts(PROMPTS[:3], KEYS[:3])
-    assert [[shared.generator.replica_of(s) for s in slots] for slots in begun] == [[0, 1, 0]] * 2
+        assert spread(PROMPTS[:3], KEYS[:3]) == texts(PROMPTS[:3], KEYS[:3])
+    assert started == [[0, 1, 0]] * 2
 
 
-def test_no_prompts_no_texts(texts):
+def test_no_prompts_give_no_texts(texts):
     assert texts([], []) == []

@@ -1,4 +1,4 @@
-"""The collect job: what it writes, that a kill changes nothing, and its filters by hand."""
+"""Tests of the collect job: its files, resuming after a kill, and its error messages."""
 
 import json
 import random
@@ -10,8 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
@@ -19,8 +17,9 @@ from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import collect
 from zerosearch_jax.rl.rewards import exact_match, token_f1
-from zerosearch_jax.simulator.pairs import Pair, load_pairs
+from zerosearch_jax.simulator.pairs import load_pairs, stable_hash
 from zerosearch_jax.text.actions import final_answer
+from zerosearch_jax.training.job_configs import CollectConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = ("episodes.jsonl", "labels.jsonl", "pairs.jsonl", "heldout.jsonl", "summary.json")
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 @pytest.fixture(scope="module")
 def config_path(tmp_path_factory, markov_model, questions) -> Path:
-    """configs/collect.py with sizes for seconds: 12 questions, 3 batches, 4 episodes each."""
+    """configs/collect.py for seconds: 12 questions, 4 episodes each, in 3 batches."""
     changes = dict(
         policy=dict(
             model=str(markov_model),
@@ -45,15 +44,15 @@ def config_path(tmp_path_factory, markov_model, questions) -> Path:
             ),
         ),
         search=dict(engine="bm25", corpus="world"),
-        judge=dict(kind="none"),
+        labeling=dict(kind="none"),
         data=dict(source=str(questions)),
         limits=dict(max_turns=2, response_tokens=12, observation_tokens=48),
         collect=dict(samples=4, temperature=1.0, batch_questions=5),
-        extract=dict(label_by="rule", heldout_share=0.675),  # Peru, not Chad
+        extract=dict(label_by="rule", heldout_share=0.675),  # The hash holds out Peru, not Chad.
     )
     path = tmp_path_factory.mktemp("config") / "tiny_collect.py"
     path.write_text(
-        "from zerosearch_jax import config_check\n\n\n"
+        "from zerosearch_jax import config_flags\n\n\n"
         "def get_config():\n"
         f"    config = config_flags.load({str(ROOT / 'configs' / 'collect.py')!r})\n"
         f"    config.update({changes!r})\n"
@@ -88,24 +87,24 @@ def test_every_episode_is_a_complete_record(finished, markov_model):
         assert episode["answer"] == final_answer(texts)
         assert episode["em"] == exact_match(episode["answer"], episode["golden_answers"])
         assert episode["f1"] == token_f1(episode["answer"], episode["golden_answers"])
-        asked = [
+        queries = [
             (i, turn["content"])
             for i, turn in enumerate(episode["turns"][:2])
             if turn["kind"] == "search"
         ]
-        assert asked == [(search["turn"], search["query"]) for search in episode["searches"]]
+        assert queries == [(search["turn"], search["query"]) for search in episode["searches"]]
         assert all(len(s["documents"]) == 2 and s["failure"] == "" for s in episode["searches"])
         assert (episode["engine"], episode["model"]) == ("bm25", str(markov_model))
         assert 0 < episode["policy_tokens"] < episode["tokens"]
     assert {e["finish"] for e in episodes} == {"answer", "turns"}
     assert {e["em"] for e in episodes} == {0.0, 1.0}
-    # Samples of one question differ.
+    # The samples of a question differ.
     assert any(
         len({e["turns"][0]["text"] for e in episodes[i : i + 4]}) > 1 for i in range(0, 48, 4)
     )
 
 
-def test_labels_follow_the_rule_and_pairs_the_labels(finished):
+def test_labels_follow_the_rule_and_pairs_follow_the_labels(finished):
     episodes = {e["id"]: e for e in _lines(finished / "episodes.jsonl")}
     labels = {record["id"]: record for record in _lines(finished / "labels.jsonl")}
     searches = {f"{e['id']}/{s['turn']}": (e, s) for e in episodes.values() for s in e["searches"]}
@@ -113,7 +112,7 @@ def test_labels_follow_the_rule_and_pairs_the_labels(finished):
     for id_, record in labels.items():
         episode, search = searches[id_]
         assert record["rule"] == ("useful" if episode["em"] else "noisy")
-        assert record["judge"] is None
+        assert record["labeler"] is None
         assert (record["episode"], record["turn"]) == (episode["id"], search["turn"])
     train = load_pairs(finished / "pairs.jsonl")
     heldout = load_pairs(finished / "heldout.jsonl")
@@ -126,12 +125,12 @@ def test_labels_follow_the_rule_and_pairs_the_labels(finished):
         assert pair.last == (search == episode["searches"][-1])
     for part in (train, heldout):
         assert len({(p.question, p.query, p.label) for p in part}) == len(part) > 0
-        kinds = Counter(pair.label for pair in part)
-        assert kinds["useful"] == kinds["noisy"]
+        labels_of_part = Counter(pair.label for pair in part)
+        assert labels_of_part["useful"] == labels_of_part["noisy"]
     assert not {p.golden_answers for p in train} & {p.golden_answers for p in heldout}
 
 
-def test_the_summary_counts_what_the_files_hold(finished):
+def test_the_summary_agrees_with_the_files(finished):
     summary = json.loads((finished / "summary.json").read_text())
     episodes = _lines(finished / "episodes.jsonl")
     assert summary["episodes"] == 48
@@ -145,9 +144,7 @@ def test_the_summary_counts_what_the_files_hold(finished):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.73])
-def test_a_run_cut_anywhere_and_resumed_equals_the_uninterrupted_one(
-    config, finished, tmp_path, share, capsys
-):
+def test_resume_after_a_cut_file_is_bit_identical(config, finished, tmp_path, share, capsys):
     whole = (finished / "episodes.jsonl").read_bytes()
     (tmp_path / "episodes.jsonl").write_bytes(whole[: int(share * len(whole))])
     labels = (finished / "labels.jsonl").read_bytes()
@@ -159,7 +156,7 @@ def test_a_run_cut_anywhere_and_resumed_equals_the_uninterrupted_one(
     assert ("step 1/3" in printed, "step 3/3" in printed) == (share < 1 / 3, True)
 
 
-def test_more_questions_and_samples_change_no_earlier_episode(config, finished, tmp_path):
+def test_more_questions_and_samples_keep_earlier_episodes(config, finished, tmp_path):
     config.data.limit, config.collect.samples = 6, 2
     collect.run(config, str(tmp_path))
     before = _lines(tmp_path / "episodes.jsonl")
@@ -172,7 +169,7 @@ def test_more_questions_and_samples_change_no_earlier_episode(config, finished, 
     assert {r["id"]: r for r in Records(tmp_path / "episodes.jsonl")} == whole
 
 
-def test_another_agent_or_judge_wants_another_workdir(config, finished, tmp_path):
+def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_path):
     for name in ("episodes", "labels"):
         for suffix in (".jsonl", ".settings.json"):
             (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
@@ -182,49 +179,55 @@ def test_another_agent_or_judge_wants_another_workdir(config, finished, tmp_path
     ):
         collect.run(config, str(tmp_path))
     config.collect.temperature = 1.0
-    config.judge.update(kind="server", model="m", url="http://127.0.0.1:1")
-    with pytest.raises(UserError, match=r"labels\.jsonl was made with config.judge.kind='none'"):
+    config.labeling.update(kind="server", model="m", url="http://127.0.0.1:1")
+    with pytest.raises(UserError, match=r"labels\.jsonl was made with config.labeling.kind='none'"):
         collect.run(config, str(tmp_path))
     (tmp_path / "labels.jsonl").unlink()
-    config.judge.kind = "none"
-    collect.run(config, str(tmp_path))  # nothing to play: no model is read
+    config.labeling.kind = "none"
+    collect.run(config, str(tmp_path))  # All episodes exist, so no model is read.
     assert (tmp_path / "pairs.jsonl").read_bytes() == (finished / "pairs.jsonl").read_bytes()
 
 
-def test_a_judges_labels_can_be_taken(config, finished, tmp_path, monkeypatch, capsys):
-    def judge(searches):
+def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, tmp_path):
+    for name in FILES[:2]:
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    (tmp_path / "labels.settings.json").write_text('{"judge.kind": "none"}')
+    with pytest.raises(UserError, match="older version.*--workdir"):
+        collect.run(config, str(tmp_path))
+
+
+def test_pairs_can_take_the_labelers_labels(config, finished, tmp_path, monkeypatch, capsys):
+    def labeler(searches):
         assert len(searches) <= 7
-        # "q… number 3": useful; 5: unclear; the others: noisy.
+        # Question 3 is useful, 5 undecided, the others noisy.
         number = [int(question.split("number ")[1].split("?")[0]) for question, *_ in searches]
         return [{3: "useful", 5: None}.get(n, "noisy") for n in number]
 
     for name in ("episodes.jsonl", "episodes.settings.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
-    monkeypatch.setattr(collect, "make_judge", lambda *_: judge)
-    config.judge.update(kind="local", model="m", batch=7)
-    config.extract.update(label_by="judge", balance=False, heldout_share=0.0)
+    monkeypatch.setattr(collect, "make_labeler", lambda *_: labeler)
+    config.labeling.update(kind="local", model="m", batch=7)
+    config.extract.update(label_by="labeler", balance=False, heldout_share=0.0)
     collect.run(config, str(tmp_path))
     labels = _lines(tmp_path / "labels.jsonl")
-    wanted = {"q3": "useful", "q5": None}
+    expected = {"q3": "useful", "q5": None}
     for record in labels:
-        assert record["judge"] == wanted.get(record["episode"].split("#")[0], "noisy")
+        assert record["labeler"] == expected.get(record["episode"].split("#")[0], "noisy")
     pairs = load_pairs(tmp_path / "pairs.jsonl")
     assert {p.id.split("#")[0] for p in pairs if p.label == "useful"} == {"q3"}
     assert not [p for p in pairs if p.id.startswith("q5#")]
     agreed = json.loads((tmp_path / "summary.json").read_text())["agreement"]
-    assert agreed["unclear"] == sum(r["judge"] is None for r in labels) > 0
+    assert agreed["unclear"] == sum(r["labeler"] is None for r in labels) > 0
     assert agreed["searches"] + agreed["unclear"] == len(labels)
     assert f"kappa {agreed['kappa']:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
-    config_path, finished, tmp_path
-):
+def test_resume_after_sigkill_at_random_moments_is_bit_identical(config_path, finished, tmp_path):
     script = (
         "import sys, jax; jax.config.update('jax_compilation_cache_dir', sys.argv[3])\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
-        "from zerosearch_jax import config_check; from zerosearch_jax.jobs import collect\n"
+        "from zerosearch_jax import config_flags; from zerosearch_jax.jobs import collect\n"
         "collect.run(config_flags.load(sys.argv[1]), sys.argv[2])\n"
     )
     workdir, rng = tmp_path / "run", random.Random(1)
@@ -235,7 +238,7 @@ def test_a_run_killed_at_random_moments_equals_the_uninterrupted_one(
             run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
             deadline = time.monotonic() + 300
             size = _size(workdir)
-            # Killed a moment after something was written, three times.
+            # The first three runs are killed shortly after a write.
             while len(sizes) < 3 and _size(workdir) == size and run.poll() is None:
                 assert time.monotonic() < deadline, "nothing written in five minutes"
                 time.sleep(0.002)
@@ -257,128 +260,21 @@ def _size(workdir: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
 
 
-# By hand.
-
-
-def _episode(id_: str, question: str, *queries: str, finish="answer", documents=2, failure=""):
-    searches = [
-        {"turn": i, "query": q, "documents": [f"{q} {n}" for n in range(documents)]}
-        | {"failure": failure}
-        for i, q in enumerate(queries)
-    ]
-    return dict(
-        id=id_, question=question, golden_answers=["g", "h"], finish=finish, searches=searches
-    )
-
-
-EPISODES = [
-    _episode("a#0", "A", "x", "y"),
-    _episode("a#1", "A", "x", "z"),  # x once more
-    _episode("b#0", "B", "x", "y", "z"),
-    _episode("c#0", "C", "x", finish="length"),
-    _episode("d#0", "D", "x", documents=1),
-    _episode("e#0", "E", "x", documents=0, failure="timeout"),
-    _episode("f#0", "F", "x"),
-    _episode("g#0", "G"),
-]
-RIGHT = {"a#0", "a#1", "e#0"}
-LABELS = {
-    f"{e['id']}/{s['turn']}": "useful" if e["id"] in RIGHT else "noisy"
-    for e in EPISODES
-    for s in e["searches"]
-} | {"f#0/0": None}
-
-
-def _extract(**changes):
-    arguments = dict(topk=2, last_only=False, balance=False, heldout_share=0.0, seed=0) | changes
-    return collect.extract(EPISODES, LABELS, **arguments)
-
-
-def test_the_filters_by_hand():
-    train, heldout, counts = _extract()
-    assert [pair.id for pair in train] == ["a#0/0", "a#0/1", "a#1/1", "b#0/0", "b#0/1", "b#0/2"]
-    assert heldout == []
-    assert train[1] == Pair("a#0/1", "y", ("y 0", "y 1"), "A", ("g", "h"), "useful", True)
-    assert [pair.last for pair in train] == [False, True, True, False, False, True]
-    assert {stage: tuple(row.values()) for stage, row in counts.items()} == {
-        "searches": (5, 5, 11),
-        "labelled": (5, 5, 10),
-        "not failed": (4, 5, 9),
-        "with 2 documents": (4, 4, 8),
-        "not cut by length": (4, 3, 7),
-        "without repetitions": (3, 3, 6),
-        "train": (3, 3, 6),
-        "held out": (0, 0, 0),
-    }
-
-
-def test_only_the_last_search_of_each_episode():
-    train, _, counts = _extract(last_only=True)
-    assert [pair.id for pair in train] == ["a#0/1", "a#1/1", "b#0/2"]
-    assert tuple(counts["last of their episode"].values()) == (2, 1, 3)
-    balanced, _, _ = _extract(last_only=True, balance=True)
-    assert sorted(pair.label for pair in balanced) == ["noisy", "useful"]
-
-
-PAIRS = st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=40).map(
-    lambda rows: [
-        Pair(f"{i}", f"q{i}", (), f"Q{q}", ("g",), "useful" if useful else "noisy", True)
-        for i, (q, useful) in enumerate(rows)
-    ]
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(PAIRS, st.integers(0, 3))
-def test_balance_cuts_only_the_larger_class_and_does_not_depend_on_the_order(pairs, seed):
-    kept = collect.balanced(pairs, seed)
-    labels = Counter(pair.label for pair in pairs)
-    size = min(labels["useful"], labels["noisy"])
-    assert Counter(pair.label for pair in kept) == Counter({"useful": size, "noisy": size})
-    assert kept == [pair for pair in pairs if pair in kept]
-    assert set(collect.balanced(pairs[::-1], seed)) == set(kept)
-
-
-def test_the_seed_chooses_who_is_cut_and_who_is_held_out():
-    episodes = [  # every gold answer is asked for in two ways
-        _episode(f"{i}#0", f"question {i}", "x") | {"golden_answers": [f"gold {i // 2}", "h"]}
-        for i in range(400)
-    ]
-    labels = {f"{i}#0/0": "useful" if i % 4 else "noisy" for i in range(400)}
-
-    def parts(seed, share):
-        arguments = dict(topk=2, last_only=False, heldout_share=share, seed=seed)
-        train, heldout, _ = collect.extract(episodes, labels, balance=False, **arguments)
-        assert len(train) + len(heldout) == 400
-        golds = [{pair.golden_answers for pair in part} for part in (train, heldout)]
-        assert not golds[0] & golds[1]  # neither question of an answer is trained on
-        return golds[1]
-
-    heldout = parts(0, 0.2)
-    assert 19 < len(heldout) < 61  # of 200 answers: 40 ± 3.7 deviations
-    assert heldout == parts(0, 0.2) < parts(0, 0.4)  # a larger share holds out more, too
-    assert heldout != parts(1, 0.2)
-    useful = [
-        Pair(f"{i}", "q", (), "Q", ("g",), "useful" if i < 30 else "noisy", True) for i in range(40)
-    ]
-    assert collect.balanced(useful, 0) != collect.balanced(useful, 1)
-
-
-def test_numbers_are_hashes_of_the_id_alone(monkeypatch):
+def test_episode_numbers_are_hashes_of_the_id(monkeypatch):
     ids = [f"q{i}#0" for i in range(200)]
     numbers = collect.episode_numbers(ids)
     assert len(set(numbers.values())) == 200 and all(0 <= n < 2**32 for n in numbers.values())
     assert collect.episode_numbers(ids[::-1]) == numbers
-    # A number that has always been this one: blake2b, 8 bytes, big-endian, of "q0#0".
-    assert numbers["q0#0"] == collect.keyed_hash("q0#0") % 2**32 == Q0_NUMBER
-    monkeypatch.setattr(collect, "keyed_hash", lambda key: 2**32 - 1)
+    # Pinned, so that old workdirs stay valid: blake2b, 8 bytes, big-endian, of "q0#0".
+    assert numbers["q0#0"] == stable_hash("q0#0") % 2**32 == Q0_NUMBER
+    monkeypatch.setattr(collect, "stable_hash", lambda key: 2**32 - 1)
     assert collect.episode_numbers("ab") == {"a": 2**32 - 1, "b": 0}
 
 
 Q0_NUMBER = 50171441
 
 
-def test_ids_of_merged_sets_are_told_apart():
+def test_repeated_ids_of_merged_sets_get_their_source():
     rows = [QARow("t0", "a", ("x",), "nq"), QARow("t0", "b", ("x",), "hotpotqa")]
     named = collect.with_unique_ids(rows)
     assert [(row.id, row.question) for row in named] == [("t0", "a"), ("hotpotqa/t0", "b")]
@@ -387,45 +283,29 @@ def test_ids_of_merged_sets_are_told_apart():
 
 
 @pytest.mark.parametrize("preset", ["", ":smollm2-135m-wikipedia"])
-def test_the_presets_contradict_nothing(preset):
+def test_presets_pass_the_checks_and_episodes_fit(preset):
     config = config_flags.load(str(ROOT / "configs" / "collect.py") + preset)
-    collect.check(config)
+    config_flags.typed(CollectConfig, config)
     assert config.is_locked and config.job == "collect"
     turns, limits = config.limits.max_turns, config.limits
     episode = (turns + 1) * limits.response_tokens + turns * limits.observation_tokens
-    if preset:  # no episode is cut by its length, with a prompt of 192 tokens
+    if preset:  # With a prompt of 192 tokens, no episode is cut by its length.
         assert 192 + episode <= config.policy.generator.max_tokens
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "complaint"),
+    ("section", "change", "message"),
     [
         ("collect", {"samples": 0}, "samples=0"),
         ("collect", {"batch_questions": 0}, "batch_questions=0"),
-        ("extract", {"label_by": "vote"}, "'vote'; choose rule, judge or both"),
-        ("extract", {"label_by": "both"}, "set config.judge.kind"),
+        ("extract", {"label_by": "vote"}, "'vote'; choose one of rule, labeler, both"),
+        ("extract", {"label_by": "both"}, "labeling.kind"),
         ("extract", {"heldout_share": 1.0}, "heldout_share=1.0"),
-        ("judge", {"kind": "best"}, "judge.kind"),
+        ("labeling", {"kind": "best"}, "labeling.kind"),
     ],
 )
-def test_a_contradiction_is_refused_before_any_work(config, tmp_path, section, change, complaint):
+def test_a_bad_config_is_refused_before_any_work(config, tmp_path, section, change, message):
     config[section].update(change)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         collect.run(config, str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("rule", "judge", "last", "chosen"),
-    [
-        ("useful", "useful", True, ("useful", "useful", "useful")),
-        ("useful", "noisy", True, ("useful", "noisy", None)),
-        ("useful", "noisy", False, ("useful", "noisy", "useful")),
-        ("noisy", None, True, ("noisy", None, None)),
-        ("noisy", None, False, ("noisy", None, "noisy")),
-    ],
-)
-def test_whose_label_counts(rule, judge, last, chosen):
-    record = {"rule": rule, "judge": judge}
-    by = ("rule", "judge", "both")
-    assert tuple(collect.chosen_label(record, name, last) for name in by) == chosen

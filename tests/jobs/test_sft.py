@@ -1,4 +1,4 @@
-"""The sft job end to end, tiny, and what a config may leave out."""
+"""Tests of the sft job end to end on a tiny model."""
 
 import json
 import os
@@ -32,7 +32,7 @@ EXAMPLES = [
 ]
 
 
-GIVEN = "given.jsonl"  # stands for EXAMPLES
+GIVEN = "given.jsonl"  # config.data.examples that loads EXAMPLES
 WEIGHTS = Path("model", "model.safetensors")
 
 
@@ -42,12 +42,12 @@ def _rows(workdir: Path) -> list[dict]:
 
 @pytest.fixture
 def config(monkeypatch, markov_model):
-    """configs/sft_simulator.py with sizes for seconds and examples given here."""
-    load = sft.load_examples
+    """configs/sft_simulator.py for seconds, on EXAMPLES."""
+    load_examples = sft.load_examples
     monkeypatch.setattr(
         sft,
         "load_examples",
-        lambda config: EXAMPLES if config.data.examples == GIVEN else load(config),
+        lambda config: EXAMPLES if config.data.examples == GIVEN else load_examples(config),
     )
     config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
     config.update(
@@ -62,10 +62,9 @@ def config(monkeypatch, markov_model):
     return config
 
 
-def test_a_run_learns_writes_its_figures_and_a_model_and_goes_on(config, tmp_path):
+def test_a_run_learns_and_writes_metrics_and_a_model(config, tmp_path):
     sft.run(config, str(tmp_path))
-    path = tmp_path / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = _rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row.keys() - {"step"} <= METRICS.keys() for row in rows)
     assert rows[-1]["loss/total"] < rows[0]["loss/total"]
@@ -74,14 +73,14 @@ def test_a_run_learns_writes_its_figures_and_a_model_and_goes_on(config, tmp_pat
     tokenizer = load_tokenizer(tmp_path / "model")
     assert read_config(tmp_path / "model").vocab_size == len(tokenizer)
 
-    # The same command on the same directory has nothing left to do and changes nothing.
-    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    # Repeating the finished command changes nothing.
+    weights = (tmp_path / WEIGHTS).read_bytes()
     sft.run(config, str(tmp_path))
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert (tmp_path / WEIGHTS).read_bytes() == weights
+    assert _rows(tmp_path) == rows
 
 
-def test_the_loss_falls_on_what_the_model_is_to_write_and_on_the_end(markov_model):
+def test_the_loss_covers_exactly_the_completion_and_the_end_token(markov_model):
     tokenizer = load_tokenizer(markov_model)
     sequence = sft_data.tokenise(
         EXAMPLES[7], tokenizer, system="", inserted_weight=0.0, end_of_text=True
@@ -93,7 +92,7 @@ def test_the_loss_falls_on_what_the_model_is_to_write_and_on_the_end(markov_mode
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             dict(data=dict(examples="poems")),
@@ -109,15 +108,15 @@ def test_the_loss_falls_on_what_the_model_is_to_write_and_on_the_end(markov_mode
         ),
     ],
 )
-def test_a_wrong_setting_is_refused(config, tmp_path, change, told):
+def test_a_wrong_setting_is_refused(config, tmp_path, change, message):
     config.update(change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         sft.run(config, str(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def _pairs(path: Path, answers: list[str]) -> str:
-    """A file of pairs whose documents say nothing of each other's."""
+    """Writes a file with one pair per answer; returns its path."""
     pairs = [
         Pair(
             f"p{i}", f"find {i}", (f"It is {a}.", f"Not {a}."), f"Who is {i}?", (a,), "useful", True
@@ -130,7 +129,7 @@ def _pairs(path: Path, answers: list[str]) -> str:
 
 @pytest.fixture
 def overfitting(config, tmp_path):
-    """Four pairs to learn by heart at a high rate; what is held out contradicts them."""
+    """A config that overfits: four pairs, a high learning rate, contradicting held-out pairs."""
     config.update(
         dict(
             data=dict(
@@ -145,14 +144,14 @@ def overfitting(config, tmp_path):
     return config
 
 
-def test_an_overfitting_run_stops_and_exports_the_best_steps_weights(overfitting, tmp_path):
+def test_patience_stops_an_overfitting_run_and_exports_the_best_weights(overfitting, tmp_path):
     sft.run(overfitting, str(tmp_path / "run"))
     rows = _rows(tmp_path / "run")
     losses = {r["step"]: r["sft/heldout_loss"] for r in rows if "sft/heldout_loss" in r}
     best = min(losses, key=losses.get)
-    assert len(rows) == best + 4 < 40  # two evaluations without a lower loss
+    assert len(rows) == best + 4 < 40  # Two evaluations without a lower loss.
     assert list(losses) == list(range(2, best + 5, 2))
-    assert rows[-1]["loss/total"] < rows[best - 1]["loss/total"]  # the training loss went on down
+    assert rows[-1]["loss/total"] < rows[best - 1]["loss/total"]  # The training loss kept falling.
 
     exported = (tmp_path / "run" / WEIGHTS).read_bytes()
     overfitting.sft.patience = 0
@@ -163,21 +162,21 @@ def test_an_overfitting_run_stops_and_exports_the_best_steps_weights(overfitting
         assert ((workdir / WEIGHTS).read_bytes() == exported) is same
         assert not (workdir / "best").exists()
 
-    # The same command finds it stopped.
+    # Repeating the stopped command changes nothing.
     overfitting.update(dict(sft=dict(steps=40, patience=2)))
     sft.run(overfitting, str(tmp_path / "run"))
     assert _rows(tmp_path / "run") == rows
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == exported
 
 
-def test_a_best_step_ahead_of_the_checkpoint_survives_an_interruption(
+def test_resume_with_a_best_step_ahead_of_the_checkpoint_is_bit_identical(
     overfitting, tmp_path, monkeypatch
 ):
     overfitting.update(dict(sft=dict(steps=6, patience=1), optimizer=dict(learning_rate=1e-3)))
     sft.run(overfitting, str(tmp_path / "whole"))
 
     class Interrupted(sft.Progress):
-        def update(self, done, figures):
+        def update(self, done, metrics):
             if done == 5:
                 raise KeyboardInterrupt
 
@@ -194,7 +193,7 @@ def test_a_best_step_ahead_of_the_checkpoint_survives_an_interruption(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(overfitting, tmp_path):
+def test_resume_after_sigkill_is_bit_identical(overfitting, tmp_path):
     sft.run(overfitting, str(tmp_path / "whole"))
     path = tmp_path / "config.py"
     path.write_text(
@@ -219,11 +218,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(overfitting, tmp_path):
     assert (workdir / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert _rows(workdir) == _rows(tmp_path / "whole")
     overfitting.data.examples = _pairs(tmp_path / "pairs.jsonl", ["Chad"] * 3 + ["Mali"])
-    with pytest.raises(UserError, match="begun with other training examples"):
+    with pytest.raises(UserError, match="other examples"):
         sft.run(overfitting, str(workdir))
 
 
-def test_pairs_are_asked_for_as_the_simulated_engine_asks(overfitting, markov_model):
+def test_pairs_have_the_prompt_of_the_simulated_engine(overfitting, markov_model):
     config, tokenizer = overfitting, load_tokenizer(markov_model)
     sequence = sft.fitting_sequences(sft.load_examples(config), tokenizer, config)[0]
     prompt = simulator_prompt("Who is 0?", "Chad", "find 0", False, "finetuned", 2)
@@ -234,7 +233,7 @@ def test_pairs_are_asked_for_as_the_simulated_engine_asks(overfitting, markov_mo
     assert sequence.tokens[len(prompt) :] == [*documents, tokenizer.eos_token_id]
 
 
-def test_adapters_are_saved_and_merged_into_the_export(config, tmp_path, markov_model):
+def test_adapters_are_saved_and_merged_into_the_exported_model(config, tmp_path, markov_model):
     config.update(
         dict(
             lora=dict(rank=2, alpha=8.0, targets=("q", "down")),
@@ -257,3 +256,9 @@ def test_adapters_are_saved_and_merged_into_the_export(config, tmp_path, markov_
     assert not adapters
     written = json.loads((tmp_path / "adapters" / lora.ADAPTER_CONFIG).read_text())
     assert (written["r"], written["base_model_name_or_path"]) == (2, str(markov_model))
+
+
+def test_profile_steps_writes_a_trace(config, tmp_path):
+    config.sft.update(dict(steps=2, eval_every=2, checkpoint_every=2))
+    sft.run(config, str(tmp_path), profile_steps=(2,))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,4 +1,4 @@
-"""Tiny random models, written by `transformers` as Hugging Face directories."""
+"""Fixtures: tiny random models that `transformers` writes as Hugging Face directories."""
 
 import jax
 import pytest
@@ -18,7 +18,7 @@ KINDS = {
     "llama3": ("llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
-    # Qwen3's heads together are wider than the embedding.
+    # Qwen3's heads are together wider than the embedding.
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3-untied": ("qwen3", {"tie_word_embeddings": False, "head_dim": 16}),
 }
@@ -50,7 +50,7 @@ def make_hf_model(kind, seed=0):
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
-        # No parameter keeps a value (ones, zeros) that would hide a swapped name.
+        # Constant parameters (ones, zeros) would hide swapped names, so all become random.
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim == 1:
@@ -62,7 +62,7 @@ def make_hf_model(kind, seed=0):
 
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory):
-    """kind -> (directory, torch model), made once."""
+    """A function from a kind to its (directory, torch model); each is made once."""
     made = {}
 
     def get(kind):
@@ -78,7 +78,7 @@ def hf_models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unstacked():
-    """Of stacked training parameters the same as a list of layers."""
+    """A function from stacked training parameters to the parameters of an unstacked model."""
 
     def unstack(params, num_layers):
         rest, layers = split_layers(params)

@@ -1,4 +1,4 @@
-"""Weights as generators hold them: by hand, and against the plain product."""
+"""Compares decode weights with hand-computed values and with the plain matrix product."""
 
 import jax
 import jax.numpy as jnp
@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from zerosearch_jax.models.decode_weights import output_major
-from zerosearch_jax.models.transformer import dense
+from zerosearch_jax.models.layers import dense
 
 
-def test_int8_has_a_scale_for_each_output():
+def test_int8_weights_have_one_scale_per_output():
     weight = jnp.array([[1.0, -12.7, 0.0], [-0.5, 6.35, 0.0]])
     coarse = output_major(weight, (0,), int8=True)
     np.testing.assert_allclose(coarse.scale, [1 / 127, 0.1, 1.0], rtol=1e-6)
     assert coarse.values.dtype == jnp.int8
-    # -63.5 rounds to even, 6.35 is a little below 63.5 scales.
+    # -0.5 is -63.5 scales and rounds to even; 6.35 is slightly below 63.5 scales.
     assert coarse.values.tolist() == [[127, -64], [-127, 64], [0, 0]]
     np.testing.assert_allclose(coarse.rows(jnp.array([1])), [[-12.7, 6.4]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("rows", [(2, 7), (1, 1), (3, 43)])  # few, one, many
+@pytest.mark.parametrize("rows", [(2, 7), (1, 1), (3, 43)])  # small batch, one row, large batch
 @pytest.mark.parametrize(("shape", "summed"), [((8, 3, 4), 1), ((4, 2, 6), 2), ((5, 1), 1)])
-def test_the_product_is_that_of_the_weight(shape, summed, rows, int8):
+def test_product_equals_the_plain_product(shape, summed, rows, int8):
     weight = jax.random.normal(jax.random.key(0), shape)
     x = jax.random.normal(jax.random.key(1), (*rows, *shape[:summed]))
     ours = output_major(weight, tuple(range(summed)), int8)
@@ -44,7 +44,7 @@ def test_the_product_is_that_of_the_weight(shape, summed, rows, int8):
     )
 
 
-def test_logits_of_bfloat16_weights_are_summed_in_float32():
+def test_bfloat16_products_can_accumulate_in_float32():
     weight = jnp.full((1, 4096), 1.0, jnp.bfloat16)
     rows = jnp.full((1, 4096), 1 + 2**-7, jnp.bfloat16)
     ours = output_major(weight, (1,), int8=False)

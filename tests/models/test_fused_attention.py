@@ -1,5 +1,8 @@
-"""The kernels of TPU and GPU against XLA's attention: the TPU's interpreted on CPU devices, the
-GPU's by what it is asked for, and by the program it becomes."""
+"""Compares the fused kernels with XLA's attention.
+
+The TPU kernel is interpreted on CPU devices. The GPU kernel is checked by the arguments of its
+call and by the lowered program.
+"""
 
 import functools
 import re
@@ -12,18 +15,14 @@ import pytest
 from flax import nnx
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.attention import packed_attention
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.fused_attention import cudnn_attention, kernel_for, splash_attention
-from zerosearch_jax.models.transformer import (
-    abstract_model,
-    init_params,
-    packed_attention,
-    param_shardings,
-)
+from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 
 ROWS, LENGTH, HEADS, KV_HEADS, SIZE = 2, 256, 4, 2, 128
-# Segments that end inside a block, at its edge and in padding.
+# Segments that end inside a block, at its edge and before padding.
 SEGMENTS = np.stack(
     [np.repeat([1, 2, 3, 0], [100, 28, 90, 38]), np.repeat([1, 2, 0], [60, 68, 128])]
 )
@@ -37,7 +36,7 @@ def inputs():
 
 
 def _weighted(attention):
-    """A scalar that depends on every output that is not padding, each otherwise."""
+    """Returns a scalar loss that weights every output differently and ignores padding."""
     weights = jnp.cos(jnp.arange(ROWS * LENGTH * HEADS * SIZE)).reshape(ROWS, LENGTH, HEADS, SIZE)
     weights = jnp.where((SEGMENTS > 0)[:, :, None, None], weights, 0.0)
     return lambda q, k, v: jnp.sum(weights * attention(q, k, v, jnp.asarray(SEGMENTS)))
@@ -53,26 +52,26 @@ def _assert_like_xla(kernel, inputs):
         assert np.abs(other).max() > 0.1
 
 
-def test_splash_equals_xla_on_a_mesh(inputs):
+def test_splash_attention_equals_xla_on_a_mesh(inputs):
     _assert_like_xla(splash_attention, inputs)
 
 
-def test_what_is_asked_of_cudnn_equals_xla_on_a_mesh(inputs, monkeypatch):
-    real, asked = jax.nn.dot_product_attention, []
+def test_the_cudnn_call_run_by_xla_equals_xla_on_a_mesh(inputs, monkeypatch):
+    real, requested = jax.nn.dot_product_attention, []
 
-    def answered_by_xla(*args, implementation=None, **options):
-        asked.append(implementation)
+    def run_by_xla(*args, implementation=None, **options):
+        requested.append(implementation)
         return real(*args, implementation="xla", **options)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", answered_by_xla)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", run_by_xla)
     _assert_like_xla(cudnn_attention, inputs)
-    assert asked[0] == "cudnn"
+    assert requested[0] == "cudnn"
 
 
-def test_cudnn_runs_forward_and_backward_on_each_device_s_rows_and_heads(monkeypatch):
-    # JAX asks the machine for its cuDNN even where it only writes the program down.
-    found = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-    monkeypatch.setattr(found, lambda: 91000)
+def test_cudnn_forward_and_backward_run_on_each_devices_rows_and_heads(monkeypatch):
+    # JAX checks the installed cuDNN version even if it only lowers the program.
+    check = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(check, lambda: 91000)
     mesh = make_mesh(1, 2, 2)
     shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
@@ -82,7 +81,7 @@ def test_cudnn_runs_forward_and_backward_on_each_device_s_rows_and_heads(monkeyp
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
     names = [re.search(r"__cudnn\$(\w+)", line)[1] for line in calls]
     assert names == ["fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"]
-    for line in calls:  # one row of two, two heads of four and one key-value head of two
+    for line in calls:  # each device has 1 of 2 rows, 2 of 4 heads and 1 of 2 key-value heads
         assert f"tensor<1x{LENGTH}x2x{SIZE}xbf16>" in line
         assert f"tensor<1x{LENGTH}x1x{SIZE}xbf16>" in line
         assert f"tensor<1x1x{LENGTH}x{LENGTH}xbf16>" in line  # one mask for all heads
@@ -103,19 +102,19 @@ def test_cudnn_runs_forward_and_backward_on_each_device_s_rows_and_heads(monkeyp
         ("cpu", None, "bfloat16", 64, "xla"),
     ],
 )
-def test_the_kernel_that_a_device_can_run(platform, capability, dtype, head_dim, kernel):
+def test_kernel_for_fits_the_device(platform, capability, dtype, head_dim, kernel):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     assert kernel_for(device, dtype, head_dim) == kernel
 
 
-def test_rows_that_no_block_divides_are_refused(inputs):
+def test_splash_rows_that_no_block_divides_raise(inputs):
     q, k, v = (x[:, :200] for x in inputs)
     with pytest.raises(UserError, match="multiple of 128 tokens, not 200; .*row_tokens"):
         splash_attention(q, k, v, jnp.asarray(SEGMENTS[:, :200]), mesh=make_mesh())
 
 
 @pytest.mark.slow
-def test_a_model_gives_the_same_hidden_states_with_either_kernel():
+def test_hidden_states_do_not_depend_on_the_kernel():
     config = ModelConfig(
         family="qwen2", vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=HEADS,
         num_kv_heads=KV_HEADS, head_dim=SIZE, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
@@ -133,11 +132,11 @@ def test_a_model_gives_the_same_hidden_states_with_either_kernel():
     found, wanted = hidden(attention="splash", mesh=mesh), hidden()
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(wanted).max() > 0.1
-    with pytest.raises(ValueError, match="'splash' with mesh None"):
+    with pytest.raises(ValueError, match="'splash' with mesh=None"):
         abstract_model(config, attention="splash")
 
 
-def test_rows_stay_split_over_the_data_axes():
+def test_activations_stay_split_by_row_over_the_data_axes():
     config = ModelConfig(
         family="qwen2", vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=8, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True,
@@ -151,7 +150,7 @@ def test_rows_stay_split_over_the_data_axes():
         in_shardings=(param_shardings(params, mesh), None),
     )
     text = run.lower(params, tokens).compile().as_text()
-    # One of the eight rows on a device, and no sum over devices of partial products.
+    # Each device has one of the eight rows, and no partial products are summed over devices.
     assert "f32[1,16,32]" in text
     assert "f32[8,16,48]" not in text
     assert "all-reduce(" not in text

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the forward pass, its gradients, merging, sharding and PEFT's format."""
+"""Tests low-rank adapters: forward pass, gradients, merging, sharding and PEFT's format."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.layers import dense
 from zerosearch_jax.models.lora import (
     TARGETS,
     LoRA,
@@ -25,7 +26,7 @@ from zerosearch_jax.models.lora import (
     merge,
     save_adapters,
 )
-from zerosearch_jax.models.transformer import abstract_model, dense, init_params, param_shardings
+from zerosearch_jax.models.transformer import abstract_model, init_params, param_shardings
 from zerosearch_jax.models.weights import load_params, save_params
 from zerosearch_jax.parallel.mesh import GENERATE_RULES, make_mesh
 
@@ -46,7 +47,7 @@ CONFIG = ModelConfig(
     max_positions=128,
 )
 OPTIONS = LoRA(rank=3, alpha=6.0, targets=TARGETS)
-# How many axes of each weight (without the layers') its product sums over.
+# Number of axes of each weight, without the layer axis, that its product sums over.
 SUMMED = {name: 2 if name == "o" else 1 for name in TARGETS}
 
 
@@ -57,7 +58,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def adapters():
-    """Both factors random, so that the change is about a third of the weight."""
+    """Adapters with both factors random; their change is about a third of the weight."""
     made = init_adapters(CONFIG, OPTIONS, jax.random.key(1))
     noise = np.random.default_rng(1)
     for adapter in made.values():
@@ -84,7 +85,7 @@ logits = jax.jit(forward)
 
 
 def loss(params, remat="none"):
-    """A scalar in which every logit counts for another amount."""
+    """Returns a scalar loss that weights every logit differently."""
     every = forward(params, remat)
     weight = np.random.default_rng(3).standard_normal(every.shape)
     return jnp.sum(jax.nn.log_softmax(every) * weight)
@@ -100,7 +101,7 @@ def gradients(params, adapters):
 
 
 def assert_close(tree, wanted, tolerance=1e-5):
-    """Every leaf within `tolerance` of its own largest value."""
+    """Asserts that each leaf is within `tolerance` times its largest value."""
     assert jax.tree.structure(tree) == jax.tree.structure(wanted)
     for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
         largest = np.abs(theirs).max()
@@ -120,7 +121,7 @@ def test_fresh_adapters_have_the_papers_distribution():
     for name, fan_in in (("q", 256), ("o", 128), ("down", 320)):
         assert fresh[name]["a"].dtype == fresh[name]["b"].dtype == jnp.float32
         assert not fresh[name]["b"].any()
-        # Of 2000 draws and more a standard deviation is known to about 2 %.
+        # 2000 or more draws determine a standard deviation to about 2 %.
         assert np.std(fresh[name]["a"]) == pytest.approx(fan_in**-0.5, rel=0.08)
     alone = init_adapters(config, LoRA(8, 1.0, ("down",)), jax.random.key(0))
     np.testing.assert_array_equal(alone["down"]["a"], fresh["down"]["a"])
@@ -135,7 +136,7 @@ def test_fresh_adapters_have_the_papers_distribution():
     scale=st.floats(0.25, 4.0),
     seed=st.integers(0, 100),
 )
-def test_the_product_is_that_of_the_sum(inner, outer, rank, scale, seed):
+def test_low_rank_product_equals_the_product_with_the_sum(inner, outer, rank, scale, seed):
     noise = np.random.default_rng(seed)
     base, a, b, x = (
         noise.standard_normal(shape)
@@ -149,12 +150,12 @@ def test_the_product_is_that_of_the_sum(inner, outer, rank, scale, seed):
     np.testing.assert_allclose(product, wanted, rtol=0, atol=1e-5 * max(np.abs(wanted).max(), 1))
 
 
-def test_adapted_weights_are_read_whole():
-    with pytest.raises(IndexError, match="read whole"):
+def test_indexing_a_part_of_an_adapted_weight_raises():
+    with pytest.raises(IndexError, match="whole"):
         LowRank(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0)[0]
 
 
-def test_fresh_adapters_change_nothing(params):
+def test_fresh_adapters_do_not_change_the_model(params):
     fresh = init_adapters(CONFIG, OPTIONS, jax.random.key(0))
     np.testing.assert_array_equal(logits(adapted(params, fresh, OPTIONS)), logits(params))
     options = dataclasses.replace(OPTIONS, targets=("o",))
@@ -181,8 +182,8 @@ def test_only_the_targets_are_adapted(params, adapters):
     np.testing.assert_allclose(ours, logits(merged), rtol=0, atol=1e-5)
 
 
-def test_merging_rounds_once(params, adapters):
-    """A bfloat16 weight is widened, changed and rounded; nothing else of the model moves."""
+def test_merging_into_bfloat16_rounds_once(params, adapters):
+    """The sum is computed in float32 and rounded to bfloat16; other weights do not change."""
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     merged = merge(half, adapters, dataclasses.replace(OPTIONS, targets=("o",)))
     weight = np.asarray(half["layers"]["o"][...], np.float64)
@@ -190,13 +191,13 @@ def test_merging_rounds_once(params, adapters):
     wanted = weight + 2.0 * np.einsum("lnhr,lrd->lnhd", a, b)
     ours = np.asarray(merged["layers"]["o"][...], np.float64)
     assert merged["layers"]["o"][...].dtype == jnp.bfloat16
-    # Half a unit in the last of bfloat16's eight bits.
+    # Half a unit in the last place of bfloat16's eight bits.
     assert np.all(np.abs(ours - wanted) <= np.abs(wanted) * 2.0**-8 + 1e-6)
     np.testing.assert_array_equal(merged["embedding"][...], half["embedding"][...])
 
 
 def test_gradients_follow_the_chain_rule(adapters, merged, gradients):
-    """From the gradient G of the merged weights: dA = s G Bᵀ, dB = s Aᵀ G, matrix by matrix."""
+    """The gradient G of a merged weight gives dA = s G Bᵀ and dB = s Aᵀ G."""
     full = jax.jit(jax.grad(loss))(merged)
     wanted = {}
     for name in TARGETS:
@@ -218,7 +219,7 @@ def test_remat_does_not_change_gradients(params, adapters, gradients):
     assert_close(full, gradients)
 
 
-def test_a_bfloat16_forward_is_near_and_its_gradients_are_float32(params, adapters):
+def test_a_bfloat16_forward_pass_is_close_and_gradients_are_float32(params, adapters):
     def half(adapters):
         tree = adapted(params, adapters, OPTIONS)
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
@@ -232,25 +233,25 @@ def test_a_bfloat16_forward_is_near_and_its_gradients_are_float32(params, adapte
     )
 
 
-def test_the_frozen_weights_gradient_is_not_computed(params, adapters):
-    """What full fine-tuning spends on it is spared, but for the adapters' own products."""
+def test_gradients_of_frozen_weights_are_not_computed(params, adapters):
+    """LoRA saves the FLOPs of these gradients and adds the FLOPs of the adapters' products."""
 
     def flops(function, *args):
-        # Of the program before XLA drops what is not used; a scan's body counts once.
+        # FLOPs before XLA removes dead code; the body of a scan counts once.
         return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
     full = flops(jax.grad(loss), params)
     lora = flops(jax.grad(adapter_loss), adapters, params)
     tokens = batch()[0].size
-    spared = 2 * tokens * params["embedding"][...].size  # as the unembedding
+    saved = 2 * tokens * params["embedding"][...].size  # used as the unembedding
     spent = 0
     for name in TARGETS:
         a, b = (adapters[name][factor][0].size for factor in "ab")
-        spared += 2 * tokens * params["layers"][name][0].size
+        saved += 2 * tokens * params["layers"][name][0].size
         spent += 3 * 2 * tokens * (a + b)  # forward, and backward to input and adapter
-    assert spent < spared / 2
-    # The gradient of the smallest of the seven matrices would be 13 % of it.
-    assert full - lora > 0.95 * (spared - spent)
+    assert spent < saved / 2
+    # The gradient of the smallest of the seven matrices would be 13 % of this difference.
+    assert full - lora > 0.95 * (saved - spent)
 
 
 def test_sharded_gradients_equal_unsharded_ones(params, adapters, merged, gradients):
@@ -268,7 +269,7 @@ def test_sharded_gradients_equal_unsharded_ones(params, adapters, merged, gradie
     assert_close(merge_sharded(base, sharded), merged, 1e-6)
 
 
-def test_adapters_lie_as_their_weights_do(adapters):
+def test_adapters_are_sharded_like_their_weights(adapters):
     mesh = make_mesh(2, 2, 2)
     specs = jax.tree.map(lambda x: x.spec, adapter_shardings(adapters, mesh))
     assert specs["q"] == {"a": P(None, "fsdp", None), "b": P(None, None, "tensor", None)}
@@ -291,7 +292,7 @@ def test_adapters_lie_as_their_weights_do(adapters):
         ({"targets": ("q", "embedding")}, "target 'embedding' is not one of q, k, v"),
     ],
 )
-def test_wrong_options_are_user_errors(change, message):
+def test_invalid_options_raise(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(OPTIONS, **change)
 
@@ -325,14 +326,14 @@ def test_saved_adapters_have_pefts_names_and_config(tmp_path, adapters):
         for module, (inner, outer) in shapes.items()
         for factor, shape in (("A", (3, inner)), ("B", (outer, 3)))
     }
-    # Head 2's number 5 of input 7, and of the output projection.
+    # Element 5 of head 2, in the query and in the output projection.
     q_b = tensors[f"{prefix}.1.self_attn.q_proj.lora_B.weight"]
     assert q_b[2 * 16 + 5, 1] == adapters["q"]["b"][1, 1, 2, 5]
     o_a = tensors[f"{prefix}.0.self_attn.o_proj.lora_A.weight"]
     assert o_a[2, 2 * 16 + 5] == adapters["o"]["a"][0, 2, 5, 2]
 
 
-def test_sharded_adapters_are_saved_like_unsharded_ones_over_older_ones(tmp_path, adapters):
+def test_sharded_adapters_replace_older_ones_with_the_same_bytes(tmp_path, adapters):
     sharded = jax.device_put(adapters, adapter_shardings(adapters, make_mesh(2, 2, 2)))
     save_adapters(tmp_path / "a", adapters, OPTIONS, CONFIG, "base")
     zeros = jax.tree.map(jnp.zeros_like, adapters)
@@ -342,8 +343,10 @@ def test_sharded_adapters_are_saved_like_unsharded_ones_over_older_ones(tmp_path
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_adapters_mean_the_same_in_pefts_terms(tmp_path, params, adapters, merged):
-    """W + alpha / r · B A of the saved files, in torch, against our own merged export."""
+def test_saved_adapters_applied_in_torch_equal_the_merged_export(
+    tmp_path, params, adapters, merged
+):
+    """Computes W + alpha / r · B A from the saved files and compares logits in torch."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The same logits as `transformers` on torch, in float32."""
+"""Compares float32 logits with `transformers` on torch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +31,9 @@ def our_logits(directory, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_agree(hf_models, kind):
+def test_logits_equal_transformers(hf_models, kind):
     directory, model = hf_models(kind)
-    # Longer than the original length of Llama-3's rope scaling.
+    # Longer than the original length in Llama 3's rope scaling.
     tokens = np.random.default_rng(0).integers(0, 96, (2, 120))
     expected = torch_logits(model, tokens)
     assert expected.std() > 0.3, "logits too flat to tell models apart"
@@ -41,7 +41,7 @@ def test_logits_agree(hf_models, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_export_loads_in_transformers(hf_models, kind, tmp_path):
+def test_an_export_loads_in_transformers_with_the_same_logits(hf_models, kind, tmp_path):
     from transformers import AutoModelForCausalLM
 
     directory, model = hf_models(kind)

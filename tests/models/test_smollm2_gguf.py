@@ -1,4 +1,4 @@
-"""The conversion's parts on made-up values, and the real model where it was downloaded."""
+"""Tests the GGUF conversion on synthetic values, and on the real model if it is present."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from flax import nnx
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
+from zerosearch_jax.models.kv_cache import empty_cache
 from zerosearch_jax.models.smollm2_gguf import hf_name, read_metadata, unpermute, write_tokenizer
-from zerosearch_jax.models.transformer import abstract_model, empty_cache
+from zerosearch_jax.models.transformer import abstract_model
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, load_tokenizer, token_bytes
@@ -48,18 +49,18 @@ META = {
 }
 
 
-def test_unpermute_puts_pairs_back_into_halves():
-    # llama.cpp's rows of one head of size 4: 0, 2, 1, 3 of Hugging Face's.
+def test_unpermute_restores_rotary_halves():
+    # For one head of size 4, llama.cpp has Hugging Face's rows 0, 2, 1, 3.
     rows = np.array([0, 2, 1, 3, 4, 6, 5, 7])[:, None] * np.ones((1, 3))
     np.testing.assert_array_equal(unpermute(rows, 2)[:, 0], np.arange(8))
 
 
-def test_names():
+def test_hf_name_maps_gguf_names():
     assert hf_name("blk.11.attn_q.weight") == "model.layers.11.self_attn.q_proj.weight"
     assert hf_name("output_norm.weight") == "model.norm.weight"
 
 
-def test_metadata_gives_the_config():
+def test_read_metadata_returns_the_config():
     config = read_metadata(META)
     assert config.norm_eps == 1e-5
     assert (config.head_dim, config.num_kv_heads, config.vocab_size) == (4, 1, 7)
@@ -67,7 +68,7 @@ def test_metadata_gives_the_config():
         read_metadata(META | {"general.architecture": "qwen2"})
 
 
-def test_tokenizer_is_rebuilt(tmp_path):
+def test_write_tokenizer_rebuilds_the_tokenizer(tmp_path):
     write_tokenizer(META, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert encode(tokenizer, "aba11") == [5, 3, 6, 6]
@@ -81,7 +82,7 @@ def real():
     """(config, parameters, tokenizer, torch model) of SmolLM2-135M."""
     pytest.importorskip("torch")
     if not (MODEL / "config.json").is_file():
-        pytest.skip(f"{MODEL} is not there; `make smollm2` makes it")
+        pytest.skip(f"{MODEL} does not exist; run `make smollm2`")
     from transformers import AutoModelForCausalLM
 
     config = read_config(MODEL)
@@ -90,7 +91,7 @@ def real():
 
 
 @pytest.mark.slow
-def test_real_logits_agree(real):
+def test_logits_of_the_real_model_agree_with_torch(real):
     import torch
 
     config, params, tokenizer, reference = real
@@ -108,13 +109,13 @@ def test_real_logits_agree(real):
 
 
 def greedy(reference, ids):
-    """The reference's `NEW_TOKENS` greedy tokens after `ids`, whatever they are."""
+    """Returns the reference's `NEW_TOKENS` greedy tokens after `ids`, past any end token."""
     import torch
 
     with torch.no_grad():
         output = reference.generate(
             torch.tensor([ids]),
-            # Else the <|im_end|> of the prompt would be taken for padding and masked.
+            # Without a mask the <|im_end|> of the prompt would be masked as padding.
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
@@ -124,8 +125,8 @@ def greedy(reference, ids):
 
 
 @pytest.mark.slow
-def test_real_greedy_tokens_agree(real, unstacked):
-    """Ours, through the KV cache, up to where the two best logits are closer than NEAR_TIE."""
+def test_greedy_tokens_of_the_real_model_agree_with_torch(real, unstacked):
+    """Decodes with the KV cache until the two best logits are closer than NEAR_TIE."""
     config, params, tokenizer, reference = real
     graphdef, _ = abstract_model(config, stacked=False)
 

@@ -1,4 +1,4 @@
-"""Packed rows, cached decoding, rematerialisation and the axes of parameters."""
+"""Tests packed rows, cached decoding, rematerialisation and parameter shardings."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.models import transformer
+from zerosearch_jax.models import attention
 from zerosearch_jax.models.config import ModelConfig, RopeScaling
-from zerosearch_jax.models.transformer import (
-    REMAT_POLICIES,
-    abstract_model,
-    append_to_cache,
-    empty_cache,
-    param_shardings,
-)
+from zerosearch_jax.models.kv_cache import append_to_cache, empty_cache
+from zerosearch_jax.models.transformer import REMAT_POLICIES, abstract_model, param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -40,7 +35,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def params():
-    """Random everywhere: norms near 1, biases and the rest small but not zero."""
+    """Random parameters: norms near 1, all others small but not zero."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -93,11 +88,11 @@ def test_later_tokens_do_not_change_earlier_logits(full_logits):
 
 
 def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacked, monkeypatch):
-    """Ragged prompts in chunks of four, then bursts of three steps, until the cache is full.
+    """Prefills ragged prompts in chunks of four, then decodes three steps at a time.
 
-    Cached keys are scored in blocks of five, of which the last, of four, begins earlier.
+    Cached keys are scored in blocks of five; the last block overlaps the one before.
     """
-    monkeypatch.setattr(transformer, "KEY_BLOCK", 5)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 5)
     lengths, total = np.array([5, 13, 2]), 14
     tokens = np.random.default_rng(2).integers(0, 64, (3, total))
     expected = full_logits(tokens)
@@ -116,11 +111,11 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
         hidden, recent = model.decode(tokens, past, past_length, recent, at)
         return model.logits(hidden), recent
 
-    def rubbish(length):
-        """Not zeros: what is not written yet must not be looked at."""
+    def garbage(length):
+        """Returns a cache of sevens, because positions not yet written must not be read."""
         return jax.tree.map(lambda x: x + 7.0, empty_cache(CONFIG, 3, length, jnp.float32))
 
-    cache, held = rubbish(total), np.zeros(3, np.int32)
+    cache, held = garbage(total), np.zeros(3, np.int32)
     append = jax.jit(append_to_cache)
 
     def check(logits, row, at):
@@ -130,7 +125,7 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
         places = np.minimum(held[:, None] + np.arange(4), total - 1)
         chunk = np.take_along_axis(tokens, places, 1)
         new = np.clip(lengths - held, 0, 4)
-        # In another order; rows that are through are written nowhere.
+        # Rows go in reverse order, and the blocks of finished rows are dropped.
         rows = np.where(new > 0, np.arange(3), 3 + np.arange(3))
         logits, block = prefill(chunk[::-1], cache, rows[::-1], held[::-1])
         for row in range(3):
@@ -139,7 +134,7 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
         cache = append(cache, rows[::-1], held[::-1], block)
         held = held + new
     while (held < total).any():
-        recent, steps = rubbish(3), np.minimum(3, total - held)
+        recent, steps = garbage(3), np.minimum(3, total - held)
         for step in range(3):
             places = np.minimum(held + step, total - 1)
             last = np.take_along_axis(tokens, places[:, None], 1)[:, 0]
@@ -150,9 +145,9 @@ def test_prefill_and_decode_equal_the_full_forward(params, full_logits, unstacke
         held = held + steps
 
 
-def test_a_row_is_prefilled_alike_beside_longer_ones(params, unstacked, monkeypatch):
-    """Bit for bit: blocks that only other rows need add nothing to it."""
-    monkeypatch.setattr(transformer, "KEY_BLOCK", 4)
+def test_prefill_of_a_row_is_bit_identical_next_to_a_longer_one(params, unstacked, monkeypatch):
+    """Key blocks that only the longer row needs do not change the shorter row."""
+    monkeypatch.setattr(attention, "KEY_BLOCK", 4)
     graphdef, _ = abstract_model(CONFIG, stacked=False)
     layered = unstacked(params, CONFIG.num_layers)
     tokens = np.random.default_rng(6).integers(0, 64, (2, 5))
@@ -167,9 +162,9 @@ def test_a_row_is_prefilled_alike_beside_longer_ones(params, unstacked, monkeypa
     assert np.abs(short[1] - long[1]).max() > 0.1
 
 
-def test_a_block_that_reaches_past_the_end_keeps_what_stands_before_it():
+def test_append_past_the_end_of_a_row_keeps_the_tokens_before_the_block():
     def filled(rows, length, start):
-        """Keys and values of one layer whose every number is its own."""
+        """Returns keys and values of one layer with distinct numbers."""
         size = rows * length
         keys = start + jnp.arange(size, dtype=jnp.float32).reshape(rows, 1, 1, length)
         return [(keys, keys.transpose(0, 1, 3, 2))]
@@ -244,6 +239,6 @@ def test_sharded_forward_equals_unsharded(params, full_logits):
     np.testing.assert_allclose(forward(sharded), full_logits(tokens), atol=2e-5)
 
 
-def test_heads_that_do_not_divide_are_a_user_error(params):
+def test_heads_not_divisible_by_the_mesh_raise(params):
     with pytest.raises(UserError, match="kv_heads of size 2 does not divide by 4"):
         param_shardings(params, make_mesh(1, 2, 4))

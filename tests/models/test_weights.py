@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face directories."""
+"""Tests import and export of Hugging Face weights."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 
 
 def random_params(config=CONFIG, dtype=jnp.float32):
-    """Random in every leaf, also where a fresh model has ones and zeros."""
+    """Returns random parameters, also for leaves that are ones or zeros in a fresh model."""
     noise = np.random.default_rng(0)
     _, abstract = abstract_model(config, dtype=dtype)
     return jax.tree.map(
@@ -60,14 +60,14 @@ def test_round_trip_is_bitwise(tmp_path, dtype):
     assert_same(load_params(tmp_path, read_config(tmp_path), make_mesh(), dtype=dtype), params)
 
 
-def test_bfloat16_file_loads_as_float32_and_back(tmp_path):
+def test_a_bfloat16_file_loads_as_float32(tmp_path):
     params = random_params(dtype=jnp.bfloat16)
     save_params(tmp_path, params, CONFIG)
     loaded = load_params(tmp_path, CONFIG, make_mesh(), dtype=jnp.float32)
     assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
 
-def test_sharded_files_round_trip_and_replace_each_other(tmp_path, monkeypatch):
+def test_one_file_and_several_files_replace_each_other(tmp_path, monkeypatch):
     params = random_params()
     save_params(tmp_path, random_params(), CONFIG)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -87,7 +87,7 @@ def test_sharded_files_round_trip_and_replace_each_other(tmp_path, monkeypatch):
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
+def test_a_failed_export_keeps_the_older_one(tmp_path, monkeypatch):
     params = random_params()
     save_params(tmp_path, params, CONFIG)
 
@@ -102,7 +102,7 @@ def test_failed_export_leaves_the_older_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (8, 1, 1), (1, 8, 1)])
-def test_loads_into_the_sharding_of_the_mesh(tmp_path, sizes):
+def test_parameters_load_with_the_meshs_shardings(tmp_path, sizes):
     params = random_params()
     save_params(tmp_path, params, CONFIG)
     mesh = make_mesh(*sizes)
@@ -144,26 +144,26 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
     [
         (lambda t: t.pop(Q0), rf"lacks the tensor {Q0}"),
         (lambda t: t.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
-        (lambda t: t.update({Q0: t[Q0][:-1]}), rf"{Q0} has shape \(31, 32\).*calls for \(32, 32\)"),
+        (lambda t: t.update({Q0: t[Q0][:-1]}), rf"{Q0} has shape \(31, 32\).*\(32, 32\)"),
         (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), rf"model.safetensors: {Q0} is I8"),
         (lambda t: t.update({"model.extra.bias": t[Q0]}), "model.extra.bias does not belong"),
     ],
 )
-def test_wrong_tensors_are_user_errors(tmp_path, change, message):
+def test_wrong_tensors_raise(tmp_path, change, message):
     save_params(tmp_path, random_params(), CONFIG)
     edit(tmp_path, change)
     with pytest.raises(UserError, match=message):
         load_params(tmp_path, CONFIG, make_mesh())
 
 
-def test_missing_and_damaged_files_are_user_errors(tmp_path, monkeypatch):
+def test_missing_and_damaged_files_raise(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds neither model.safetensors nor"):
         load_params(tmp_path, CONFIG, make_mesh())
     save_params(tmp_path, random_params(), CONFIG)
     whole = (tmp_path / "model.safetensors").read_bytes()
     for size in (0, 20, len(whole) - 1):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(UserError, match="model.safetensors is damaged or cut short"):
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
             load_params(tmp_path, CONFIG, make_mesh())
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
     save_params(tmp_path, random_params(), CONFIG)

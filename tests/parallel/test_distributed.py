@@ -187,7 +187,7 @@ def test_checkpoint_of_eight_devices_resumes_on_two_processes_with_two_each(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(search=dict(simulator=dict(devices=1))), "overlap by rollout.concurrent_searches"),
+        (dict(search=dict(simulator=dict(devices=1))), "rollout.concurrent_searches=1"),
         (dict(search=dict(engine="bm25", simulator=dict(devices=1))), "simulator that runs here"),
     ],
 )

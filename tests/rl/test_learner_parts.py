@@ -15,7 +15,7 @@ from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
-from zerosearch_jax.rl.experience import with_weights
+from zerosearch_jax.rl.config import CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec, TrainState
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
@@ -25,16 +25,24 @@ LENGTH = 16
 ROW_TOKENS = 32
 SIZES = dict(row_tokens=ROW_TOKENS, rows=4, microbatches=2)
 
-CLIP = dict(clip_low=0.2, clip_high=0.3, temperature=0.9)
-PPO = Objective(**CLIP, entropy=0.02, kl_in="reward", value=0.7, value_clip=0.3)
-GSPO = Objective(
-    surrogate="sequence",
-    clip_low=0.03,
-    clip_high=0.04,
+VALUE = 0.7  # weight of the value loss
+PPO = Objective(
+    LossConfig(clip_high=0.3, entropy=0.02),
+    KLConfig(apply_to="reward"),
+    CriticConfig(coef=VALUE, value_clip=0.3),
     temperature=0.9,
-    kl_estimator="k2",
-    llds=0.5,
-    importance_cap=1.2,
+)
+GSPO = Objective(
+    LossConfig(
+        surrogate="sequence",
+        clip_low=0.03,
+        clip_high=0.04,
+        aggregate="sequence_mean",
+        llds=0.5,
+        importance_cap=1.2,
+    ),
+    KLConfig(estimator="k2"),
+    temperature=0.9,
 )
 KL_COEF = 0.1
 
@@ -180,8 +188,8 @@ def unweighted(params0, tokens, naive_hidden, naive_logprobs):
 
 
 @pytest.fixture(scope="module")
-def sequences(unweighted):
-    return with_weights(unweighted, "token_mean", 0)
+def sequences(unweighted, weighted):
+    return weighted(unweighted)
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +214,6 @@ def spread(sequences):
         num_microbatches=np.int32(-(-len(sequences) // SIZES["rows"])),
         places=tuple((row, 0, len(s.tokens)) for row, s in enumerate(sequences)),
     )
-
-
-def changed(batch, **columns):
-    return replace(batch, columns=batch.columns | columns)
 
 
 def copy(state):
@@ -256,7 +260,7 @@ def test_values_are_read_off_hidden_states(made, kind, params0, batch, tokens, n
     want = naive_values(naive_hidden(params0, tokens))
     for i, length in enumerate(LENGTHS):
         assert got[i][0] == 0.0
-        np.testing.assert_allclose(got[i][1:], want[i, : length - 1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got[i][1:length], want[i, : length - 1], rtol=1e-4, atol=1e-5)
     # The policy's own layers count where they are shared, and only there.
     policy = jax.tree.map(lambda p: 1.1 * p, state.params["policy"])
     other = learner.values(replace(state, params=state.params | {"policy": policy}), arrays)
@@ -272,7 +276,7 @@ def value_loss_and_gradient(params0, sequences, tokens, naive_hidden):
         columns[name] = np.zeros((len(LENGTHS), LENGTH), np.float32)
         for row, s in zip(columns[name], sequences, strict=True):
             row[: len(s.tokens) - 1] = (np.asarray(s.columns[name]) * s.mask)[1:]
-    clip = PPO.value_clip
+    clip = PPO.critic.value_clip
 
     def loss(trunk, head):
         values = naive_hidden(trunk, tokens) @ head["weight"] + head["bias"]
@@ -299,18 +303,18 @@ def test_a_critic_of_its_own_leaves_the_policy_alone(
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     _, (trunk, head) = value_loss_and_gradient
     moved = {
-        "trunk": descended(params0, trunk, PPO.value * CRITIC_RATE),
-        "head": descended(HEAD, head, PPO.value * CRITIC_RATE),
+        "trunk": descended(params0, trunk, VALUE * CRITIC_RATE),
+        "head": descended(HEAD, head, VALUE * CRITIC_RATE),
     }
     assert_trees_close(params["critic"], moved)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves((trunk, head))))
-    np.testing.assert_allclose(metrics["critic/grad_norm"], PPO.value * norm, rtol=1e-4)
+    np.testing.assert_allclose(metrics["critic/grad_norm"], VALUE * norm, rtol=1e-4)
     assert metrics["critic/learning_rate"] == CRITIC_RATE
     assert max(np.abs(g).max() for g in jax.tree.leaves(trunk)) > 1e-2
     # Nor does either read the other's columns.
-    returns = step(learner, state, changed(batch, returns=batch.columns["returns"] + 1), PPO)
+    returns = step(learner, state, batch.with_columns(returns=batch.columns["returns"] + 1), PPO)
     assert_same_bits(returns[0]["policy"], params["policy"])
-    advantages = changed(batch, advantages=-batch.columns["advantages"])
+    advantages = batch.with_columns(advantages=-batch.columns["advantages"])
     assert_same_bits(step(learner, state, advantages, PPO)[0]["critic"], params["critic"])
 
 
@@ -318,13 +322,13 @@ def test_a_shared_trunk_learns_from_both(made, batch, without_critic, value_loss
     learner, state = made("shared").learner, made("shared").lively
     params, metrics = step(learner, state, batch, PPO)
     _, (trunk, head) = value_loss_and_gradient
-    policy = descended(without_critic[0]["policy"], trunk, PPO.value * POLICY_RATE)
+    policy = descended(without_critic[0]["policy"], trunk, VALUE * POLICY_RATE)
     assert_trees_close(params["policy"], policy)
     assert params["critic"].keys() == {"head"}
-    assert_trees_close(params["critic"]["head"], descended(HEAD, head, PPO.value * CRITIC_RATE))
+    assert_trees_close(params["critic"]["head"], descended(HEAD, head, VALUE * CRITIC_RATE))
     np.testing.assert_allclose(
         metrics["critic/grad_norm"],
-        PPO.value * np.hypot(np.linalg.norm(head["weight"]), head["bias"]),
+        VALUE * np.hypot(np.linalg.norm(head["weight"]), head["bias"]),
         rtol=1e-4,
     )
 
@@ -338,10 +342,10 @@ def test_the_loss_is_the_sum_of_its_terms(
     value_loss = value_loss_and_gradient[0]
     np.testing.assert_allclose(metrics["loss/value"], value_loss, rtol=1e-5)
     # With weights of a mean over tokens, the entropy term is the figure "entropy".
-    total = metrics["loss/policy"] - PPO.entropy * metrics["entropy"] + PPO.value * value_loss
+    total = metrics["loss/policy"] - PPO.loss.entropy * metrics["entropy"] + VALUE * value_loss
     np.testing.assert_allclose(metrics["loss/total"], total, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        metrics["loss/total"], without_critic[1]["loss/total"] + PPO.value * value_loss, rtol=1e-5
+        metrics["loss/total"], without_critic[1]["loss/total"] + VALUE * value_loss, rtol=1e-5
     )
     values = naive_values(naive_hidden(params0, tokens))
     read = [v for i, s in enumerate(sequences) for v in values[i, : len(s.tokens) - 1][
@@ -415,7 +419,8 @@ def test_the_policy_is_the_base_with_its_adapters_added(
     np.testing.assert_allclose(by_adapters, of_merged, atol=1e-5)
     scores = batch.unpack(np.asarray(by_adapters))
     for s, got, want in zip(sequences, scores, naive_logprobs(merged), strict=True):
-        np.testing.assert_allclose(got, np.where(s.mask, want, 0.0), atol=1e-5)
+        wanted = np.where(s.mask, want, 0.0)
+        np.testing.assert_allclose(got[: len(s.tokens)], wanted, atol=1e-5)
     reference = learner.logprobs(params0, arrays, PPO.temperature)
     assert np.abs(reference - by_adapters).max() > 0.01
 
@@ -447,9 +452,9 @@ def test_adapters_can_be_fine_tuned(tiny_config, params0, batch):
     ],
     ids=["gspo with llds", "ppo", "ppo, shared trunk", "lora"],
 )
-def test_the_cut_of_the_batch(made, unweighted, kind, objective, aggregate):
-    weighted = with_weights(unweighted, aggregate, 12)
-    packed, apart = pack(weighted, **SIZES), spread(weighted)
+def test_the_cut_of_the_batch(made, unweighted, weighted, kind, objective, aggregate):
+    sequences = weighted(unweighted, aggregate, 12)
+    packed, apart = pack(sequences, **SIZES), spread(sequences)
     assert (packed.num_microbatches, apart.num_microbatches) == (1, 2)
     assert packed.segment_ids.max() > 1 and apart.segment_ids.max() == 1
     learner, state = made(kind).learner, made(kind).lively
@@ -462,7 +467,7 @@ def test_the_cut_of_the_batch(made, unweighted, kind, objective, aggregate):
     # The objective's own parts take part.
     assert 0 < metrics["clip_fraction"] < 1
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 1e-2
-    if objective.llds:
+    if objective.loss.llds:
         assert metrics["loss/llds"] > 1e-3 and 0 < metrics["importance_capped"] < 1
     if kind in ("own", "shared"):
         assert metrics["loss/value"] > 1e-2
@@ -498,17 +503,18 @@ def test_the_mesh(made, batch):
 def trained(tiny_config, params0, batch):
     """A learner with a critic and AdamW after one update, and its next state.
 
-    Its loss has two terms more. One is 0: sqrt(1 - s) - (1 - s), where s, the column "sour", is 0
-    or 1; if it is 1, the derivative is infinite, times that of what stands beside: 0. The other is
-    a constant, the column "added".
+    Its loss has two more terms, whose inputs `soured` puts into the unused column `ref_logprobs`.
+    One is sqrt(1 - s) - (1 - s), which is 0 for s = 0 and s = 1 and has an infinite derivative at
+    s = 1. The other is a constant.
     """
     original = learner_module.policy_terms
 
     def with_root(objective, kl_coef, logprobs, entropy, batch):
         total, sums = original(objective, kl_coef, logprobs, entropy, batch)
-        under = 1.0 - jnp.max(batch["sour"])
+        sour, added = batch.ref_logprobs[0, :2]
+        under = 1.0 - sour
         root = jnp.sqrt(under + jnp.sum(jnp.square(logprobs - logprobs)))
-        return total + root - under + jnp.max(batch["added"]), sums
+        return total + root - under + added, sums
 
     learner = make_learner(tiny_config, "own", adam(), adam())
     state = lively(learner, learner.init(params0))
@@ -522,8 +528,9 @@ def trained(tiny_config, params0, batch):
 
 
 def soured(batch, sour=0.0, added=0.0):
-    full = functools.partial(np.full_like, batch.mask)
-    return changed(batch, sour=full(sour), added=full(added))
+    column = np.zeros_like(batch.mask)
+    column[..., 0], column[..., 1] = sour, added
+    return batch.with_columns(ref_logprobs=column)
 
 
 def assert_skipped(trained, new, metrics, batch):
@@ -549,7 +556,7 @@ def test_one_bad_token_skips_the_update(trained, batch, column, value):
     learner, state, _ = trained
     bad = batch.columns[column].copy()
     bad[tuple(np.argwhere(batch.mask > 0)[5])] = value
-    bad_batch = changed(soured(batch), **{column: bad})
+    bad_batch = soured(batch).with_columns(**{column: bad})
     new, metrics = update(learner, state, bad_batch, PPO)
     assert not np.isfinite(metrics["loss/total"])
     assert_skipped(trained, new, metrics, batch)

@@ -1,4 +1,4 @@
-"""One RL step and its checkpoint on meshes of eight, four and one device: the same result."""
+"""An RL step and its checkpoint give the same result on meshes of eight, four and one device."""
 
 from dataclasses import replace
 
@@ -13,32 +13,33 @@ from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.experience import with_scores, with_weights
+from zerosearch_jax.rl.config import LossConfig
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.training.policy_update import with_weights
 
-OBJECTIVE = Objective(clip_low=0.2, clip_high=0.3, entropy=0.02, temperature=0.9)
+OBJECTIVE = Objective(LossConfig(clip_high=0.3, entropy=0.02), temperature=0.9)
 EIGHT = ((2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1))
 FEWER = ((1, 1, 1), (2, 2, 1), (1, 1, 4))
 ROWS = 3  # divides by no data axis of these meshes
 
 
 def _first_is_fast(meshes):
-    """Each compiles its own step, so all but the first are slow."""
+    """Marks all meshes but the first as slow, because each compiles its own step."""
     rest = [pytest.param(sizes, marks=pytest.mark.slow, id=str(sizes)) for sizes in meshes[1:]]
     return [pytest.param(meshes[0], id=str(meshes[0])), *rest]
 
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    """Eight heads and key-value heads, so that they can be split over eight devices."""
+    """Model sizes with eight heads and key-value heads, which shard over eight devices."""
     return replace(tiny_config, num_heads=8, num_kv_heads=8)
 
 
 @pytest.fixture(scope="module")
 def parameters(config):
-    """Policy and reference, on the host: near each other."""
+    """Parameters on the host: a policy and a reference close to it."""
 
     @jax.jit
     def make():
@@ -55,7 +56,7 @@ def learner_on(config, *sizes, optimizer=None):
 
 
 def grpo_step(learner, parameters):
-    """Scores by the reference, group advantages, one packed update with KL: all of a step."""
+    """Runs a whole step: reference log-probs, advantages, one packed update with KL."""
     rng = np.random.default_rng(0)
     sequences = []
     for number, length in enumerate((14, 9, 7, 11, 5, 12)):
@@ -70,26 +71,25 @@ def grpo_step(learner, parameters):
         mask = [float(i >= 2 and i % 4 != 3) for i in range(length)]
         sequences.append(TokenSequence(rng.integers(0, 320, length).tolist(), mask, columns))
     policy, reference = parameters
-    # The reference lives as the parameters do.
+    # The reference is sharded as the parameters are.
     reference = jax.device_put(reference, learner.params_shardings)
     state = learner.init(policy)
-    cut = dict(row_tokens=16, rows=ROWS, microbatches=2)
-    batch = pack(sequences, **cut)
+    batch = pack(sequences, row_tokens=16, rows=ROWS, microbatches=2)
     scores = learner.logprobs(reference, learner.put(batch), OBJECTIVE.temperature)
-    scored = with_scores(sequences, batch, {"ref_logprobs": np.asarray(scores)})
-    batch = pack(with_weights(scored, "token_mean", 0), **cut)
+    batch = batch.with_columns(ref_logprobs=np.asarray(scores)[:, :ROWS])
+    batch = with_weights(batch, "token_mean", 0)
     return learner.rl_step(state, learner.put(batch), objective=OBJECTIVE, kl_coef=0.05)
 
 
 @pytest.fixture(scope="module")
 def alone(config, parameters):
-    """The step on one device: the change of the parameters is the gradient."""
+    """Parameters and metrics after the step on one device, at learning rate 1."""
     state, metrics = grpo_step(learner_on(config, 1, 1, 1), parameters)
     return jax.device_get((state.params["policy"], metrics))
 
 
 def assert_relatively_close(got, wanted, start):
-    """To 1e-5 of each parameter's largest entry; the gradients to 1e-5 of the largest of all."""
+    """Compares parameters to 1e-5 of their largest entry, changes to 1e-5 of the largest change."""
     largest = max(np.abs(a - b).max() for a, b in zip(wanted, start, strict=True))
     assert largest > 0.01
     for a, b, c in zip(got, wanted, start, strict=True):
@@ -98,7 +98,7 @@ def assert_relatively_close(got, wanted, start):
 
 
 @pytest.mark.parametrize("sizes", _first_is_fast(EIGHT))
-def test_a_step_equals_that_of_one_device(config, parameters, alone, sizes):
+def test_a_sharded_step_equals_that_of_one_device(config, parameters, alone, sizes):
     learner = learner_on(config, *sizes)
     state, metrics = grpo_step(learner, parameters)
     policy = state.params["policy"]
@@ -133,12 +133,12 @@ def test_a_checkpoint_of_eight_devices_resumes_on_fewer(config, parameters, tmp_
     assert devices == {int(np.prod(to))}
 
 
-def test_a_mesh_that_does_not_divide_names_the_nearest(config):
+def test_a_mesh_that_does_not_divide_is_refused_with_the_nearest_one(config):
     heads = replace(config, num_kv_heads=2)
     with pytest.raises(UserError, match="kv_heads of size 2 does not divide by 8") as refused:
         learner_on(heads, 1, 1, 8)
-    told = "--config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2"
-    assert told in str(refused.value)
+    nearest = "--config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2"
+    assert nearest in str(refused.value)
     assert learner_on(heads, 4, 1, 2).mesh.size == 8
     odd = replace(config, vocab_size=321)
     with pytest.raises(UserError, match="vocab of size 321 does not divide by 2"):

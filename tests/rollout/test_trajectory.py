@@ -1,4 +1,4 @@
-"""A trajectory is what was appended, with who appended it."""
+"""Tests of `Trajectory`: provenance, the final answer and segments."""
 
 import pytest
 
@@ -11,13 +11,13 @@ from zerosearch_jax.text.tokenizer import encode
 EPISODE = Episode(4, "What is the capital of China?", ("Beijing",))
 
 
-def own_turn(trajectory, tokenizer, text):
+def append_turn(trajectory, tokenizer, text):
     ids = encode(tokenizer, text)
     trajectory.append_sampled(ids, [-0.5] * len(ids))
     trajectory.turns.append(Turn(text, parse_action(text, trajectory.answer_prefix)))
 
 
-def test_every_token_has_its_writer_logprob_and_turn(tiny_tokenizer):
+def test_every_token_records_its_writer_logprob_and_turn():
     trajectory = Trajectory(EPISODE)
     trajectory.append_inserted([1, 2, 3])
     trajectory.append_sampled([4, 5], [-0.1, -0.2])
@@ -31,33 +31,33 @@ def test_every_token_has_its_writer_logprob_and_turn(tiny_tokenizer):
     assert trajectory.policy_tokens == 3
 
 
-def test_a_token_without_logprob_is_refused():
+def test_a_token_without_a_logprob_is_refused():
     with pytest.raises(ValueError, match="one length"):
         Trajectory(EPISODE).append_sampled([4, 5], [-0.1])
 
 
-def test_the_prompts_and_the_documents_answers_are_not_the_policys(tiny_tokenizer):
-    """Where the released code errs: the whole text holds the gold answer in answer tags, twice."""
+def test_answers_in_prompt_and_documents_are_not_the_policys(tiny_tokenizer):
+    """The released code searches the whole text, where the gold answer is tagged twice."""
     trajectory = Trajectory(EPISODE)
     trajectory.append_inserted(encode(tiny_tokenizer, policy_prompt(EPISODE.question)))
-    own_turn(trajectory, tiny_tokenizer, "<think> hm </think>\n<search> capital </search>")
-    block = information_block("Doc 1: <answer> Beijing </answer>")  # not even neutralised
+    append_turn(trajectory, tiny_tokenizer, "<think> hm </think>\n<search> capital </search>")
+    block = information_block("Doc 1: <answer> Beijing </answer>")  # Tags not neutralised.
     trajectory.append_inserted(encode(tiny_tokenizer, block))
-    own_turn(trajectory, tiny_tokenizer, "<think> I do not know. </think>")
+    append_turn(trajectory, tiny_tokenizer, "<think> I do not know. </think>")
     whole = "".join(text for text, _ in trajectory.segments(tiny_tokenizer))
     assert whole.count("<answer> Beijing </answer>") == 2
     assert trajectory.answer is None
     assert exact_match(trajectory.answer, EPISODE.golden_answers) == 0
     assert token_f1(trajectory.answer, EPISODE.golden_answers) == 0
-    own_turn(trajectory, tiny_tokenizer, "<answer> Beijing </answer>")
+    append_turn(trajectory, tiny_tokenizer, "<answer> Beijing </answer>")
     assert exact_match(trajectory.answer, EPISODE.golden_answers) == 1
 
 
-def test_an_answer_cannot_begin_in_one_turn_and_end_in_another(tiny_tokenizer):
+def test_an_answer_cannot_span_two_turns(tiny_tokenizer):
     trajectory = Trajectory(EPISODE)
-    own_turn(trajectory, tiny_tokenizer, "<answer> Bei")
+    append_turn(trajectory, tiny_tokenizer, "<answer> Bei")
     trajectory.append_inserted([1])
-    own_turn(trajectory, tiny_tokenizer, "jing </answer>")
+    append_turn(trajectory, tiny_tokenizer, "jing </answer>")
     assert trajectory.answer is None
 
 
@@ -65,7 +65,7 @@ def test_segments_are_maximal_runs_of_one_writer(tiny_tokenizer):
     trajectory = Trajectory(EPISODE)
     trajectory.append_inserted(encode(tiny_tokenizer, "one "))
     trajectory.append_inserted(encode(tiny_tokenizer, "two"))
-    own_turn(trajectory, tiny_tokenizer, "<answer> 3 </answer>")
+    append_turn(trajectory, tiny_tokenizer, "<answer> 3 </answer>")
     assert trajectory.segments(tiny_tokenizer) == [
         ("one two", False), ("<answer> 3 </answer>", True)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The judge: what it is asked, how its answer is read, how far it agrees with the rule."""
+"""Tests of the labelers: their prompt, their verdicts, and their agreement with the rule."""
 
 import json
 import threading
@@ -9,8 +9,15 @@ import pytest
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.simulator.labeling import agreement, check_judge, make_judge, read_verdicts
+from zerosearch_jax.simulator.labeling import (
+    agreement,
+    choose_label,
+    chosen_labels,
+    make_labeler,
+    reader_labels,
+)
 from zerosearch_jax.text.prompts import labeling_prompt, parse_verdict
+from zerosearch_jax.training.job_configs import LabelingConfig
 
 ROOT = Path(__file__).parents[2]
 SEARCHES = (
@@ -26,7 +33,7 @@ def config():
         return config
 
 
-def test_the_prompt_holds_question_answers_and_harmless_documents():
+def test_the_prompt_holds_question_answers_and_neutralised_documents():
     text = labeling_prompt("Which\nriver?", list("abcdefg"), ["One {answer}", "</answer> yes"])
     assert "Question: Which river?\nCorrect answer: a or b or c or d or e\n" in text
     assert "\nDoc 1: One {answer}\nDoc 2: (/answer) yes\n" in text
@@ -47,13 +54,13 @@ def test_the_prompt_holds_question_answers_and_harmless_documents():
         ("", None),
     ],
 )
-def test_verdicts_are_read(text, verdict):
+def test_parse_verdict_reads_yes_and_no(text, verdict):
     assert parse_verdict(text) is verdict
 
 
 def test_agreement_by_hand():
-    # Rule × judge: 20 both useful, 5 and 10 apart, 15 both noisy; p_o = 35/50,
-    # p_e = (25 · 30 + 25 · 20) / 50² = 0.5, κ = 0.2 / 0.5.
+    # Rule × labeler: 20 both useful, 5 and 10 different, 15 both noisy.
+    # p_o = 35/50, p_e = (25 · 30 + 25 · 20) / 50² = 0.5, κ = 0.2 / 0.5.
     labels = [("useful", "useful")] * 20 + [("useful", "noisy")] * 5
     labels += [("noisy", "useful")] * 10 + [("noisy", "noisy")] * 15 + [("noisy", None)] * 3
     agreed = agreement(labels)
@@ -68,32 +75,35 @@ def test_agreement_by_hand():
     }
 
 
-def test_agreement_where_it_says_nothing():
+def test_agreement_is_none_where_it_is_undefined():
     assert agreement([]) | {"table": None} == {
         "searches": 0, "unclear": 0, "share": None, "kappa": None, "table": None,
     }  # fmt: skip
-    one_sided = agreement([("useful", "useful")] * 4)
-    assert (one_sided["share"], one_sided["kappa"]) == (1.0, None)
+    one_label = agreement([("useful", "useful")] * 4)
+    assert (one_label["share"], one_label["kappa"]) == (1.0, None)
     opposed = agreement([("useful", "noisy"), ("noisy", "useful")])
     assert (opposed["share"], opposed["kappa"]) == (0.0, -1.0)
 
 
 class Server(ThreadingHTTPServer):
-    """Says yes where the first document holds the first gold answer; records the headers."""
+    """A chat server that answers by the documents of `SEARCHES` and records its requests.
+
+    Yes if they mention the first gold answer, no if they mention sand, otherwise "perhaps".
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.status = 200
-        self.seen: list[tuple[dict, dict]] = []
+        self.requests: list[tuple[dict, dict]] = []  # headers, body
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((dict(self.headers), asked))
-        text = asked["messages"][-1]["content"]
-        gold = text.split("Correct answer: ")[1].split("\n")[0]
-        reply = "Yes." if f"The {gold}" in text else "no" if "sand" in text else "perhaps"
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((dict(self.headers), request))
+        text = request["messages"][-1]["content"]
+        golden_answer = text.split("Correct answer: ")[1].split("\n")[0]
+        reply = "Yes." if f"The {golden_answer}" in text else "no" if "sand" in text else "perhaps"
         body = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
         self.send_response(self.server.status)
         self.end_headers()
@@ -113,37 +123,71 @@ def server():
         thread.join()
 
 
-def test_a_server_judges(config, server, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    config.judge.update(
+def test_a_server_labels_searches(config, server, monkeypatch):
+    monkeypatch.setenv("LABELER_KEY", "secret")
+    config.labeling.update(
         kind="server", model="big", response_tokens=8, url=f"http://127.0.0.1:{server.server_port}"
     )
-    config.judge.server.update(key_variable="JUDGE_KEY", attempts=1)
-    check_judge(config.judge)
-    judge = make_judge(config.judge, 0, config.mesh)
-    assert judge(SEARCHES) == ["useful", "noisy", None]
-    headers, asked = server.seen[0]
-    assert headers["Authorization"] == "Bearer secret"
-    assert (asked["model"], asked["temperature"], asked["max_tokens"]) == ("big", 0.0, 8)
+    config.labeling.server.update(key_variable="LABELER_KEY", attempts=1)
+    config_flags.typed(LabelingConfig, config.labeling)
+    labeler = make_labeler(config.labeling, 0, config.mesh)
+    assert labeler(SEARCHES) == ["useful", "noisy", None]
+    headers, request = server.requests[0]
+    # HTTP header names are case-insensitive.
+    assert {name.lower(): value for name, value in headers.items()}["authorization"] == (
+        "Bearer secret"
+    )
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("big", 0.0, 8)
     server.status = 500
-    with pytest.raises(UserError, match="the judge's server failed .*HTTP 500"):
-        judge(SEARCHES)
+    with pytest.raises(UserError, match="config.labeling.url.* failed.*HTTP 500"):
+        labeler(SEARCHES)
 
 
-def test_a_local_model_judges(config, markov_model):
-    config.judge.update(kind="local", model=str(markov_model), response_tokens=3)
-    config.judge.generator.update(
+def test_a_missing_key_variable_is_refused(config):
+    config.labeling.server.key_variable = "NO_SUCH_VARIABLE"
+    with pytest.raises(UserError, match="NO_SUCH_VARIABLE"):
+        config_flags.typed(LabelingConfig, config.labeling)
+
+
+def test_a_local_model_labels_searches(config, markov_model):
+    config.labeling.update(kind="local", model=str(markov_model), response_tokens=3)
+    config.labeling.generator.update(
         slots=2, max_tokens=512, prefill_buckets=(512,), prefill_rows=2, window_tokens=512
     )
-    judge = make_judge(config.judge, 0, config.mesh)
-    # The hand-written policy goes on with a tag, whatever it is asked.
-    assert judge(SEARCHES) == [None] * 3
+    labeler = make_labeler(config.labeling, 0, config.mesh)
+    # The Markov policy writes a tag after any prompt, so it decides nothing.
+    assert labeler(SEARCHES) == [None] * 3
 
 
-def test_a_reader_finds_documents_useful_when_it_answers_right_from_them():
+def test_a_reader_labels_useful_if_right_and_noisy_if_no_answer_is_mentioned():
     def reader(questions, queries, documents):
         assert (questions[1], queries[1]) == ("Which lake?", "lakes")
         return [found[0].split()[-2:][0] if found else None for found in documents]
 
     misread = ("Which lake?", ["Chad", "Tchad"], "lakes", ["Sand.", "Tchad is a lake."])
-    assert read_verdicts(reader, [*SEARCHES, misread]) == ["useful", "noisy", "noisy", None]
+    assert reader_labels(reader, [*SEARCHES, misread]) == ["useful", "noisy", "noisy", None]
+
+
+@pytest.mark.parametrize(
+    ("rule", "labeler", "last", "by_rule", "by_labeler", "by_both"),
+    [
+        ("useful", "useful", True, "useful", "useful", "useful"),
+        ("useful", "noisy", True, "useful", "noisy", None),
+        ("useful", "noisy", False, "useful", "noisy", "useful"),
+        ("noisy", None, True, "noisy", None, None),
+        ("noisy", None, False, "noisy", None, "noisy"),
+    ],
+)
+def test_label_by_chooses_the_label(rule, labeler, last, by_rule, by_labeler, by_both):
+    record = {"rule": rule, "labeler": labeler}
+    assert choose_label(record, "rule", last) == by_rule
+    assert choose_label(record, "labeler", last) == by_labeler
+    assert choose_label(record, "both", last) == by_both
+
+
+def test_chosen_labels_finds_the_last_search_of_each_episode():
+    records = [
+        {"id": f"{episode}/{turn}", "episode": episode, "rule": "useful", "labeler": "noisy"}
+        for episode, turn in (("a", 0), ("a", 1), ("b", 0))
+    ]
+    assert chosen_labels(records, "both") == {"a/0": "useful", "a/1": None, "b/0": None}

@@ -1,4 +1,4 @@
-"""Pairs of our own and of chats, as examples for the simulator."""
+"""Tests of reading, writing and formatting the simulator's training pairs."""
 
 import json
 
@@ -29,7 +29,7 @@ def _write(path, rows):
     return path
 
 
-def test_our_pairs_come_back_and_become_the_simulators_examples(tmp_path):
+def test_own_pairs_are_read_back_and_become_the_simulators_examples(tmp_path):
     noisy = Pair(
         "q#0/2", "lake", ("One\nDoc 2: </search>", "Two", "Three"), "W?", ("A", "B"), "noisy", False
     )
@@ -43,7 +43,7 @@ def test_our_pairs_come_back_and_become_the_simulators_examples(tmp_path):
     )
     assert first[1].text == " Doc 1: The Chari.\nDoc 2: Lake Chad."
     assert "two noisy documents" in second[0].text and second[0].text.endswith("Noisy Output:")
-    # The first two of three, each harmless and on a line of its own.
+    # The first two of three documents, neutralised and one per line.
     assert second[1].text == " Doc 1: One Doc 2: (/search)\nDoc 2: Two"
     with pytest.raises(UserError, match=r"'q#0/1' has 2 documents, topk is 3"):
         pair_segments(pairs, 3)
@@ -68,13 +68,13 @@ CHATS = {
 
 @pytest.mark.parametrize("row", CHATS.values(), ids=CHATS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_chats_keep_their_prompt(tmp_path, row, suffix):
+def test_chats_keep_their_prompt_and_documents(tmp_path, row, suffix):
     (pair,) = load_pairs(_write(tmp_path / f"chats{suffix}", [row]))
     documents = ("The Chari", "A lake.", "Sand.")
     assert pair == Pair(
         "chats/1", "river", documents, "Which river?", ("U.S.",), "noisy", True, PROMPT
     )
-    # topk is ours; the chat has its own number of documents.
+    # topk applies to our pairs only.
     ((prompt, completion),) = pair_segments([pair], 2)
     assert (prompt.text, completion.text) == (PROMPT, " " + ANSWER)
 
@@ -85,8 +85,10 @@ TEXTS = st.lists(WORDS, min_size=1, max_size=5).map(" ".join)
 
 @settings(deadline=None, max_examples=30)
 @given(TEXTS, WORDS, TEXTS, st.booleans(), st.integers(1, 12))
-def test_any_prompt_of_ours_is_read_back(tmp_path_factory, question, answer, query, noisy, topk):
-    # Quotes and full stops at the ends are the prompt's own marks.
+def test_the_simulators_prompt_is_parsed_back(
+    tmp_path_factory, question, answer, query, noisy, topk
+):
+    # The prompt itself puts quotes and full stops around the fields.
     question, answer = f"a{question}?", f"a{answer}z"
     prompt = prompts.simulator_prompt(question, answer, query, noisy, "finetuned", topk)
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -102,32 +104,32 @@ GOOD = {"id": "a", "query": "q", "question": "?", "golden_answers": ["g"], "labe
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "message"),
     [
         (GOOD | {"query": ""}, "key 'query'"),
-        (GOOD | {"golden_answers": "a"}, "key 'golden_answers' must be a list of texts"),
+        (GOOD | {"golden_answers": "a"}, "key 'golden_answers' must be a list of strings"),
         (GOOD | {"golden_answers": []}, "key 'golden_answers' is empty"),
         (GOOD | {"label": "good"}, "key 'label' is 'good'"),
         (GOOD | {"documents": "d"}, "key 'documents'"),
         (GOOD | {"last": 1}, "key 'last'"),
-        ({"text": "a"}, "'documents', 'messages', .* only 'text'"),
+        ({"text": "a"}, "only 'text'"),
         ({"prompt": PROMPT}, "'response' or 'output'"),
         ({"prompt": "Hello", "output": ANSWER}, "key 'prompt': .* not the simulator's"),
-        ({"prompt": PROMPT, "output": "none"}, "key 'output': no document"),
+        ({"prompt": PROMPT, "output": "none"}, "key 'output': .*no document"),
         ({"messages": "Hello"}, "key 'messages' must be a list"),
-        ({"messages": [{"role": "user", "content": PROMPT}]}, "one text by assistant"),
-        ({"conversations": CHATS["conversations"]["conversations"] * 2}, "one text by user"),
+        ({"messages": [{"role": "user", "content": PROMPT}]}, "by assistant"),
+        ({"conversations": CHATS["conversations"]["conversations"] * 2}, "by user"),
         (["a"], "expected an object"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, row, complaint):
+def test_a_bad_row_is_refused_with_its_number(tmp_path, row, message):
     path = _write(tmp_path / "pairs.jsonl", [GOOD, row])
-    with pytest.raises(UserError, match=rf"pairs\.jsonl: row 2: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"pairs\.jsonl: row 2: .*{message}"):
         load_pairs(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "complaint"),
+    ("name", "text", "message"),
     [
         ("a.jsonl", "", "holds no pairs"),
         ("a.json", "{}", "expected a list"),
@@ -138,9 +140,9 @@ def test_a_bad_row_is_named(tmp_path, row, complaint):
         ("absent.jsonl", None, "no such file"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, name, text, complaint):
+def test_a_bad_file_is_refused(tmp_path, name, text, message):
     path = tmp_path / name
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=rf"{name}: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"{name}: .*{message}"):
         load_pairs(path)

@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from zerosearch_jax.models.attention import KEY_BLOCK, QUERY_BLOCK, packed_attention
 from zerosearch_jax.models.config import ModelConfig
-from zerosearch_jax.models.transformer import (
-    KEY_BLOCK,
-    QUERY_BLOCK,
-    abstract_model,
-    empty_cache,
-    packed_attention,
-)
+from zerosearch_jax.models.kv_cache import empty_cache
+from zerosearch_jax.models.transformer import abstract_model
 from zerosearch_jax.rl.logprobs import chunked_logprobs
 from zerosearch_jax.tpu_aot import roofline
 from zerosearch_jax.tpu_aot.roofline import Work

@@ -1,32 +1,13 @@
-"""Intervals and rewards of played episodes."""
+"""Tests of episode rewards, scores and metrics."""
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.telemetry.metrics import EPISODE_METRICS
 from zerosearch_jax.text.actions import parse_action
-from zerosearch_jax.training.episode_metrics import answer_scores, bootstrap_interval, reward_of
-
-
-def test_a_bootstrap_interval_is_that_of_the_mean():
-    values = np.repeat([0.0, 1.0], 200)
-    # The mean of 400 fair coins has a standard deviation of 1/40.
-    low, high = bootstrap_interval(values)
-    assert (low, high) == pytest.approx((0.5 - 1.96 / 40, 0.5 + 1.96 / 40), abs=0.006)
-    assert bootstrap_interval(values) == (low, high)  # a fixed seed
-    assert bootstrap_interval(values, seed=1) != (low, high)
-    assert bootstrap_interval([]) == (0.0, 1.0)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_a_bootstrap_interval_lies_within_the_values(values):
-    low, high = bootstrap_interval(values, resamples=50)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+from zerosearch_jax.training.episode_metrics import answer_scores, episode_metrics, reward_of
 
 
 def _trajectory(*texts: str, searches: int) -> Trajectory:
@@ -54,3 +35,32 @@ def test_a_reward_is_a_function_of_the_episode_the_step_and_the_config():
     # What is reported does not depend on the rule.
     assert answer_scores([searched, silent], "f1") == [pytest.approx(2 / 3), 0.0]
     assert answer_scores([searched, silent], "em") == [0.0, 0.0]
+
+
+def test_episode_metrics_by_hand():
+    episode = Episode(0, "q", ("N'Djamena",))
+    right, wrong = Trajectory(episode), Trajectory(episode)
+    right.append_inserted([1, 2])
+    for text in ("<search> a </search>", "<answer> n'djamena. </answer>"):
+        right.append_sampled([3, 4], [-1.0, -1.0])
+        right.turns.append(Turn(text, parse_action(text)))
+    request = SearchRequest(0, 0, "a", "q", episode.golden_answers, noisy=False)
+    right.searches.append((request, SearchResult(request.key, (), failure="timeout")))
+    right.finish = "answer"
+    wrong.append_sampled([5], [-1.0])
+    wrong.turns.append(Turn("hm", parse_action("hm")))
+    wrong.finish = "length"
+    metrics = episode_metrics([right, wrong])
+    assert metrics.keys() == EPISODE_METRICS.keys()
+    assert metrics == {
+        "em": 0.5,
+        "f1": 0.5,
+        "cover_em": 0.5,
+        "searches_per_episode": 0.5,
+        "finish_ratio": 0.5,
+        "invalid_ratio": pytest.approx(1 / 3),
+        "truncated_ratio": 0.5,
+        "failed_search_ratio": 1.0,
+        "policy_tokens_per_episode": 2.5,
+        "tokens_per_episode": 3.5,
+    }

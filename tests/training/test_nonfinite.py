@@ -1,4 +1,4 @@
-"""A loss that is not finite changes no parameter, leaves its batch behind and may end the run."""
+"""A non-finite loss changes no parameter, its batch is saved, and too many end the run."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl, sft
-from zerosearch_jax.training import policy_update
+from zerosearch_jax.training import policy_update, step_rollouts
 from zerosearch_jax.training.episode_metrics import reward_of
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import sequences_of
@@ -27,17 +27,17 @@ EPISODES = 8  # of a step of `rl_config`
 
 @pytest.fixture
 def saved(monkeypatch):
-    """What the jobs save: step → the state on the host and the metadata."""
+    """Records the checkpoints of the jobs: step → state on the host and metadata."""
     steps = {}
 
-    class Noting(Checkpoints):
+    class RecordingCheckpoints(Checkpoints):
         def save(self, step, state, metadata):
-            # A copy: the arrays are donated to the next update.
+            # The next update donates the arrays, so copy them.
             steps[step] = jax.tree.map(lambda x: np.array(x, copy=True), state), dict(metadata)
             super().save(step, state, metadata)
 
     for job in (rl, sft):
-        monkeypatch.setattr(job, "Checkpoints", Noting)
+        monkeypatch.setattr(job, "Checkpoints", RecordingCheckpoints)
     return steps
 
 
@@ -46,7 +46,7 @@ def _rows(workdir: Path) -> list[dict]:
 
 
 def _same(one, other) -> bool:
-    """Whether two states are equal bit for bit."""
+    """Returns whether two states are equal bit for bit."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
@@ -57,7 +57,7 @@ def _batch(tokens=(5, 6, 7)):
     return pack([sequence], row_tokens=8, rows=1, microbatches=1)
 
 
-def test_skipped_updates_are_counted_and_their_batches_kept(tmp_path, capsys):
+def test_skipped_updates_are_counted_and_their_batches_saved(tmp_path, capsys):
     nonfinite = NonFiniteCounter(tmp_path, limit=2)
     nonfinite.record(0, 0, False, _batch())
     assert nonfinite.in_a_row == 0 and not (tmp_path / "skipped_batches").exists()
@@ -76,23 +76,23 @@ def test_skipped_updates_are_counted_and_their_batches_kept(tmp_path, capsys):
     nonfinite.record(6, 0, True, _batch())
     nonfinite.record(6, 1, True, _batch())
     assert nonfinite.limit_reached
-    with pytest.raises(UserError, match="2 updates in a row .* checkpoint of step 7"):
+    with pytest.raises(UserError, match="2 updates in a row .* checkpoint of step 7 "):
         nonfinite.raise_error(6)
 
 
-def test_the_count_goes_on_after_a_resume_but_not_after_a_stop(tmp_path):
+def test_the_count_continues_after_a_resume_but_not_after_the_limit(tmp_path):
     resumed = NonFiniteCounter(tmp_path, limit=3, in_a_row=2)
-    assert not resumed.exhausted
-    resumed.saw(9, 0, True, _batch())
-    assert resumed.exhausted
+    assert not resumed.limit_reached
+    resumed.record(9, 0, True, _batch())
+    assert resumed.limit_reached
     stopped = NonFiniteCounter(tmp_path, limit=3, in_a_row=resumed.in_a_row)
-    assert not stopped.exhausted and stopped.in_a_row == 0
-    with pytest.raises(UserError, match="nonfinite_limit is 0; it must be at least 1"):
+    assert not stopped.limit_reached and stopped.in_a_row == 0
+    with pytest.raises(UserError, match="nonfinite_limit is 0"):
         NonFiniteCounter(tmp_path, limit=0)
 
 
 def test_an_rl_run_survives_single_faults(rl_config, tmp_path, saved, monkeypatch):
-    """Step 2 has a reward that is NaN, step 4 a log-prob; two in a row would end the run."""
+    """A NaN reward in step 2, a NaN log-prob in step 4; two in a row would end the run."""
     config = config_flags.load(str(rl_config))
     config.update(dict(rl=dict(steps=5), watch=dict(nonfinite_limit=2), eval=dict(every=5)))
 
@@ -109,14 +109,14 @@ def test_an_rl_run_survives_single_faults(rl_config, tmp_path, saved, monkeypatc
             sequences[2] = replace(sequences[2], columns=columns)
         return sequences
 
-    monkeypatch.setattr(rl, "reward_of", faulty_reward)
+    monkeypatch.setattr(step_rollouts, "reward_of", faulty_reward)
     monkeypatch.setattr(policy_update, "sequences_of", faulty_sequences)
     rl.run(config, str(tmp_path))
 
     rows = _rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 1, 0]
-    assert np.isnan(rows[1]["reward"])  # what is wrong is shown
+    assert np.isnan(rows[1]["reward"])  # metrics show the fault
     for row in rows:
         assert ("grad_norm" in row) == ("loss/total" in row) == (row["skipped_updates"] == 0)
         assert np.isfinite(row["learning_rate"]) and np.isfinite(row["entropy"])
@@ -141,7 +141,7 @@ def test_an_rl_run_survives_single_faults(rl_config, tmp_path, saved, monkeypatc
     assert (tmp_path / "summary.json").exists()
 
 
-def test_an_rl_run_with_too_many_faults_stops_and_goes_on(
+def test_an_rl_run_with_too_many_faults_stops_and_resumes(
     rl_config, tmp_path, saved, monkeypatch, capsys
 ):
     config = config_flags.load(str(rl_config))
@@ -153,13 +153,13 @@ def test_an_rl_run_with_too_many_faults_stops_and_goes_on(
         return NAN if faulty else reward_of(trajectory, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "reward_of", faulty_reward)
+        patch.setattr(step_rollouts, "reward_of", faulty_reward)
         with pytest.raises(UserError, match="3 updates in a row .* in step 4; .*skipped_batches"):
             rl.run(config, str(tmp_path))
     assert [row["skipped_updates"] for row in _rows(tmp_path)] == [0, 1, 1, 1]
     assert len(list((tmp_path / "skipped_batches").iterdir())) == 3
     assert not (tmp_path / "summary.json").exists()
-    assert list(saved) == [4] and int(saved[4][0].step) == 1  # the stop's own checkpoint
+    assert list(saved) == [4] and int(saved[4][0].step) == 1  # saved before the stop
 
     capsys.readouterr()
     rl.run(config, str(tmp_path))
@@ -171,7 +171,9 @@ def test_an_rl_run_with_too_many_faults_stops_and_goes_on(
     assert (tmp_path / "summary.json").exists()
 
 
-def test_a_fine_tuning_run_stops_and_goes_on_alike(markov_model, tmp_path, saved, monkeypatch):
+def test_a_fine_tuning_run_with_too_many_faults_stops_and_resumes(
+    markov_model, tmp_path, saved, monkeypatch
+):
     examples = [[Segment("Query:", False), Segment(f" Doc 1: {i}.", True)] for i in range(20)]
     monkeypatch.setattr(sft, "load_examples", lambda _: examples)
     config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
@@ -190,7 +192,7 @@ def test_a_fine_tuning_run_stops_and_goes_on_alike(markov_model, tmp_path, saved
 
     def faulty_batch(sequences, config, microbatches):
         batch = batch_of(sequences, config, microbatches)
-        if microbatches is None:  # the held-out examples
+        if microbatches is None:  # held-out examples
             return batch
         made.append(batch)
         return batch if len(made) == 1 else replace(batch, mask=batch.mask * np.float32(NAN))

@@ -1,4 +1,4 @@
-"""The learning half of a step: which sequences each update sees, and what becomes of figures."""
+"""The policy update: the episodes and columns of each learner step, and the step's metrics."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.text.actions import INVALID, Action
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater, combine, sequences_of
 
@@ -18,8 +19,8 @@ NAN = float("nan")
 FIRST_ID = 1000  # the second token of an episode is this plus the episode's number
 
 
-class Updates:
-    """Stands in for the learner: notes what each update is given; the state counts updates."""
+class RecordingLearner:
+    """Learner that records the input of every update; its state is the number of updates."""
 
     def __init__(self, skipped=()):
         self.batches, self.arguments, self._skipped = [], [], skipped
@@ -34,8 +35,8 @@ class Updates:
         return state + (not skipped), {"skipped_updates": float(skipped), "grad_norm": 1.0}
 
 
-class Scores(Updates):
-    """Also scores tokens: by their ids, and differently for each model."""
+class ScoringLearner(RecordingLearner):
+    """RecordingLearner whose models score a token by its id, each model differently."""
 
     def policy_logprobs(self, state, batch, temperature):
         return jnp.asarray(-(state + batch.targets / 1000.0) / temperature)
@@ -64,19 +65,20 @@ def _episode(number: int, tokens: int = 4, answer: str = "Chad", finish: str = "
     return trajectory
 
 
-def _improver(learner, config, workdir, limit=3, reference=2.0):
+def _updater(learner, config, workdir, limit=3, reference=2.0):
     nonfinite = NonFiniteCounter(workdir, limit)
+    config = config_flags.typed(RLConfig, config)
     return PolicyUpdater(learner, reference, config, nonfinite, DeviceClock()), nonfinite
 
 
 def _numbers(batch) -> list[int]:
-    """Which episodes a batch holds, in its order."""
+    """Returns the numbers of a batch's episodes, in its order."""
     rows = batch.tokens.reshape(-1, batch.tokens.shape[-1])
     return [int(rows[row, offset + 1]) - FIRST_ID for row, offset, _ in batch.places]
 
 
 def _of(batch, name: str) -> dict[int, np.ndarray]:
-    """A column's values at each episode's policy tokens, by the episode's number."""
+    """Returns a column at each episode's policy tokens, by the episode's number."""
     rows = batch.columns[name].reshape(-1, batch.tokens.shape[-1])
     masks = batch.mask.reshape(rows.shape)
     spans = [(row, slice(start, start + length - 1)) for row, start, length in batch.places]
@@ -84,7 +86,7 @@ def _of(batch, name: str) -> dict[int, np.ndarray]:
     return dict(zip(_numbers(batch), values, strict=True))
 
 
-def test_a_steps_figures_are_made_from_its_updates_by_hand():
+def test_a_steps_metrics_by_hand():
     updates = [
         {
             "skipped_updates": 0.0,
@@ -126,13 +128,13 @@ def test_a_steps_figures_are_made_from_its_updates_by_hand():
         "sampler_logprob_diff_mean": 0.125,
         "sampler_logprob_diff_max": 0.5,
     }
-    # The first update's stand for the step; a later one's cannot.
+    # A later update's value does not replace that of the first.
     updates[0]["sampler_logprob_diff_mean"] = NAN
     assert "sampler_logprob_diff_mean" not in combine(updates)
 
 
 @pytest.mark.parametrize("overlong", ["keep", "mask"])
-def test_only_episodes_that_ran_out_of_room_are_masked(overlong):
+def test_overlong_masks_only_episodes_that_ran_out_of_tokens(overlong):
     finishes = ("answer", "turns", "length", "answer")
     answers = ("Chad", "", "", "Peru")
     trajectories = [
@@ -143,29 +145,29 @@ def test_only_episodes_that_ran_out_of_room_are_masked(overlong):
     for i, (sequence, finish) in enumerate(zip(sequences, finishes, strict=True)):
         n = 2 + (2 + i)
         assert list(sequence.tokens) == [1, FIRST_ID + i, *range(2, 4 + i)]
-        written = 0 if overlong == "mask" and finish == "length" else 2 + i
-        assert list(sequence.mask) == [0] * (n - written) + [1] * written
+        trained = 0 if overlong == "mask" and finish == "length" else 2 + i
+        assert list(sequence.mask) == [0] * (n - trained) + [1] * trained
         for name in ("old_logprobs", "sampler_logprobs"):
             assert list(sequence.columns[name]) == [0, 0] + [-0.125 * (i + 1)] * (2 + i)
         assert list(sequence.columns["correct"]) == [float(i == 0)] * n
-    assert trajectories[2].by_policy[-1]  # the record of who wrote what stays
+    assert trajectories[2].by_policy[-1]  # the provenance does not change
 
 
-def test_the_updates_of_an_epoch_partition_the_steps_episodes(config, tmp_path):
+def test_every_epoch_updates_on_each_episode_once(config, tmp_path):
     config.rl.update(dict(minibatches=2, epochs=2))
     trajectories = [_episode(i) for i in range(12)]
     rewards = np.tile(np.float32([1, 0]), (6, 1))
 
     def updates_of(seed, step):
         config.seed = seed
-        learner = Updates()
-        improve, _ = _improver(learner, config, tmp_path)
-        state, figures = improve(0, trajectories, rewards, 0.0, step)
-        assert state == 4 and figures == {"skipped_updates": 0.0, "grad_norm": 1.0}
+        learner = RecordingLearner()
+        update_policy, _ = _updater(learner, config, tmp_path)
+        state, metrics = update_policy(0, trajectories, rewards, 0.0, step)
+        assert state == 4 and metrics == {"skipped_updates": 0.0, "grad_norm": 1.0}
         for batch in learner.batches:
             weights = np.concatenate(list(_of(batch, "weights").values()))
             np.testing.assert_allclose(weights, 1 / 24, rtol=1e-6)  # 6 episodes of 4 tokens
-            # The advantage is of the episode's group, wherever its group mates are.
+            # The group of an advantage may be spread over the minibatches.
             for number, advantages in _of(batch, "advantages").items():
                 sign = 1 if number % 2 == 0 else -1
                 np.testing.assert_allclose(advantages, sign * 0.5**0.5, rtol=1e-5)
@@ -181,22 +183,45 @@ def test_the_updates_of_an_epoch_partition_the_steps_episodes(config, tmp_path):
         assert set(other[:2]) != set(given[:2]) and set(other[2:]) != set(given[2:])
 
 
+def test_later_epochs_take_their_columns_from_the_first(config, tmp_path):
+    config.update(
+        dict(
+            advantage=dict(estimator="ppo"),
+            rl=dict(old_logprobs="learner", minibatches=2, epochs=2),
+            kl=dict(coef=0.25),
+        )
+    )
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path)
+    trajectories = [_episode(i, tokens=3 + i) for i in range(6)]
+    update_policy(7, trajectories, np.float32([[1, 0.5, 0, 1, 0.25, 0]]), 0.25, 0)
+    names = learner.batches[0].columns.keys()
+    epochs = [
+        {name: _of(first, name) | _of(second, name) for name in names}
+        for first, second in (learner.batches[:2], learner.batches[2:])
+    ]
+    assert names >= {"old_logprobs", "ref_logprobs", "values", "advantages", "returns", "correct"}
+    for name in names - {"weights"}:  # which depend on the minibatch
+        for number in range(6):
+            np.testing.assert_array_equal(epochs[1][name][number], epochs[0][name][number])
+
+
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
-def test_all_updates_have_one_shape_whatever_their_episodes_lengths(config, tmp_path, minibatches):
+def test_updates_have_one_shape_for_episodes_of_any_length(config, tmp_path, minibatches):
     config.rl.minibatches = minibatches
     shapes = set()
     for step, lengths in enumerate([(1, 1, 1, 1, 1), (14, 14, 14, 14, 14), (1, 14, 2, 13, 7)]):
-        learner = Updates()
-        improve, _ = _improver(learner, config, tmp_path)
+        learner = RecordingLearner()
+        update_policy, _ = _updater(learner, config, tmp_path)
         trajectories = [_episode(i, tokens) for i, tokens in enumerate(lengths)]
-        improve(0, trajectories, np.float32([[1, 0, 0, 1, 1]]), 0.0, step)
+        update_policy(0, trajectories, np.float32([[1, 0, 0, 1, 1]]), 0.0, step)
         assert len(learner.batches) == minibatches
         shapes |= {batch.tokens.shape for batch in learner.batches}
-    # The most episodes of a part, one in each row of the worst case; 2 rows a microbatch.
+    # In the worst case each episode fills a row. A microbatch has 2 rows.
     assert shapes == {({1: 3, 2: 2, 4: 1}[minibatches], 2, 16)}
 
 
-def test_tokens_are_scored_by_the_models_that_the_objective_names(config, tmp_path):
+def test_columns_hold_the_scores_of_their_models(config, tmp_path):
     config.update(
         dict(
             rollout=dict(temperature=0.5),
@@ -205,16 +230,16 @@ def test_tokens_are_scored_by_the_models_that_the_objective_names(config, tmp_pa
             kl=dict(coef=0.25),
         )
     )
-    learner = Scores()
-    improve, _ = _improver(learner, config, tmp_path, reference=2.0)
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path, reference=2.0)
     trajectories = [_episode(i, tokens=3 + i) for i in range(4)]
-    improve(7, trajectories, np.float32([[1], [0.5], [0], [1]]), 0.25, 0)
+    update_policy(7, trajectories, np.float32([[1], [0.5], [0], [1]]), 0.25, 0)
     advantages = []
     for batch in learner.batches:
         targets = {n: np.arange(2, 2 + 3 + n) for n in _numbers(batch)}
         for number, ids in targets.items():
             for name, wanted in (
-                # Before the step's first update, of its two, for all of them.
+                # Both updates read scores from before the first.
                 ("old_logprobs", -(7 + ids / 1000) / 0.5),
                 ("ref_logprobs", -(2 + ids / 1000) / 0.5),
                 ("sampler_logprobs", np.full(len(ids), -0.125 * (number + 1))),
@@ -228,64 +253,64 @@ def test_tokens_are_scored_by_the_models_that_the_objective_names(config, tmp_pa
     assert abs(whitened.mean()) < 1e-5 and abs(whitened.std() - 1) < 1e-5
     assert all(kl_coef == 0.25 for _, kl_coef in learner.arguments)
     objective = learner.arguments[0][0]
-    assert (objective.temperature, objective.value_clip) == (0.5, config.critic.value_clip)
+    assert objective.temperature == 0.5 and objective.critic.value_clip == config.critic.value_clip
 
 
-def test_a_kl_in_the_reward_is_taken_off_it_and_told(config, tmp_path):
+def test_a_kl_in_the_reward_is_subtracted_and_reported(config, tmp_path):
     config.update(
         dict(kl=dict(coef=0.5, apply_to="reward", estimator="k1"), advantage=dict(estimator="rloo"))
     )
-    learner = Scores()
-    improve, _ = _improver(learner, config, tmp_path, reference=0.0)
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path, reference=0.0)
     trajectories = [_episode(i, tokens=2) for i in range(2)]
-    _, figures = improve(0, trajectories, np.float32([[1, 0]]), 0.25, 0)
+    _, metrics = update_policy(0, trajectories, np.float32([[1, 0]]), 0.25, 0)
     # k1 = sampled - reference: -0.125 (number + 1) + id / 1000 for the ids 2 and 3.
     penalties = [0.25 * (2 * -0.125 * (number + 1) + 0.005) for number in range(2)]
     wanted = (1 - penalties[0]) - (0 - penalties[1])
     for number, sign in ((0, 1), (1, -1)):
         advantages = _of(learner.batches[0], "advantages")[number]
         np.testing.assert_allclose(advantages, sign * wanted, rtol=1e-5)
-    assert figures["kl"] == pytest.approx((-0.25 - 0.5 + 0.01) / 4, rel=1e-5)
+    assert metrics["kl"] == pytest.approx((-0.25 - 0.5 + 0.01) / 4, rel=1e-5)
 
 
-def test_without_a_need_for_scores_no_model_is_asked(config, tmp_path):
-    improve, _ = _improver(Updates(), config, tmp_path)  # it has no method that scores
-    state, _ = improve(0, [_episode(0), _episode(1)], np.float32([[1, 0]]), 0.0, 0)
+def test_models_score_nothing_that_the_config_does_not_need(config, tmp_path):
+    update_policy, _ = _updater(RecordingLearner(), config, tmp_path)  # has no scoring method
+    state, _ = update_policy(0, [_episode(0), _episode(1)], np.float32([[1, 0]]), 0.0, 0)
     assert state == 1
 
 
 def test_a_masked_episodes_reward_still_counts_in_its_group(config, tmp_path):
     config.rl.overlong = "mask"
-    learner = Updates()
-    improve, _ = _improver(learner, config, tmp_path)
+    learner = RecordingLearner()
+    update_policy, _ = _updater(learner, config, tmp_path)
     trajectories = [_episode(0, finish="length"), _episode(1, answer="Peru")]
-    improve(0, trajectories, np.float32([[1, 0]]), 0.0, 0)
+    update_policy(0, trajectories, np.float32([[1, 0]]), 0.0, 0)
     advantages = _of(learner.batches[0], "advantages")
     assert len(advantages[0]) == 0 and learner.batches[0].mask.sum() == 4
     np.testing.assert_allclose(advantages[1], -(0.5**0.5), rtol=1e-5)
     np.testing.assert_allclose(_of(learner.batches[0], "weights")[1], 0.25)
 
 
-def test_no_update_follows_once_too_many_in_a_row_were_skipped(config, tmp_path):
+def test_updates_stop_once_the_limit_of_skipped_ones_is_reached(config, tmp_path):
     config.rl.update(dict(minibatches=2, epochs=2))
     given = ([_episode(i) for i in range(4)], np.float32([[1, 0], [0, 1]]), 0.0, 6)
 
-    learner = Updates(skipped={2, 3, 4})
-    improve, nonfinite = _improver(learner, config, tmp_path / "two", limit=2)
-    state, figures = improve(0, *given)
-    assert (state, figures["skipped_updates"], len(learner.batches)) == (1, 2.0, 3)
+    learner = RecordingLearner(skipped={2, 3, 4})
+    update_policy, nonfinite = _updater(learner, config, tmp_path / "two", limit=2)
+    state, metrics = update_policy(0, *given)
+    assert (state, metrics["skipped_updates"], len(learner.batches)) == (1, 2.0, 3)
     assert nonfinite.limit_reached
 
-    learner = Updates(skipped={1, 3, 4})  # the second one is not: they are counted anew
-    improve, nonfinite = _improver(learner, config, tmp_path / "three", limit=3)
-    state, figures = improve(0, *given)
-    assert (state, figures["skipped_updates"], len(learner.batches)) == (1, 3.0, 4)
+    learner = RecordingLearner(skipped={1, 3, 4})  # the second update resets the count
+    update_policy, nonfinite = _updater(learner, config, tmp_path / "three", limit=3)
+    state, metrics = update_policy(0, *given)
+    assert (state, metrics["skipped_updates"], len(learner.batches)) == (1, 3.0, 4)
     assert not nonfinite.limit_reached and nonfinite.in_a_row == 2
     names = sorted(path.name for path in (tmp_path / "three" / "skipped_batches").iterdir())
     assert names == [f"step000007_update{i}.npz" for i in (1, 3, 4)]
 
 
-def test_without_the_document_mask_all_behind_the_prompt_is_trained(config, tmp_path):
+def test_without_the_document_mask_all_tokens_after_the_prompt_are_trained(config, tmp_path):
     config.rl.update(dict(document_mask=False, old_logprobs="learner"))
     trajectory = _episode(0, tokens=2, answer="")
     trajectory.append_inserted([50, 51])  # documents
@@ -297,13 +322,13 @@ def test_without_the_document_mask_all_behind_the_prompt_is_trained(config, tmp_
     assert list(map(bool, masked)) == [False, False, True, True, False, False, True]
     assert list(map(bool, bare)) == [False, False, True, True, True, True, True]
 
-    learner = Scores()
-    improve, _ = _improver(learner, config, tmp_path)
-    improve(1.0, [trajectory], np.array([[1.0]]), 0.0, 0)
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path)
+    update_policy(1.0, [trajectory], np.array([[1.0]]), 0.0, 0)
     (batch,) = learner.batches
     row, offset, n = batch.places[0]
     columns = {k: v.reshape(-1, v.shape[-1])[row] for k, v in batch.columns.items()}
     old, sampler = columns["old_logprobs"], columns["sampler_logprobs"]
-    for place in (4, 5):  # what no policy sampled counts as sampled by the learner
+    for place in (4, 5):  # inserted tokens take the learner's log-prob for the sampler's
         assert sampler[offset + place - 1] == old[offset + place - 1] != 0
     assert sampler[offset + 5] == -0.5 != old[offset + 5]

@@ -4,17 +4,20 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_flags
+from zerosearch_jax.benchmarks import config as configs
 from zerosearch_jax.benchmarks import decode, learner, rollout
 from zerosearch_jax.benchmarks.rows import report
 from zerosearch_jax.errors import UserError
 
 SUITES = {
-    "rollout": rollout.run,
-    "decode": decode.run,
-    "bandwidth": decode.accelerator,
-    "learner": learner.run,
-    "mfu": learner.mfu,
+    "rollout": (rollout.run, configs.RolloutBenchConfig),
+    "decode": (decode.run, configs.DecodeBenchConfig),
+    "bandwidth": (decode.accelerator, configs.BandwidthBenchConfig),
+    "learner": (learner.run, configs.LearnerBenchConfig),
+    "mfu": (learner.mfu, configs.MFUBenchConfig),
 }
+"""Suite: its function and the dataclass of its config."""
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -25,4 +28,5 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     if config.suite not in SUITES:
         raise UserError(f"config.suite is {config.suite!r}; choose one of {', '.join(SUITES)}")
-    report(SUITES[config.suite](config), Path(workdir))
+    suite, config_class = SUITES[config.suite]
+    report(suite(config_flags.typed(config_class, config)), Path(workdir))

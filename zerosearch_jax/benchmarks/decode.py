@@ -15,16 +15,15 @@ from tempfile import TemporaryDirectory
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from zerosearch_jax.benchmarks import run_peers
+from zerosearch_jax.benchmarks.config import BandwidthBenchConfig, DecodeBenchConfig
 from zerosearch_jax.benchmarks.rows import Row
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.stops import build_stop_table
-from zerosearch_jax.jobs.evaluate import GREEDY
 from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import load_params, save_params
@@ -39,7 +38,7 @@ PRECISIONS = {
 }
 
 
-def run(config: ConfigDict) -> list[Row]:
+def run(config: DecodeBenchConfig) -> list[Row]:
     """Rows for each number of slots and each available peer, and against the machine's limits."""
     model = factory.load_model(config.model, make_mesh(), "float32")
     rng = np.random.default_rng(0)
@@ -81,7 +80,7 @@ def run(config: ConfigDict) -> list[Row]:
     return rows
 
 
-def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], int], dict]]:
+def peers(config: DecodeBenchConfig) -> dict[str, Callable[[Sequence[Sequence[int]], int], dict]]:
     """The available peers by name, each a function `(prompts, new_tokens) -> response`.
 
     The docstring of `run_peers` describes the response.
@@ -127,7 +126,7 @@ def peers(config: ConfigDict) -> dict[str, Callable[[Sequence[Sequence[int]], in
     return found
 
 
-def accelerator(config: ConfigDict) -> list[Row]:
+def accelerator(config: BandwidthBenchConfig) -> list[Row]:
     """Decoding of random models on an accelerator, against its memory bandwidth and torch.
 
     A step must read at least the weights once and every row's cache; only these bytes count.
@@ -142,7 +141,7 @@ def accelerator(config: ConfigDict) -> list[Row]:
         )
     rows = []
     for name, shape in config.models.items():
-        model_config, dtype = from_hf(shape.to_dict()), factory.dtype_of(config.dtype)
+        model_config, dtype = from_hf(dict(shape)), factory.dtype_of(config.dtype)
         ids = np.random.default_rng(0).integers(
             0, model_config.vocab_size, (max(config.slots), config.prompt_tokens)
         )
@@ -175,7 +174,7 @@ def accelerator(config: ConfigDict) -> list[Row]:
     return rows
 
 
-def bytes_per_step(model: factory.Model, slots: int, config: ConfigDict) -> float:
+def bytes_per_step(model: factory.Model, slots: int, config: BandwidthBenchConfig) -> float:
     """Bytes that a step over `slots` rows must read, averaged over the steps of a repeat."""
     c = model.config
     leaves = jax.tree.leaves(model.params)
@@ -302,7 +301,7 @@ def precision_effect(model: factory.Model, options: dict, samples: int = 256) ->
     )
 
 
-def flops_per_token(model: factory.Model, config: ConfigDict) -> float:
+def flops_per_token(model: factory.Model, config: DecodeBenchConfig) -> float:
     """Floating-point operations of one decoded token: two per weight, plus attention."""
     c = model.config
     weights = sum(leaf.size for leaf in jax.tree.leaves(model.params))

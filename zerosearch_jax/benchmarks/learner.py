@@ -7,6 +7,7 @@ entropy bonus, k3 KL), gradient clipping and AdamW. A *step* also samples the co
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from zerosearch_jax.benchmarks import decode, run_peers
+from zerosearch_jax.benchmarks.config import (
+    BatchConfig,
+    LearnerBenchConfig,
+    MFUBenchConfig,
+    PackingConfig,
+)
 from zerosearch_jax.benchmarks.rows import Row
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.errors import UserError
@@ -27,16 +32,14 @@ from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.experience import (
-    AdvantageEstimator,
-    with_advantages,
-    with_scores,
-    with_weights,
-)
+from zerosearch_jax.rl.advantages import group_advantages
+from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rl.logprobs import chunked_logprobs
+from zerosearch_jax.rl.losses import aggregation_weights
 from zerosearch_jax.rl.objective import Objective, policy_terms
 from zerosearch_jax.text.tokenizer import encode
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import LearnerConfig
 
 OBJECTIVE, KL = Objective(), 0.001
 
@@ -46,7 +49,7 @@ OBJECTIVE, KL = Objective(), 0.001
 DONE_PASSES, MODEL_PASSES = 5, 4
 
 
-def run(config: ConfigDict) -> list[Row]:
+def run(config: LearnerBenchConfig) -> list[Row]:
     """Runs the parts `config.parts` and prints each row as soon as it is measured.
 
     Raises:
@@ -66,25 +69,33 @@ def run(config: ConfigDict) -> list[Row]:
 class Updater:
     """A learner with its state and a frozen reference in the compute dtype."""
 
-    def __init__(self, model: factory.Model, config: ConfigDict, dtype: str):
-        settings = ConfigDict(dict(config.learner, compute_dtype=dtype))
+    def __init__(
+        self, model: factory.Model, config: LearnerBenchConfig | MFUBenchConfig, dtype: str
+    ):
+        settings = LearnerConfig(
+            row_tokens=0,  # The caller packs.
+            rows=0,
+            compute_dtype=dtype,
+            remat=config.learner.remat,
+            logprob_chunk=config.learner.logprob_chunk,
+        )
         self.learner = factory.make_learner(model.config, make_mesh(), config.optimizer, settings)
         self.state = self.learner.init(model.params)
         self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
 
-    def update(self, batch: dict[str, jax.Array]) -> tuple[float, float]:
+    def update(self, batch: LearnerBatch) -> tuple[float, float]:
         """Runs one update on a device batch; returns its seconds and loss."""
         began = time.monotonic()
         scores = self.learner.logprobs(self.reference, batch)
         self.state, metrics = self.learner.rl_step(
-            self.state, batch | {"ref_logprobs": scores}, objective=OBJECTIVE, kl_coef=KL
+            self.state, replace(batch, ref_logprobs=scores), objective=OBJECTIVE, kl_coef=KL
         )
         jax.block_until_ready(self.state)
         return time.monotonic() - began, float(metrics["loss/total"])
 
     def put(
         self, sequences: Sequence[TokenSequence], row_tokens: int, rows: int, room: int
-    ) -> dict[str, jax.Array]:
+    ) -> LearnerBatch:
         """Packs sequences into micro-batches of `rows` rows that hold `room` rows in total.
 
         Returns:
@@ -101,17 +112,27 @@ class Updater:
         """
         batch = pack(sequences, row_tokens=row_tokens, rows=1, microbatches=None)
         scores = self.learner.logprobs(self.reference, self.learner.put(batch))
-        scored = with_scores(sequences, batch, {"old_logprobs": np.asarray(scores)})
+        scored = [
+            with_columns(sequence, old_logprobs=row[: len(sequence.tokens)])
+            for sequence, row in zip(sequences, batch.unpack(np.asarray(scores)), strict=True)
+        ]
         rewards = np.random.default_rng(1).random((1, len(sequences)), np.float32)
-        return rewarded(scored, rewards, row_tokens)
+        return rewarded(scored, rewards)
 
 
-def rewarded(
-    sequences: Sequence[TokenSequence], rewards: np.ndarray, row_tokens: int
-) -> list[TokenSequence]:
-    """Adds GRPO's advantages for `rewards` `[Q, G]` and the loss weights of a token mean."""
-    with_all, _ = with_advantages(sequences, rewards, AdvantageEstimator(), row_tokens=row_tokens)
-    return with_weights(with_all, "token_mean", 0)
+def rewarded(sequences: Sequence[TokenSequence], rewards: np.ndarray) -> list[TokenSequence]:
+    """Adds GRPO's advantages of `rewards` `[Q, G]` and the weights of a mean over tokens."""
+    advantages = np.asarray(group_advantages(jnp.asarray(rewards))).ravel()
+    lengths = jnp.array([sum(s.mask[1:]) for s in sequences], jnp.float32)
+    weights = np.asarray(aggregation_weights(lengths, aggregate="token_mean"))
+    return [
+        with_columns(s, advantages=np.full(len(s.tokens), a), weights=np.full(len(s.tokens), w))
+        for s, a, w in zip(sequences, advantages, weights, strict=True)
+    ]
+
+
+def with_columns(sequence: TokenSequence, **columns: np.ndarray) -> TokenSequence:
+    return replace(sequence, columns={**sequence.columns, **columns})
 
 
 def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> TokenSequence:
@@ -119,7 +140,7 @@ def sequence_of(tokens: Sequence[int], mask: Sequence[float], **columns) -> Toke
     return TokenSequence(tokens, mask, {"correct": np.zeros(len(tokens)), **columns})
 
 
-def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
+def random_sequences(sizes: BatchConfig, vocab_size: int) -> list[TokenSequence]:
     """Returns `sizes.rows` sequences of `sizes.tokens` random ids.
 
     The mask excludes the first `sizes.prompt_tokens` tokens.
@@ -129,14 +150,14 @@ def random_sequences(sizes: ConfigDict, vocab_size: int) -> list[TokenSequence]:
     return [sequence_of(row, mask) for row in ids.tolist()]
 
 
-def peer_settings(config: ConfigDict) -> dict[str, float]:
+def peer_settings(config: LearnerBenchConfig) -> dict[str, float]:
     """Optimizer and loss settings for every peer."""
     names = ("learning_rate", "beta1", "beta2", "weight_decay", "clip_norm")
-    loss = dict(clip=OBJECTIVE.clip_low, kl=KL, entropy=OBJECTIVE.entropy)
-    return {name: config.optimizer[name] for name in names} | loss
+    loss = dict(clip=OBJECTIVE.loss.clip_low, kl=KL, entropy=OBJECTIVE.loss.entropy)
+    return {name: getattr(config.optimizer, name) for name in names} | loss
 
 
-def updates(config: ConfigDict) -> Iterator[Row]:
+def updates(config: LearnerBenchConfig) -> Iterator[Row]:
     """Updates of one model against transformers on torch and against the GEMM peak."""
     sizes = config.batch
     model = factory.load_model(config.model, make_mesh(), "float32")
@@ -154,7 +175,7 @@ def updates(config: ConfigDict) -> Iterator[Row]:
 
 
 def update_secs(
-    model: factory.Model, config: ConfigDict, dtype: str
+    model: factory.Model, config: LearnerBenchConfig | MFUBenchConfig, dtype: str
 ) -> tuple[list[float], list[float]]:
     """Seconds of our updates and of torch's, which alternate.
 
@@ -197,7 +218,7 @@ def fastest(update: Callable[[int], tuple[float, float]], choices: Sequence[int]
     return min(choices, key=lambda choice: update(choice)[0])
 
 
-def steps(config: ConfigDict) -> Iterator[Row]:
+def steps(config: LearnerBenchConfig) -> Iterator[Row]:
     """Whole GRPO steps against the trainers of TRL and Tunix; no completion ends early."""
     sizes = config.step
     model = factory.load_model(config.model, make_mesh(), "float32")
@@ -228,7 +249,7 @@ def steps(config: ConfigDict) -> Iterator[Row]:
 
 
 def step_secs(
-    model: factory.Model, prompts: Sequence[Sequence[int]], config: ConfigDict
+    model: factory.Model, prompts: Sequence[Sequence[int]], config: LearnerBenchConfig
 ) -> list[float]:
     """Seconds of each of our steps except the first, which compiles."""
     sizes = config.step
@@ -261,7 +282,7 @@ def step_secs(
             sequence_of([*prompt, *c.tokens], mask, old_logprobs=[0.0] * len(prompt) + c.logprobs)
             for prompt, c in zip(repeated, completions, strict=True)
         ]
-        ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size), row_tokens)
+        ready = rewarded(sequences, rewards.reshape(-1, sizes.group_size))
         updater.update(updater.put(ready, row_tokens, sizes.micro_rows["ours"], len(slots)))
         secs.append(time.monotonic() - began)
     return secs[1:]
@@ -279,7 +300,7 @@ def stretches(tokenizer, count: int, tokens: int) -> list[list[int]]:
     return [part for part, _ in zip(whole, range(count), strict=False)]
 
 
-def packing(config: ConfigDict) -> Iterator[Row]:
+def packing(config: LearnerBenchConfig) -> Iterator[Row]:
     """Updates on packed episodes against one episode per row, with one compiled program."""
     sizes = config.packing
     model = factory.load_model(sizes.model, make_mesh(), "float32")
@@ -297,13 +318,13 @@ def packing(config: ConfigDict) -> Iterator[Row]:
     yield Row("update packed / one episode per row", *rates, "episodes/s")
 
 
-def episodes(tokenizer, sizes: ConfigDict) -> list[TokenSequence]:
+def episodes(tokenizer, sizes: PackingConfig) -> list[TokenSequence]:
     """Returns tokenised episodes of the embedded world's scripted agent that fit a row."""
     transcripts = sft_data.policy_transcripts(
         worlds=1,  # The first world is the real one, whose number of entities is fixed.
         entities_per_world=0,
         questions_per_world=2 * sizes.episodes,
-        behaviours=Behaviours(**sizes.behaviours),
+        behaviours=sizes.behaviours,
         topk=sizes.topk,
         seed=0,
     )
@@ -323,10 +344,10 @@ def padded(sequence: TokenSequence, length: int) -> TokenSequence:
     )
 
 
-def memory(config: ConfigDict) -> Iterator[Row]:
+def memory(config: LearnerBenchConfig) -> Iterator[Row]:
     """Temporary bytes of a gradient with whole logits, against chunked logits."""
     sizes = config.memory
-    model_config = from_hf(sizes.model.to_dict())
+    model_config = from_hf(dict(sizes.model))
     chunked = partial(chunked_logprobs, chunk=sizes.logprob_chunk)
     whole, ours = (
         gradient_bytes(model_config, sizes.tokens, each) for each in (whole_logprobs, chunked)
@@ -345,16 +366,16 @@ def gradient_bytes(config: ModelConfig, tokens: int, logprobs_of: Callable) -> i
 
     def loss(params, batch):
         model = nnx.merge(graphdef, params)
-        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        logprobs, entropy = logprobs_of(hidden, model.unembedding(), batch["targets"])
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
+        logprobs, entropy = logprobs_of(hidden, model.unembedding(), batch.targets)
         return policy_terms(OBJECTIVE, KL, logprobs, entropy, batch)[0]
 
     names = ("old_logprobs", "ref_logprobs", "advantages", "weights")
     zeros = dict.fromkeys(names, np.zeros(tokens))
     sequence = sequence_of([0] * tokens, [1.0] * tokens, **zeros)
     batch = pack([sequence], row_tokens=tokens, rows=1, microbatches=1)
-    arrays = {name: array[0] for name, array in batch.arrays().items() if array.ndim}
-    compiled = jax.jit(jax.grad(loss)).lower(params, arrays).compile()
+    microbatch = LearnerBatch(**batch.arrays()).microbatch(0)
+    compiled = jax.jit(jax.grad(loss)).lower(params, microbatch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -385,7 +406,7 @@ def forward_flops(config: ModelConfig, attended: float) -> float:
     return 2 * products + 4 * config.num_layers * heads * attended
 
 
-def mfu(config: ConfigDict) -> list[Row]:
+def mfu(config: MFUBenchConfig) -> list[Row]:
     """Model FLOP/s of updates of random models on an accelerator, against its peak.
 
     Raises:
@@ -398,7 +419,7 @@ def mfu(config: ConfigDict) -> list[Row]:
         )
     rows, sizes = [], config.batch
     for name, shape in config.models.items():
-        model_config = from_hf(shape.to_dict())
+        model_config = from_hf(dict(shape))
         # The state copies the parameters; no other reference keeps the originals in memory.
         updater = Updater(
             factory.Model(model_config, init_params(model_config, 0), None), config, "bfloat16"

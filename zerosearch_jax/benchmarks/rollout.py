@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import jax
-from ml_collections import ConfigDict
 
+from zerosearch_jax.benchmarks.config import RolloutBenchConfig, RolloutGeneratorConfig
 from zerosearch_jax.benchmarks.rows import Row
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.data.qa import QARow, load_qa
@@ -28,6 +28,7 @@ from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.step_rollouts import limits_of
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ class PeerGenerator(Generator):
         all_rows = self.features == LOCKSTEP
         self._fill([s for s in self.contexts if all_rows or s in slots])
 
-    def decode_chunk(self, *, key, sampling, share=0.25):
-        stopped = super().decode_chunk(key=key, sampling=sampling, share=share)
-        while self._turns and not self.features.return_early:
-            stopped |= super().decode_chunk(key=key, sampling=sampling, share=1.0)
+    def decode_chunk(self, *, key, sampling, min_finished_fraction=0.25):
+        options = dict(key=key, sampling=sampling)
+        stopped = super().decode_chunk(**options, min_finished_fraction=min_finished_fraction)
+        while self._decoding and not self.features.return_early:
+            stopped |= super().decode_chunk(**options, min_finished_fraction=1.0)
         for slot, generation in stopped.items():
             self.contexts[slot] += generation.tokens
         return stopped
@@ -102,10 +104,10 @@ class PeerGenerator(Generator):
 class Waves(Rollouts):
     """Rollouts whose slots take new episodes only when all episodes have ended."""
 
-    def play(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
+    def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
         played = []
         for start in range(0, len(episodes), self.generator.slots):
-            played += super().play(episodes[start : start + self.generator.slots], key)
+            played += super().run(episodes[start : start + self.generator.slots], key)
         return played
 
 
@@ -183,9 +185,9 @@ class Mix:
     concurrent: int = 0
 
 
-def embedded_mix(config: ConfigDict) -> Mix:
+def embedded_mix(config: RolloutBenchConfig) -> Mix:
     """The embedded example: questions on the embedded world and the tiny simulator."""
-    limits = Limits(**config.limits)
+    limits = limits_of(config.limits)
 
     def engine(features: Features) -> SearchEngine:
         simulator = config.simulator
@@ -205,7 +207,7 @@ def embedded_mix(config: ConfigDict) -> Mix:
                config.policy.max_tokens, engine)  # fmt: skip
 
 
-def long_mix(config: ConfigDict) -> Mix:
+def long_mix(config: RolloutBenchConfig) -> Mix:
     """Long contexts: passages of the embedded world lengthen prompts and observations."""
     long = config.long
     rng = Random(0)
@@ -214,20 +216,20 @@ def long_mix(config: ConfigDict) -> Mix:
     for row in load_qa("world", "train", long.questions):
         words = " ".join(rng.sample(passages, 8)).split()[: rng.randint(*long.prompt_words)]
         rows.append(replace(row, question=f"{' '.join(words)} {row.question}"))
-    return Mix(episodes_of(rows, config), Limits(**long.limits), long.max_tokens,
+    return Mix(episodes_of(rows, config), limits_of(long.limits), long.max_tokens,
                lambda features: LongDocuments(tuple(long.document_words)))  # fmt: skip
 
 
-def service_mix(config: ConfigDict) -> Mix:
+def service_mix(config: RolloutBenchConfig) -> Mix:
     """The embedded example's questions, with searches answered by a slow service."""
     service = config.service
     engine = SlowService(BM25Engine(corpus(load_entities()), topk=2), tuple(service.seconds))
     return Mix(episodes_of(load_qa("world", "train", config.questions), config),
-               Limits(**config.limits), config.policy.max_tokens, lambda features: engine,
+               limits_of(config.limits), config.policy.max_tokens, lambda features: engine,
                service.concurrent)  # fmt: skip
 
 
-def episodes_of(rows: Sequence[QARow], config: ConfigDict) -> list[Episode]:
+def episodes_of(rows: Sequence[QARow], config: RolloutBenchConfig) -> list[Episode]:
     """Returns groups of `config.group_size` episodes, numbered as in the rl job."""
     size = config.group_size
     return [
@@ -237,7 +239,9 @@ def episodes_of(rows: Sequence[QARow], config: ConfigDict) -> list[Episode]:
     ]
 
 
-def generator_of(config: ConfigDict, max_tokens: int, features: Features, stops: tuple[str, ...]):
+def generator_of(
+    config: RolloutGeneratorConfig, max_tokens: int, features: Features, stops: tuple[str, ...]
+):
     """Returns a generator with `features`, and its model.
 
     The lockstep loop has `config.lockstep_slots` slots, all other variants `config.slots`.
@@ -269,14 +273,14 @@ VARIANTS = {"lockstep": LOCKSTEP} | {
 MIXES = {"embedded": embedded_mix, "long": long_mix, "service": service_mix}
 
 
-def run(config: ConfigDict) -> list[Row]:
+def run(config: RolloutBenchConfig) -> list[Row]:
     """Compares our rollouts with each variant of `config.variants` on each mix of `config.mixes`.
 
     Raises:
       UserError: the config names an unknown mix or variant.
     """
     for key, known in (("mixes", MIXES), ("variants", VARIANTS)):
-        for name in config[key]:
+        for name in getattr(config, key):
             if name not in known:
                 raise UserError(f"config.{key} has {name!r}; choose from {', '.join(known)}")
     rows = []
@@ -307,7 +311,7 @@ class TimedRollouts:
       tokens: counts of episodes, searches and tokens of the last run, for printing.
     """
 
-    def __init__(self, mix: Mix, config: ConfigDict, features: Features):
+    def __init__(self, mix: Mix, config: RolloutBenchConfig, features: Features):
         self.mix = mix
         self.generator, model = generator_of(config.policy, mix.max_tokens, features, STOP_STRINGS)
         self.sampling = Sampling(1.0)
@@ -321,13 +325,13 @@ class TimedRollouts:
             concurrent_searches=mix.concurrent if features.overlap else 0,
         )
         self.rates: list[float] = []
-        self.rollouts.play(mix.episodes[: 2 * config.group_size], jax.random.key(1))
+        self.rollouts.run(mix.episodes[: 2 * config.group_size], jax.random.key(1))
 
     def measure(self) -> None:
         """Runs all episodes once and records the rate."""
         self.generator.forget()
         began = time.monotonic()
-        trajectories = self.rollouts.play(self.mix.episodes, jax.random.key(0))
+        trajectories = self.rollouts.run(self.mix.episodes, jax.random.key(0))
         self.rates.append(len(trajectories) / (time.monotonic() - began))
         searches = sum(len(t.searches) for t in trajectories)
         self.tokens = (

@@ -1,11 +1,11 @@
-"""Ragged token sequences to fixed-shape learner batches: several sequences share a row.
+"""Packs token sequences of any length into fixed-shape learner batches.
 
-Column t of every array speaks of predicting `targets[t]`, the token after `tokens[t]` in the same
-sequence; so masks and log-probs need no shifting in the learner.
+Several sequences share a row. Column t of every array belongs to `targets[t]`, the token that
+follows `tokens[t]` in the same sequence, so the learner never shifts masks or log-probs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class TokenSequence:
     Attributes:
       tokens: `[n]` ids.
       mask: `[n]` weight of each token in the loss: 1 where the policy wrote it, 0 elsewhere.
-      columns: what else the loss wants to know of each token, `[n]` floats under each name; unread
+      columns: further values per token that the loss reads, `[n]` floats under each name; unread
         where the mask is 0.
     """
 
@@ -30,16 +30,18 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Host arrays of M microbatches × R rows × T tokens; rows past the last are padding.
+    """Host arrays of M microbatches × R rows × T tokens, the host side of `rl.batch.LearnerBatch`.
+
+    Rows past the last used one are padding.
 
     Attributes:
       tokens, targets: int32; `targets[t]` follows `tokens[t]`, 0 at a sequence's last token.
       positions: int32, from 0 in each sequence.
       segment_ids: int32, from 1 within a row; 0 is padding.
       mask: float32, the loss weight of `targets`; 0 wherever there is no target.
-      columns: float32 each, the sequences' columns, of `targets`.
+      columns: float32 each, further values of `targets` under their `LearnerBatch` names.
       num_microbatches: int32 scalar, microbatches that hold any sequence.
-      places: (row, offset, length) of each sequence, rows counted through the microbatches.
+      places: (row, offset, length) of each sequence; rows are counted through the microbatches.
     """
 
     tokens: np.ndarray
@@ -52,28 +54,41 @@ class PackedBatch:
     places: tuple[tuple[int, int, int], ...]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name, the columns among them."""
+        """All arrays, columns included, under the names of the fields of `LearnerBatch`."""
         names = ("tokens", "targets", "positions", "segment_ids", "mask", "num_microbatches")
         return {name: getattr(self, name) for name in names} | self.columns
 
-    def unpack(self, values: np.ndarray) -> list[np.ndarray]:
-        """`values` `[M, R, T]` of the targets, as `[n]` of the tokens of each sequence.
+    def with_columns(self, **columns: np.ndarray) -> "PackedBatch":
+        """Returns the batch with columns `[M, R, T]` added or replaced."""
+        return replace(self, columns=self.columns | columns)
 
-        A sequence's first token, which nothing predicts, gets 0. Rows past the R-th, which a
-        mesh may have asked for, are not read.
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Packs values of the sequences as a column `[M, R, T]`, 0 where there is no target.
+
+        Args:
+          values: `[N]`, one per sequence, or `[N, T]`, one per token.
         """
-        values = np.asarray(values)[:, : self.tokens.shape[1]]
-        rows = values.reshape(-1, values.shape[-1])
-        unpacked = []
-        for row, offset, length in self.places:
-            tokens = np.zeros(length, rows.dtype)
-            tokens[1:] = rows[row, offset : offset + length - 1]
-            unpacked.append(tokens)
-        return unpacked
+        column = np.zeros(
+            (self.tokens.size // self.tokens.shape[-1], self.tokens.shape[-1]), np.float32
+        )
+        for value, (row, offset, length) in zip(values, self.places, strict=True):
+            column[row, offset : offset + length - 1] = value[1:length] if value.ndim else value
+        return column.reshape(self.tokens.shape)
+
+    def unpack(self, column: np.ndarray) -> np.ndarray:
+        """Returns a column `[M, R, T]` by sequence: `[N, T]`, the inverse of `spread`.
+
+        A sequence's first token, which nothing predicts, and the padding get 0.
+        """
+        rows = np.reshape(column, (-1, column.shape[-1]))
+        values = np.zeros((len(self.places), column.shape[-1]), rows.dtype)
+        for value, (row, offset, length) in zip(values, self.places, strict=True):
+            value[1:length] = rows[row, offset : offset + length - 1]
+        return values
 
 
 def place(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
-    """First-fit-decreasing: the (row, offset) of each length; rows hold `row_tokens`.
+    """Returns the (row, offset) of each length, by first-fit-decreasing into rows of `row_tokens`.
 
     Raises:
       UserError: a sequence is longer than a row.
@@ -83,10 +98,10 @@ def place(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] > row_tokens:
             raise UserError(
-                f"a sequence of {lengths[i]} tokens does not fit a row of {row_tokens}; "
-                "raise config's row_tokens"
+                f"a sequence of {lengths[i]} tokens does not fit a row of {row_tokens}; raise "
+                f"learner.row_tokens to at least {lengths[i]}"
             )
-        row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(free))
+        row = next((r for r, tokens in enumerate(free) if tokens >= lengths[i]), len(free))
         if row == len(free):
             free.append(row_tokens)
         places[i] = (row, row_tokens - free[row])
@@ -97,20 +112,23 @@ def place(lengths: Sequence[int], row_tokens: int) -> list[tuple[int, int]]:
 def pack(
     sequences: Sequence[TokenSequence], *, row_tokens: int, rows: int, microbatches: int | None
 ) -> PackedBatch:
-    """Packs `sequences` into at most `microbatches` microbatches of `rows` rows.
+    """Packs sequences into fixed-shape microbatches.
 
-    The arrays always hold `microbatches` of them (a fixed shape); None: as many as are needed.
+    Args:
+      row_tokens: tokens per row.
+      rows: rows per microbatch.
+      microbatches: microbatches in the batch, used or not; None: as many as the sequences need.
 
     Raises:
-      UserError: a sequence is longer than a row, or they do not all fit.
+      UserError: a sequence is longer than a row, or the sequences need more microbatches.
     """
     places = place([len(s.tokens) for s in sequences], row_tokens)
     used = 1 + max((row for row, _ in places), default=-1)
     microbatches = -(-used // rows) if microbatches is None else microbatches
     if used > rows * microbatches:
         raise UserError(
-            f"{used} packed rows do not fit {microbatches} microbatches of {rows}; "
-            "give more of either"
+            f"the sequences need {used} rows of {row_tokens} tokens, but {microbatches} "
+            f"microbatches of {rows} rows hold {rows * microbatches}; raise either"
         )
     shape = (microbatches * rows, row_tokens)
     ints = {k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "positions", "segment_ids")}
@@ -127,7 +145,7 @@ def pack(
         ints["segment_ids"][row, whole] = segments[row]
         floats["mask"][row, predicting] = sequence.mask[1:]
         if sequence.columns.keys() != names:
-            raise ValueError(f"columns {list(sequence.columns)} beside {list(names)} in one batch")
+            raise ValueError(f"a sequence has columns {list(sequence.columns)}, not {list(names)}")
         for name, column in sequence.columns.items():
             floats[name][row, predicting] = column[1:]
     cut = {k: v.reshape(microbatches, rows, row_tokens) for k, v in (ints | floats).items()}
@@ -137,3 +155,63 @@ def pack(
         num_microbatches=np.int32(-(-used // rows)),
         places=tuple((*at, len(s.tokens)) for at, s in zip(places, sequences, strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class Minibatches:
+    """Packed minibatches that together hold each of N sequences once.
+
+    Attributes:
+      parts: indices of the sequences in each minibatch, ascending.
+      batches: the packed minibatches.
+    """
+
+    parts: list[np.ndarray]
+    batches: list[PackedBatch]
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns the array `name` by sequence: `[N, T]`, 0 at first tokens and padding."""
+        rows = [batch.unpack(batch.arrays()[name]) for batch in self.batches]
+        return np.concatenate(rows)[np.argsort(np.concatenate(self.parts))]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns every column by sequence, as `column` does."""
+        return {name: self.column(name) for name in self.batches[0].columns}
+
+    def with_columns(self, **columns: np.ndarray) -> "Minibatches":
+        """Adds or replaces columns given by sequence, `[N]` or `[N, T]`."""
+        batches = [
+            batch.with_columns(**{name: batch.spread(c[part]) for name, c in columns.items()})
+            for part, batch in zip(self.parts, self.batches, strict=True)
+        ]
+        return replace(self, batches=batches)
+
+
+def pack_minibatches(
+    sequences: Sequence[TokenSequence],
+    count: int,
+    *,
+    key: tuple[int, ...],
+    row_tokens: int,
+    rows: int,
+) -> Minibatches:
+    """Packs sequences into `count` minibatches whose sizes differ by at most one sequence.
+
+    All minibatches have the shape that fits their sequences at any length. Several minibatches
+    are a shuffle keyed by `key`; a single one keeps the order.
+    """
+    order = np.arange(len(sequences))
+    if count > 1:
+        order = np.random.default_rng(key).permutation(len(sequences))
+    parts = [np.sort(part) for part in np.array_split(order, count)]
+    microbatches = -(-len(parts[0]) // rows)  # the first part is the largest
+    batches = [
+        pack(
+            [sequences[i] for i in part],
+            row_tokens=row_tokens,
+            rows=rows,
+            microbatches=microbatches,
+        )
+        for part in parts
+    ]
+    return Minibatches(parts, batches)

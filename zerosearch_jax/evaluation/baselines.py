@@ -1,26 +1,25 @@
-"""How a model answers questions: five procedures around one prompt.
+"""Inference baselines: five procedures in which a model answers questions with one prompt.
 
-Every method puts the same user turn before the model, the policy's; only what happens after it
-differs. So a tiny policy that knows one format and an instruct model that knows none are
-measured alike. The published baselines of these names use prompts of their own, so their figures
-can be told from ours by more than the model.
+Every method starts with the policy's user turn and differs only in the steps after it. A tiny
+policy that knows one format and an instruct model that knows none are thus measured alike. The
+published baselines of these names use different prompts, so their scores differ from ours by more
+than the model.
 
-| method      | what happens after the prompt                                                     |
+| method      | steps after the prompt                                                            |
 |-------------|-----------------------------------------------------------------------------------|
-| `direct`    | the opening of the answer is inserted: the model answers without a thought        |
+| `direct`    | the opening of the answer is inserted: the model answers without thinking         |
 | `cot`       | one turn: the model may think and must answer; a search ends it without an answer |
 | `rag`       | a search for the question and its documents are inserted, then one turn as above  |
-| `search`    | the model searches as often as the limits allow, then answers. For a model that   |
-|             | was not trained to, this is the baseline that papers call RA-Agent                |
-| `search_o1` | as `search`, but the model first refines what was found (arXiv 2501.05366), see   |
-|             | `search.refine`                                                                   |
+| `search`    | the model searches as often as the limits allow, then answers; for a model not    |
+|             | trained to search, this is the baseline that papers call RA-Agent                 |
+| `search_o1` | as `search`, but the model refines the documents before it reads them             |
+|             | (arXiv 2501.05366), see `search.refine`                                           |
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
-from ml_collections import ConfigDict
 
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
@@ -33,20 +32,21 @@ from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import GeneratorConfig
 
 METHODS = ("direct", "cot", "rag", "search", "search_o1")
 WITHOUT_ENGINE = ("direct", "cot")
 
-_OPENINGS = {"direct": "answer", "cot": "", "rag": "search"}  # of the methods of one turn
+_OPENINGS = {"direct": "answer", "cot": "", "rag": "search"}  # methods with one turn
 
 
 def check_method(method: str) -> None:
-    """Raises UserError, which names them, for a method that there is not."""
+    """Raises UserError if `method` is not one of `METHODS`."""
     if method not in METHODS:
         raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
 
 
-def play(
+def run_method(
     method: str,
     generator: Generator,
     engine: SearchEngine | None,
@@ -58,23 +58,25 @@ def play(
     key: jax.Array | None = None,
     generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
 ) -> list[Trajectory]:
-    """One episode a row, in order, each numbered by its row; every process plays its part.
+    """Runs one episode per row; returns them in order, numbered by row.
+
+    With several processes, each runs its part of the rows and all get every episode.
 
     Args:
       method: one of `METHODS`.
-      engine: not read by `WITHOUT_ENGINE`, nor when `limits.max_turns` is 0; may be None then.
-      limits: its `max_turns` is read by "search" and "search_o1" alone.
-      key: a typed PRNG key of the draws; `jax.random.key(0)` when None. Greedy episodes need none.
-      generate: of "search_o1": the model that refines, see `refiner`.
+      engine: may be None for the methods in `WITHOUT_ENGINE` and if `limits.max_turns` is 0.
+      limits: only "search" and "search_o1" use its `max_turns`.
+      key: a typed PRNG key for sampling; `jax.random.key(0)` if None. Greedy episodes ignore it.
+      generate: the model that refines documents for "search_o1", see `refiner`.
 
     Raises:
       UserError: unknown method.
-      ValueError: no engine or, for "search_o1", no `generate` where one is needed.
+      ValueError: the method needs an engine or, for "search_o1", `generate`.
     """
     check_method(method)
     if method == "search_o1":
         if engine is None or generate is None:
-            raise ValueError("search_o1 refines an engine's documents: it needs both to do so")
+            raise ValueError("search_o1 needs both: an engine, and generate to refine documents")
         engine = RefiningEngine(engine, generate)
     rollouts = Rollouts(
         generator,
@@ -85,16 +87,31 @@ def play(
         opening=_OPENINGS.get(method, ""),
     )
     episodes = [Episode(i, row.question, row.golden_answers) for i, row in enumerate(rows)]
-    return gather(rollouts.play(part(episodes), jax.random.key(0) if key is None else key))
+    return gather(rollouts.run(part(episodes), jax.random.key(0) if key is None else key))
+
+
+def evaluate_policy(
+    generator: Generator,
+    engine: SearchEngine | None,
+    tokenizer,
+    rows: Sequence[QARow],
+    *,
+    limits: Limits,
+    method: str = "search",
+    generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
+) -> list[Trajectory]:
+    """Runs one greedy episode per row, in order; see `run_method` for arguments and errors."""
+    return run_method(method, generator, engine, tokenizer, rows, limits=limits, generate=generate)
 
 
 def refiner(
-    model: factory.Model, config: ConfigDict, mesh: jax.sharding.Mesh, *, max_new_tokens: int
+    model: factory.Model, config: GeneratorConfig, mesh: jax.sharding.Mesh, *, max_new_tokens: int
 ) -> TextGenerator:
-    """What "search_o1" refines with: the same model, greedy, in a generator of its own.
+    """Builds the greedy generator with which "search_o1" refines documents.
 
-    The policy's generator is full of episodes that wait, so this one holds weights and a cache
-    once more. Its slots must hold a request with all its documents and `max_new_tokens`.
+    It holds a second copy of the weights and a second cache, because the policy's generator is
+    full of waiting episodes. Each slot must hold a request with all its documents and
+    `max_new_tokens`.
     """
     return TextGenerator(
         factory.make_generator(model, config, mesh, stop_strings=()),

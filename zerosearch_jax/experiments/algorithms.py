@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.evaluation.summary import text_table
+from zerosearch_jax.experiments.config import AlgorithmsConfig
 from zerosearch_jax.jobs import rl
-from zerosearch_jax.jobs.evaluate import text_table
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -22,6 +23,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       UserError: a config has another number of episodes per step, or `workdir` holds a run with
         another number of steps.
     """
+    config = config_flags.typed(AlgorithmsConfig, config)
     summaries = {}
     for name, run_config in {name: algorithm_run(config, name) for name in config.configs}.items():
         summary = Path(workdir) / name / "summary.json"
@@ -46,7 +48,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"written to {path}")
 
 
-def algorithm_run(config: ConfigDict, name: str) -> ConfigDict:
+def algorithm_run(config: AlgorithmsConfig, name: str) -> ConfigDict:
     """Returns the rl config of `configs/NAME.py` with the comparison's budget.
 
     Raises:

@@ -18,6 +18,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.experiments import claims, miniature_report
+from zerosearch_jax.experiments.config import MiniatureConfig
 from zerosearch_jax.experiments.stages import Stage, run_stages
 
 
@@ -27,6 +28,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       UserError: another process uses `workdir`, or a stage failed.
     """
+    config = config_flags.typed(MiniatureConfig, config)
     root = Path(workdir)
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
@@ -41,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         write_report(config, root, log)
 
 
-def stages(config: ConfigDict, root: Path) -> list[Stage]:
+def stages(config: MiniatureConfig, root: Path) -> list[Stage]:
     """Returns all stages; a stage comes after the stages whose results it reads."""
 
     def stage(name: str, preset: str, done: str, after: Sequence[str] = (), **changes) -> Stage:
@@ -97,13 +99,13 @@ def stages(config: ConfigDict, root: Path) -> list[Stage]:
     return found
 
 
-def uses_tuned_simulator(config: ConfigDict, arm: str) -> bool:
+def uses_tuned_simulator(config: MiniatureConfig, arm: str) -> bool:
     """Whether the arm trains with the simulator that this pipeline fine-tunes."""
     search = config_flags.load(f"{config.recipe}:{config.prefix}{arm}").search
     return search.engine == "simulated" and search.simulator.form == "finetuned"
 
 
-def write_report(config: ConfigDict, root: Path, log: Records) -> None:
+def write_report(config: MiniatureConfig, root: Path, log: Records) -> None:
     """Evaluates the claims on the finished stages; writes `claims.json` and the report."""
     runs = [
         arm_run(root, arm, seed)
@@ -146,11 +148,11 @@ def write_report(config: ConfigDict, root: Path, log: Records) -> None:
     print(f"written to {path}")
 
 
-def command_flags(config: ConfigDict) -> list[str]:
+def command_flags(config: MiniatureConfig) -> list[str]:
     """Returns the flags that reproduce this config: its file and the overridden values."""
     preset = config.prefix.rstrip("/")
     spec = f"{config.recipe}:{preset}" if preset else config.recipe
-    given, default = config.to_dict(), config_flags.load(spec).to_dict()
+    given, default = config_flags.plain(config), config_flags.load(spec).to_dict()
     changed = [key for key in given if given[key] != default[key]]
     return [f"--config={spec}", *(f'--config.{key}="{given[key]}"' for key in changed)]
 
@@ -201,7 +203,7 @@ def _scores(folder: Path, policy: str) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in ("em", "f1")}
 
 
-def methods_rows(config: ConfigDict, root: Path, runs: Sequence[Mapping]) -> list[dict]:
+def methods_rows(config: MiniatureConfig, root: Path, runs: Sequence[Mapping]) -> list[dict]:
     """Returns one row per inference method and start policy, and one per trained arm."""
     found = []
     for name in (*config.start_policies, "sft"):
@@ -234,7 +236,7 @@ def methods_rows(config: ConfigDict, root: Path, runs: Sequence[Mapping]) -> lis
     return found
 
 
-def noise_curves(config: ConfigDict, runs: Sequence[Mapping]) -> dict[str, dict]:
+def noise_curves(config: MiniatureConfig, runs: Sequence[Mapping]) -> dict[str, dict]:
     """Training schedule → evaluation noise → mean and interval of exact match over seeds."""
     curves: dict[str, dict] = {}
     for arm in config.noise_arms:

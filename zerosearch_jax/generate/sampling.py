@@ -1,5 +1,7 @@
-"""From logits to one token a row. Each row draws from its own key, so a row's tokens do not
-depend on which other rows it is decoded with."""
+"""Sampling of one token per row of logits.
+
+Each row draws from its own key, so its tokens do not depend on the other rows of the batch.
+"""
 
 from dataclasses import dataclass
 
@@ -11,12 +13,15 @@ from zerosearch_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the smallest set of likeliest tokens whose mass reaches p; 1 keeps all.
+      temperature: divides the logits; 0 selects the most likely token.
+      top_k: keeps the k most likely tokens; 0 keeps all.
+      top_p: keeps the smallest set of most likely tokens whose mass reaches p; 1 keeps all.
+
+    Raises:
+      UserError: a parameter is out of range.
     """
 
     temperature: float = 1.0
@@ -34,16 +39,16 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draws a token a row.
+    """Draws one token per row.
 
     Args:
       logits: `[S, V]` float32.
-      keys: `[S]` typed PRNG keys, one a row.
+      keys: `[S]` typed PRNG keys, one per row.
 
     Returns:
-      Tokens `[S]` int32 and their log-probs `[S]` float32 under the tempered distribution
-      *before* top-k and top-p (at temperature 0: under the untempered one), which is the
-      quantity that the learner recomputes.
+      Tokens `[S]` int32 and their log-probs `[S]` float32. The log-probs belong to the tempered
+      distribution *before* top-k and top-p, because the learner recomputes these. At temperature 0
+      they belong to the untempered distribution.
     """
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1)
@@ -56,7 +61,7 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> tuple[jax.
 
 
 def keep_top_k(logprobs: jax.Array, k: int) -> jax.Array:
-    """`[S, V]` with all but the k likeliest (and those tied with the last) at -inf; k 0: all."""
+    """Sets all but the k most likely tokens of `[S, V]` to -inf; keeps ties, and all if k is 0."""
     if k == 0 or k >= logprobs.shape[-1]:
         return logprobs
     least = jax.lax.top_k(logprobs, k)[0][:, -1:]
@@ -64,7 +69,7 @@ def keep_top_k(logprobs: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logprobs: jax.Array, p: float) -> jax.Array:
-    """`[S, V]` with -inf outside the smallest likeliest set whose mass reaches p."""
+    """Sets `[S, V]` to -inf outside the smallest set of most likely tokens with mass at least p."""
     if p == 1:
         return logprobs
     ordered = jnp.sort(jax.nn.log_softmax(logprobs), axis=-1, descending=True)

@@ -1,5 +1,8 @@
-"""Stop strings as an automaton over vocabulary tokens, so that a tag that straddles tokens is
-seen on the device at the very token that completes it. Built once per tokenizer, on the host."""
+"""Stop strings as an automaton over vocabulary tokens.
+
+The device runs the automaton, so a stop string that straddles tokens is detected at the token
+that completes it. The table is built once per tokenizer, on the host.
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -8,15 +11,18 @@ import numpy as np
 
 
 def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) -> np.ndarray:
-    """The transition table of an Aho-Corasick automaton, one step a vocabulary token.
+    """Returns the transition table of an Aho-Corasick automaton with one step per token.
 
     Args:
       token_bytes: the exact bytes of every vocabulary id; b"" for special tokens.
-      stop_strings: non-empty strings; none given makes a table that never accepts.
+      stop_strings: non-empty strings. With none, the table never accepts.
 
     Returns:
-      `[A, V]` int16. State 0 is the start; state `A - 1` means that some stop string has been
-      completed, at the end of the last token or inside it, and is never left.
+      `[A, V]` int16. State 0 is the start. State `A - 1` accepts and is never left: a stop string
+      was completed at the end of the last token or inside it.
+
+    Raises:
+      ValueError: a stop string is empty.
     """
     step = _byte_automaton([text.encode() for text in stop_strings])
     longest = max((len(data) for data in token_bytes), default=0)
@@ -33,9 +39,9 @@ def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) 
 
 
 def _byte_automaton(patterns: list[bytes]) -> np.ndarray:
-    """`[A, 256]` transitions; the last state accepts and is absorbing."""
+    """Returns transitions `[A, 256]` over bytes; the last state accepts and is absorbing."""
     if any(not pattern for pattern in patterns):
-        raise ValueError("a stop string is empty")
+        raise ValueError("a stop string is empty; every stop string needs at least one byte")
     children: list[dict[int, int]] = [{}]
     ends = {0: False}
     for pattern in patterns:
@@ -54,13 +60,13 @@ def _byte_automaton(patterns: list[bytes]) -> np.ndarray:
     queue = deque([0])
     while queue:
         state = queue.popleft()
-        # In breadth-first order the fall-back state's row is complete and may be inherited.
+        # In breadth-first order the row of the fallback state is complete, so it is inherited.
         if state:
             step[state] = step[fail[state]]
         for byte, child in children[state].items():
             if state:
                 fail[child] = int(step[fail[state], byte])
-            # A stop string may also be completed by falling back, inside a longer one.
+            # Falling back inside a longer stop string can complete a shorter one.
             if ends[child] or fail[child] == accept:
                 step[state, byte] = accept
             else:

@@ -1,4 +1,4 @@
-"""Prompts to texts with a generator: what the simulated search engine calls."""
+"""Text completion with a `Generator`, as the simulated search engine uses it."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ class TextGenerator:
     """Completes prompts; a slot that has finished takes the next prompt at once.
 
     Args:
-      key: a typed PRNG key; a prompt with key (a, b) samples from `key` folded with both.
+      sampling: how tokens are drawn.
+      max_new_tokens: longest completion.
+      key: a typed PRNG key. A prompt with keys (a, b) samples from `key` folded with a and b.
     """
 
     def __init__(
@@ -33,14 +35,19 @@ class TextGenerator:
         self.key = key
 
     def __call__(self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]) -> list[str]:
-        """The completion of each prompt (user turn; the system turn is empty)."""
+        """Returns the completion of each prompt, given as the user turn with an empty system turn.
+
+        Args:
+          keys: two numbers per prompt. A completion depends only on its prompt and keys.
+        """
         texts = [""] * len(prompts)
         queue = deque(range(len(prompts)))
         free = [deque(slots) for slots in slots_by_replica(self.generator)]
-        writing: dict[int, int] = {}  # slot -> which prompt
-        while queue or writing:
+        active: dict[int, int] = {}  # slot -> index of its prompt
+        while queue or active:
             new = {}
-            while queue and any(free):  # where least is written, so that no replica is idle
+            # Take the replica with the most free slots, so that none is idle.
+            while queue and any(free):
                 new[max(free, key=len).popleft()] = queue.popleft()
             if new:
                 self.generator.start(
@@ -52,12 +59,14 @@ class TextGenerator:
                     streams=[keys[i] for i in new.values()],
                     max_new_tokens=self.max_new_tokens,
                 )
-                writing |= new
-            # With nobody to take a free slot, coming back early would bring nothing.
+                active |= new
+            # Without a waiting prompt, free slots have no use, so decode until all have stopped.
             stopped = self.generator.decode_until(
-                key=self.key, sampling=self.sampling, share=MIN_FINISHED_FRACTION if queue else 1.0
+                key=self.key,
+                sampling=self.sampling,
+                min_finished_fraction=MIN_FINISHED_FRACTION if queue else 1.0,
             )
             for slot, generation in stopped.items():
-                texts[writing.pop(slot)] = decode(self.tokenizer, generation.tokens)
+                texts[active.pop(slot)] = decode(self.tokenizer, generation.tokens)
                 free[self.generator.replica_of(slot)].append(slot)
         return texts

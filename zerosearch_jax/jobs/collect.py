@@ -1,58 +1,70 @@
-"""Collects what the simulator is fine-tuned on (paper §3.2), in three stages.
+"""Collects the simulator's fine-tuning pairs from a real search engine (paper §3.2).
 
-Collect: an agent answers questions with a real search engine. Label: each search is useful or
-noisy, by the paper's rule (the episode's answer is right) or by a judge. Extract: (query,
-documents) pairs, filtered, balanced, split by question. Each stage adds to a file of the workdir
-or writes it anew; the same command goes on where a killed one stopped.
+The job has three stages:
+
+1. Collect: an agent answers questions with the engine; `episodes.jsonl` records every episode.
+2. Label: each search is useful or noisy by the paper's rule (the episode's answer is right) and,
+   if configured, by a labeler; `labels.jsonl` records both labels.
+3. Extract: labeled searches are filtered, balanced and split by gold answer into `pairs.jsonl`
+   and `heldout.jsonl`.
+
+The first two files are appended to and the others are rewritten. A killed command resumes where it
+stopped when it is repeated.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
+from tabulate import tabulate
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.jobs.evaluate import FIGURES_DEPEND_ON
+from zerosearch_jax.jobs.evaluate import OUTPUT_SETTINGS
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
-from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
-from zerosearch_jax.simulator.labeling import agreement, check_judge, make_judge
-from zerosearch_jax.simulator.pairs import LABELS, Pair, save_pairs
+from zerosearch_jax.simulator.labeling import (
+    agreement,
+    chosen_labels,
+    make_labeler,
+)
+from zerosearch_jax.simulator.pairs import (
+    LABELS,
+    extract_pairs,
+    save_pairs,
+    search_id,
+    stable_hash,
+)
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.job_configs import CollectConfig
+from zerosearch_jax.training.step_rollouts import limits_of
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes episodes.jsonl, labels.jsonl, pairs.jsonl, heldout.jsonl and summary.json."""
-    check(config)
+    """Writes episodes, labels, pairs, held-out pairs and `summary.json` to `workdir`."""
+    config = config_flags.typed(CollectConfig, config)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     episodes = Records(workdir / "episodes.jsonl")
-    collect(config, episodes)
+    collect_episodes(config, episodes)
     labels = Records(workdir / "labels.jsonl")
-    label(config, episodes, labels)
-    last = {record["episode"]: record["id"] for record in labels}  # an episode's are in order
-    chosen = {
-        record["id"]: chosen_label(
-            record, config.extract.label_by, record["id"] == last[record["episode"]]
-        )
-        for record in labels
-    }
-    train, heldout, counts = extract(
+    label_searches(config, episodes, labels)
+    train, heldout, counts = extract_pairs(
         episodes,
-        chosen,
+        chosen_labels(labels, config.extract.label_by),
         topk=config.search.topk,
         last_only=config.extract.last_only,
         balance=config.extract.balance,
@@ -62,55 +74,58 @@ def run(config: ConfigDict, workdir: str) -> None:
     save_pairs(workdir / "pairs.jsonl", train)
     save_pairs(workdir / "heldout.jsonl", heldout)
     agreed = None
-    if config.judge.kind != "none":
-        agreed = agreement([(record["rule"], record["judge"]) for record in labels])
+    if config.labeling.kind != "none":
+        agreed = agreement([(record["rule"], record["labeler"]) for record in labels])
         print_agreement(agreed)
-    figures = episode_counts(episodes)
-    print_counts(figures, counts)
-    summary = {**figures, "stages": counts, "label_by": config.extract.label_by}
+    totals = episode_totals(episodes)
+    print_counts(totals, counts)
+    summary = {**totals, "stages": counts, "label_by": config.extract.label_by}
     summary["agreement"] = agreed
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"{len(train)} pairs written to {workdir / 'pairs.jsonl'}, {len(heldout)} held out")
 
 
-def check(config: ConfigDict) -> None:
-    """Refuses, before any work, a config that contradicts itself."""
-    for key in ("samples", "batch_questions"):
-        if config.collect[key] < 1:
-            raise UserError(f"config.collect.{key}={config.collect[key]}: it must be at least 1")
-    check_judge(config.judge)
-    label_by = config.extract.label_by
-    if label_by not in ("rule", "judge", "both"):
-        raise UserError(f"config.extract.label_by is {label_by!r}; choose rule, judge or both")
-    if label_by != "rule" and config.judge.kind == "none":
-        raise UserError(f"config.extract.label_by={label_by} needs a judge: set config.judge.kind")
-    if not 0 <= config.extract.heldout_share < 1:
-        share = config.extract.heldout_share
-        raise UserError(f"config.extract.heldout_share={share}: it must be in [0, 1)")
-
-
 # Stage 1: collect.
 
 
-def collect(config: ConfigDict, episodes: Records) -> None:
-    """Plays the episodes that `episodes` lacks, a batch of questions at a time.
+def collect_episodes(config: CollectConfig, episodes: Records) -> None:
+    """Runs the episodes that `episodes` lacks, one batch of questions at a time.
 
-    A batch that a kill has cut is played again as a whole, so that what is decoded together, and
-    with it the last bits of the figures, does not depend on the kill; what is there stays.
+    A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
+    and with it rounding, therefore does not depend on the kill.
     """
     rows = with_unique_ids(load_qa(config.data.source, config.data.split, config.data.limit))
-    asked = [
+    planned = [
         (f"{row.id}#{sample}", row) for row in rows for sample in range(config.collect.samples)
     ]
-    numbers = episode_numbers([id_ for id_, _ in asked])
+    numbers = episode_numbers([id_ for id_, _ in planned])
     size = config.collect.batch_questions * config.collect.samples
-    batches = [asked[start : start + size] for start in range(0, len(asked), size)]
-    pending = [batch for batch in batches if any(id_ not in episodes.ids for id_, _ in batch)]
+    batches = [planned[start : start + size] for start in range(0, len(planned), size)]
+    missing = [batch for batch in batches if any(id_ not in episodes.ids for id_, _ in batch)]
     keep_settings(episodes, collect_settings(config))
-    if not pending:
-        print(f"{len(episodes)} episodes are there already")
+    if not missing:
+        print(f"all {len(episodes)} episodes are collected already")
         return
-    mesh = make_mesh(**config.mesh)
+    rollouts, model = make_rollouts(config)
+    first = len(batches) - len(missing)
+    with closing(Progress(len(batches), first)) as progress:
+        for done, batch in enumerate(missing, first + 1):
+            trajectories = rollouts.run(
+                [Episode(numbers[id_], row.question, row.golden_answers) for id_, row in batch],
+                jax.random.key(config.seed),
+            )
+            episodes.append(
+                [
+                    episode_record(id_, row, trajectory, rollouts.engine.name, model)
+                    for (id_, row), trajectory in zip(batch, trajectories, strict=True)
+                ]
+            )
+            progress.update(done, episode_metrics(trajectories))
+
+
+def make_rollouts(config: CollectConfig) -> tuple[Rollouts, str]:
+    """Builds the agent's rollouts, with its programs compiled; also returns the model's name."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
     engine = factory.make_engine(config.search, config.seed, config.mesh)
@@ -119,54 +134,43 @@ def collect(config: ConfigDict, episodes: Records) -> None:
         generator,
         engine,
         policy.tokenizer,
-        limits=Limits(**config.limits),
+        limits=limits_of(config.limits),
         sampling=sampling,
         stop_on_failure=config.rollout.stop_on_failure,
         concurrent_searches=config.rollout.concurrent_searches,
     )
     print("compiling the policy's programs", flush=True)
     generator.warm_up([sampling])
-    first = len(batches) - len(pending)
-    with closing(Progress(len(batches), first)) as progress:
-        for done, batch in enumerate(pending, first + 1):
-            played = rollouts.play(
-                [Episode(numbers[id_], row.question, row.golden_answers) for id_, row in batch],
-                jax.random.key(config.seed),
-            )
-            episodes.append(
-                [
-                    episode_record(id_, row, trajectory, engine.name, config.policy.model)
-                    for (id_, row), trajectory in zip(batch, played, strict=True)
-                ]
-            )
-            progress.update(done, episode_metrics(played))
+    return rollouts, config.policy.model
 
 
 def with_unique_ids(rows: Sequence[QARow]) -> list[QARow]:
-    """The rows; one whose id an earlier row has is called SOURCE/ID (merged sets number alike).
+    """Returns the rows with unique ids. A repeated id becomes SOURCE/ID, as in merged sets.
 
     Raises:
-      UserError: that name is taken, too.
+      UserError: SOURCE/ID is repeated, too.
     """
     named: dict[str, QARow] = {}
     for number, row in enumerate(rows, 1):
         id_ = row.id if row.id not in named else f"{row.data_source}/{row.id}"
         if id_ in named:
             raise UserError(
-                f"question {number} has the id {row.id!r} and the source {row.data_source!r} of an "
-                "earlier one; give each question an id of its own"
+                f"question {number} has the id {row.id!r} and the source {row.data_source!r} of "
+                "an earlier question; give each question a unique id"
             )
         named[id_] = replace(row, id=id_)
     return list(named.values())
 
 
 def episode_numbers(ids: Iterable[str]) -> dict[str, int]:
-    """A number in [0, 2³²) for each id, which its random draws are keyed by: a hash of the id
-    alone. The later of two ids with one hash takes the next free number."""
+    """Returns an episode number in [0, 2³²) for each id; it keys the episode's random draws.
+
+    The number is a hash of the id. If two ids collide, the later one takes the next free number.
+    """
     numbers: dict[str, int] = {}
     taken: set[int] = set()
     for id_ in ids:
-        number = keyed_hash(id_) % 2**32
+        number = stable_hash(id_) % 2**32
         while number in taken:
             number = (number + 1) % 2**32
         taken.add(number)
@@ -174,15 +178,10 @@ def episode_numbers(ids: Iterable[str]) -> dict[str, int]:
     return numbers
 
 
-def keyed_hash(key: str) -> int:
-    """A number in [0, 2⁶⁴) that is the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-
-
 def episode_record(
     id_: str, row: QARow, trajectory: Trajectory, engine: str, model: str
 ) -> dict[str, object]:
-    """All there is to know about an episode, as JSON."""
+    """Returns the complete JSON record of an episode: question, answer, turns and searches."""
     return {
         "id": id_,
         "question_id": row.id,
@@ -212,31 +211,39 @@ def episode_record(
     }
 
 
-def collect_settings(config: ConfigDict) -> dict[str, object]:
-    """What an episode depends on besides its id."""
+def collect_settings(config: CollectConfig) -> dict[str, object]:
+    """Returns all settings, besides its id, that determine an episode."""
+    generator = config.policy.generator
     return {
         "seed": config.seed,
         "policy.model": config.policy.model,
-        "policy.generator": {key: config.policy.generator[key] for key in FIGURES_DEPEND_ON},
-        "search": config.search.to_dict(),
+        "policy.generator": {key: getattr(generator, key) for key in OUTPUT_SETTINGS},
+        "search": config_flags.plain(config.search),
         "rollout.stop_on_failure": config.rollout.stop_on_failure,
         "data.source": config.data.source,
         "data.split": config.data.split,
-        "limits": config.limits.to_dict(),
+        "limits": config_flags.plain(config.limits),
         "collect.temperature": config.collect.temperature,
     }
 
 
 def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
-    """Writes down, beside a file of records, what they are made with; refuses to mix two kinds."""
+    """Writes the settings of `records` to a file next to it.
+
+    Raises:
+      UserError: the records that exist were made with other settings or by an older version.
+    """
     path = records.path.with_suffix(".settings.json")
-    settings = json.loads(json.dumps(settings))  # tuples as the file gives them back
+    settings = {"format": FORMAT, **settings}
+    settings = json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
     if len(records) and path.exists():
-        for key, before in json.loads(path.read_text(encoding="utf-8")).items():
-            if settings[key] != before:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        check_format(kept, path.parent)
+        for key, before in kept.items():
+            if settings.get(key) != before:
                 raise UserError(
                     f"{records.path} was made with config.{key}={before!r}, which is now "
-                    f"{settings[key]!r}; give another --workdir or delete that file"
+                    f"{settings.get(key)!r}; give another --workdir or delete that file"
                 )
     write_atomically(path, json.dumps(settings, indent=1) + "\n")
 
@@ -244,26 +251,26 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
 # Stage 2: label.
 
 
-def label(config: ConfigDict, episodes: Records, labels: Records) -> None:
-    """Labels the searches that `labels` lacks: the paper's rule, and the judge if there is one."""
-    judge = config.judge
-    names = collect_settings(config) | {"judge.kind": judge.kind}
-    if judge.kind != "none":
-        kept = ("model", "url", "response_tokens", "observation_tokens")
-        names |= {f"judge.{key}": judge[key] for key in kept}
-    keep_settings(labels, names)
-    todo = [
+def label_searches(config: CollectConfig, episodes: Records, labels: Records) -> None:
+    """Labels the searches that `labels` lacks, by the paper's rule and by the labeler if any."""
+    labeling = config.labeling
+    settings = collect_settings(config) | {"labeling.kind": labeling.kind}
+    if labeling.kind != "none":
+        keys = ("model", "url", "response_tokens", "observation_tokens")
+        settings |= {f"labeling.{key}": getattr(labeling, key) for key in keys}
+    keep_settings(labels, settings)
+    missing = [
         (episode, search)
         for episode in episodes
         for search in episode["searches"]
         if search_id(episode, search) not in labels.ids
     ]
-    judged_by = make_judge(judge, config.seed, config.mesh) if todo else None
-    for start in range(0, len(todo), judge.batch):
-        batch = todo[start : start + judge.batch]
-        judged: list[str | None] = [None] * len(batch)
-        if judged_by is not None:
-            judged = judged_by(
+    labeler = make_labeler(labeling, config.seed, config.mesh) if missing else None
+    for start in range(0, len(missing), labeling.batch):
+        batch = missing[start : start + labeling.batch]
+        labeler_labels: list[str | None] = [None] * len(batch)
+        if labeler is not None:
+            labeler_labels = labeler(
                 [
                     (e["question"], e["golden_answers"], search["query"], search["documents"])
                     for e, search in batch
@@ -276,118 +283,20 @@ def label(config: ConfigDict, episodes: Records, labels: Records) -> None:
                     "episode": episode["id"],
                     "turn": search["turn"],
                     "rule": "useful" if episode["em"] else "noisy",
-                    "judge": verdict,
+                    "labeler": label,
                 }
-                for (episode, search), verdict in zip(batch, judged, strict=True)
+                for (episode, search), label in zip(batch, labeler_labels, strict=True)
             ]
         )
-        if judged_by is not None:
-            print(f"judged {start + len(batch)}/{len(todo)} searches", flush=True)
+        if labeler is not None:
+            print(f"labeled {start + len(batch)}/{len(missing)} searches", flush=True)
 
 
-def search_id(episode: Mapping, search: Mapping) -> str:
-    """EPISODE/TURN."""
-    return f"{episode['id']}/{search['turn']}"
+# Summary.
 
 
-def chosen_label(record: Mapping, label_by: str, last: bool) -> str | None:
-    """The label that counts: the rule's, the judge's, or ("both") the one that they agree on.
-
-    A search that is not its episode's `last` brings a bridge of a multi-hop question, which a judge
-    of answers cannot value: "both" leaves such searches to the rule.
-    """
-    if label_by == "both":
-        return record["rule"] if not last or record["rule"] == record["judge"] else None
-    return record[label_by]
-
-
-# Stage 3: extract.
-
-
-def extract(
-    episodes: Iterable[Mapping],
-    labels: Mapping[str, str | None],
-    *,
-    topk: int,
-    last_only: bool,
-    balance: bool,
-    heldout_share: float,
-    seed: int,
-) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
-    """The pairs to train on, the held-out ones, and the counts by label after each filter.
-
-    Args:
-      episodes: records of the first stage.
-      labels: "useful", "noisy" or None by `search_id`.
-      topk: searches with fewer documents are left out, as are failed ones, those of episodes that
-        ran out of room, and repetitions of (question, query, label).
-      last_only: of each episode only the last search is taken. The rule calls every search of a
-        right episode useful, also those that found nothing; this is stricter.
-      balance: cut the more frequent label of each part to the size of the other, by a hash.
-      heldout_share: of the (first) gold answers, chosen by a hash; all pairs of one go together,
-        so that a question that asks the same in other words is not trained on either.
-    """
-    filters = {
-        "searches": lambda pair, episode, search: True,
-        "labelled": lambda pair, episode, search: pair.label in LABELS,
-        "not failed": lambda pair, episode, search: not search["failure"],
-        f"with {topk} documents": lambda pair, episode, search: len(pair.documents) >= topk,
-        "not cut by length": lambda pair, episode, search: episode["finish"] != "length",
-    }
-    if last_only:
-        filters["last of their episode"] = lambda pair, episode, search: pair.last
-    counts = {}
-    found = [(_pair(e, s, labels), e, s) for e in episodes for s in e["searches"]]
-    for stage, keep in filters.items():
-        found = [one for one in found if keep(*one)]
-        counts[stage] = _by_label([pair for pair, *_ in found])
-    different: dict[tuple[str, str, str], Pair] = {}
-    for pair, *_ in found:
-        different.setdefault((pair.question, pair.query, pair.label), pair)
-    counts["without repetitions"] = _by_label(different.values())
-    parts: dict[str, list[Pair]] = {"train": [], "held out": []}
-    for pair in different.values():
-        heldout = keyed_hash(f"{seed}/heldout/{pair.golden_answers[0]}") < heldout_share * 2**64
-        parts["held out" if heldout else "train"].append(pair)
-    if balance:
-        parts = {name: balanced(pairs, seed) for name, pairs in parts.items()}
-    counts |= {name: _by_label(pairs) for name, pairs in parts.items()}
-    return parts["train"], parts["held out"], counts
-
-
-def _by_label(pairs: Collection[Pair]) -> dict[str, int]:
-    counts = Counter(pair.label for pair in pairs)
-    return {name: counts[name] for name in LABELS} | {"all": len(pairs)}
-
-
-def _pair(episode: Mapping, search: Mapping, labels: Mapping[str, str | None]) -> Pair:
-    id_ = search_id(episode, search)
-    return Pair(
-        id=id_,
-        query=search["query"],
-        documents=tuple(search["documents"]),
-        question=episode["question"],
-        golden_answers=tuple(episode["golden_answers"]),
-        label=labels[id_] or "",
-        last=search is episode["searches"][-1],
-    )
-
-
-def balanced(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """As many pairs of either label, in the given order; which ones stay is a hash of their ids."""
-    size = min(sum(pair.label == name for pair in pairs) for name in LABELS)
-    kept: set[str] = set()
-    for name in LABELS:
-        ids = [pair.id for pair in pairs if pair.label == name]
-        kept |= set(sorted(ids, key=lambda id_: keyed_hash(f"{seed}/balance/{id_}"))[:size])
-    return [pair for pair in pairs if pair.id in kept]
-
-
-# What is shown.
-
-
-def episode_counts(episodes: Iterable[Mapping]) -> dict[str, object]:
-    """Number of episodes and searches, mean scores, and how the episodes ended."""
+def episode_totals(episodes: Iterable[Mapping]) -> dict[str, object]:
+    """Returns the numbers of episodes and searches, mean scores, and counts by finish."""
     rows = [(e["em"], e["f1"], len(e["searches"]), e["finish"]) for e in episodes]
     return {
         "episodes": len(rows),
@@ -398,25 +307,23 @@ def episode_counts(episodes: Iterable[Mapping]) -> dict[str, object]:
     }
 
 
-def print_counts(figures: Mapping, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """Prints what was collected and what each filter left."""
+def print_counts(totals: Mapping, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Prints `episode_totals` and the counts after each filter of `extract_pairs`."""
     print(
-        f"\n{figures['episodes']} episodes, EM {figures['em']:.3f}, F1 {figures['f1']:.3f}; ended "
-        + ", ".join(f"{count} by {name}" for name, count in figures["finish"].items())
+        f"\n{totals['episodes']} episodes, EM {totals['em']:.3f}, F1 {totals['f1']:.3f}; ended "
+        + ", ".join(f"{count} by {name}" for name, count in totals["finish"].items())
     )
     columns = (*LABELS, "all")
-    print(f"{'':24}" + "".join(f"{column:>8}" for column in columns))
-    for stage, row in counts.items():
-        print(f"{stage:24}" + "".join(f"{row[column]:8d}" for column in columns))
+    rows = [[stage, *(row[column] for column in columns)] for stage, row in counts.items()]
+    print(tabulate(rows, ["", *columns], tablefmt="plain"))
 
 
 def print_agreement(agreed: Mapping) -> None:
-    """Prints `judge.agreement`'s figures."""
-    figures = [
+    """Prints the result of `labeling.agreement`."""
+    statistics = [
         f"{name} {'–' if agreed[name] is None else format(agreed[name], '.3f')}"
         for name in ("share", "kappa")
     ]
-    print(f"\nrule and judge on {agreed['searches']} searches: {', '.join(figures)}")
-    for pair, count in agreed["table"].items():
-        print(f"{pair:24}{count:8d}")
-    print(f"{'judge unclear':24}{agreed['unclear']:8d}")
+    print(f"\nrule and labeler on {agreed['searches']} searches: {', '.join(statistics)}")
+    rows = [*agreed["table"].items(), ("labeler unclear", agreed["unclear"])]
+    print(tabulate(rows, tablefmt="plain"))

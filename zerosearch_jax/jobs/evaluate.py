@@ -1,86 +1,92 @@
-"""Evaluation: any methods × engines × question sets, greedily; a table with intervals.
+"""Evaluates a model greedily: methods × engines × question sets, with 95% intervals.
 
-As a job it evaluates any Hugging Face directory; the `rl` job calls `evaluate_policy` for its own.
+The job evaluates any Hugging Face directory. The `rl` job evaluates its own policy with
+`evaluation.baselines.evaluate_policy`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import WITHOUT_ENGINE, check_method, play, refiner
-from zerosearch_jax.files import write_atomically
-from zerosearch_jax.generate.generator import Generator
-from zerosearch_jax.generate.sampling import GREEDY
+from zerosearch_jax.evaluation.baselines import (
+    WITHOUT_ENGINE,
+    check_method,
+    evaluate_policy,
+    refiner,
+)
+from zerosearch_jax.evaluation.summary import summary, text_table
+from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.episode_metrics import (
-    answer_scores,
-    bootstrap_interval,
-    episode_metrics,
-    wilson_interval,
-)
+from zerosearch_jax.training.episode_metrics import answer_scores
+from zerosearch_jax.training.job_configs import EvaluateConfig
+from zerosearch_jax.training.step_rollouts import limits_of
 
-FIGURES_DEPEND_ON = ("dtype", "int8_weights", "max_tokens")  # of a generator
+# Generator settings that change sampled tokens; the others change only speed and memory.
+OUTPUT_SETTINGS = ("dtype", "int8_weights", "max_tokens")
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Evaluates `config.policy.model`; writes `workdir/evaluation.json`, then prints a table and
-    writes it to `workdir/evaluation.txt`, which is there only when all of it is.
+    """Evaluates `config.policy.model`; writes `evaluation.json` and `evaluation.txt` to `workdir`.
 
-    The former is a list of rows, written anew after each one: a row's cell (see `cells`) with its
-    `summary`. A cell that has a row there is not played again, so the command can be stopped and
-    given again; for a model that has changed in its place, remove the file first.
+    `evaluation.json` is a list of rows, rewritten after each row: an eval case (see `eval_cases`)
+    with its `summary`. A case that has a row there is skipped, so an interrupted command resumes.
+    Remove the file if the model's weights changed in place. `evaluation.txt` holds the printed
+    table and exists only once all rows do.
     """
+    config = config_flags.typed(EvaluateConfig, config)
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
-    wanted, rows = cells(config), read_rows(path)
-    sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
-    missing = [cell for cell in wanted if not _rows_of(cell, rows)]
+    cases, rows = eval_cases(config), read_rows(path)
+    question_sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
+    missing = [case for case in cases if not _rows_of(case, rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     text_path.unlink(missing_ok=True)
-    for cell, trajectories in played(config, missing, sets):
-        each = answer_scores(trajectories, "em")  # of the set's questions, in order
-        rows.append(cell | summary(trajectories) | {"em_of_each": each})
+    for case, trajectories in evaluate_cases(config, missing, question_sets):
+        exact_matches = answer_scores(trajectories, "em")  # one per question, in the set's order
+        rows.append(case | summary(trajectories) | {"em_of_each": exact_matches})
         write_atomically(path, json.dumps(rows, indent=1) + "\n")
     columns = ("method", "engine", "set")
-    widths = [max(len(cell[column]) for cell in wanted) for column in columns]
-    table = {
-        "  ".join(f"{cell[c]:{width}}" for c, width in zip(columns, widths, strict=True)): row
-        for cell in wanted
-        for row in _rows_of(cell, rows)
+    widths = {column: max(len(case[column]) for case in cases) for column in columns}
+    summaries = {
+        "  ".join(f"{case[column]:{width}}" for column, width in widths.items()): row
+        for case in cases
+        for row in _rows_of(case, rows)
     }
-    text = text_table(table, config.policy.model)
+    text = text_table(summaries, config.policy.model)
     write_atomically(text_path, text)
     print(f"\n{text}written to {text_path} and {path}")
 
 
-def cells(config: ConfigDict) -> list[dict]:
-    """What identifies each row that is asked for, as JSON gives it back.
+def eval_cases(config: EvaluateConfig) -> list[dict]:
+    """Returns the identity of each requested row, as it reads back from JSON.
 
-    Its keys: model, method, engine ("none" for the methods that need none), set, limit (of its
-    questions, or None) and settings, everything else in the config that changes the figures.
+    Keys: model, method, engine ("none" if the method needs none), set, limit (number of questions
+    or None) and settings: everything else in the config that changes the results.
 
     Raises:
-      UserError: unknown method, or nothing is asked for.
+      UserError: unknown method, or an empty selection.
     """
-    wanted = []
+    cases = []
     for method in config.methods:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
-            settings = dict(seed=config.seed, limits=config.limits.to_dict())
-            settings |= {key: config.policy.generator[key] for key in FIGURES_DEPEND_ON}
+            settings = dict(format=FORMAT, seed=config.seed)
+            settings["limits"] = config_flags.plain(config.limits)
+            settings |= {key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS}
             if engine != "none":
-                settings["engine"] = config.engines[engine].to_dict()
+                settings["engine"] = config_flags.plain(config.engines[engine])
             if method == "search_o1":
-                settings["refine"] = config.refine.to_dict()
-            wanted += [
+                settings["refine"] = config_flags.plain(config.refine)
+            cases += [
                 dict(
                     model=config.policy.model,
                     method=method,
@@ -91,127 +97,72 @@ def cells(config: ConfigDict) -> list[dict]:
                 )
                 for name in config.data.sets
             ]
-    if not wanted:
+    if not cases:
         raise UserError(
-            "nothing to evaluate: name a method in config.methods, a set in config.data.sets and, "
+            "nothing to evaluate: give a method in config.methods, a set in config.data.sets and, "
             "unless the method needs none, an engine in config.engines"
         )
-    return json.loads(json.dumps(wanted))
+    return json.loads(json.dumps(cases))
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of an evaluation's file, none if there is no file."""
+    """Reads the rows of an evaluation file; an absent file has none.
+
+    Raises:
+      UserError: the file is not a list of rows, or an older version wrote it.
+    """
     if not path.exists():
         return []
     rows = json.loads(path.read_text())
     if not isinstance(rows, list):
-        raise UserError(f"{path} holds no list of rows; remove it or give another --workdir")
+        raise UserError(f"{path} is not a list of rows; remove it or give another --workdir")
+    for row in rows:
+        check_format(row["settings"], path.parent)
     return rows
 
 
 def load_set(name: str, limit: int | None) -> list[QARow]:
-    """A question set: "source/split" ("world/test"), or the path of a file."""
+    """Loads a question set: "source/split" ("world/test"), or the path of a file."""
     if Path(name).suffix:
         return load_qa(name, Path(name).stem, limit)
     source, _, split = name.rpartition("/")
     if not source:
         raise UserError(
-            f"config.data.sets: {name!r} is no set; give SOURCE/SPLIT, such as world/test, "
-            "or a file"
+            f"config.data.sets: {name!r} is not a question set; give SOURCE/SPLIT, such as "
+            "world/test, or a file"
         )
     return load_qa(source, split, limit)
 
 
-def played(
-    config: ConfigDict, wanted: Sequence[dict], sets: dict[str, list[QARow]]
+def evaluate_cases(
+    config: EvaluateConfig, cases: Sequence[dict], question_sets: dict[str, list[QARow]]
 ) -> Iterator[tuple[dict, list[Trajectory]]]:
-    """Plays the cells one after the other; builds only what they need."""
-    if not wanted:
+    """Yields each case with its episodes. Builds only the engines and models that they need."""
+    if not cases:
         return
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
     engines: dict[str, SearchEngine | None] = {"none": None}
-    for name in {cell["engine"] for cell in wanted} - {"none"}:
+    for name in {case["engine"] for case in cases} - {"none"}:
         engines[name] = factory.make_engine(config.engines[name], config.seed, config.mesh)
     generate = None
-    if any(cell["method"] == "search_o1" for cell in wanted):
+    if any(case["method"] == "search_o1" for case in cases):
         generate = refiner(
-            model,
-            config.policy.generator,
-            mesh,
-            max_new_tokens=config.refine.max_new_tokens,
+            model, config.policy.generator, mesh, max_new_tokens=config.refine.max_new_tokens
         )
-    for cell in wanted:
-        yield (
-            cell,
-            evaluate_policy(
-                generator,
-                engines[cell["engine"]],
-                model.tokenizer,
-                sets[cell["set"]],
-                limits=Limits(**config.limits),
-                method=cell["method"],
-                generate=generate,
-            ),
+    for case in cases:
+        trajectories = evaluate_policy(
+            generator,
+            engines[case["engine"]],
+            model.tokenizer,
+            question_sets[case["set"]],
+            limits=limits_of(config.limits),
+            method=case["method"],
+            generate=generate,
         )
+        yield case, trajectories
 
 
-def evaluate_policy(
-    generator: Generator,
-    engine: SearchEngine | None,
-    tokenizer,
-    rows: Sequence[QARow],
-    *,
-    limits: Limits,
-    method: str = "search",
-    generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
-) -> list[Trajectory]:
-    """One greedy episode a row, in order; see `methods.play`."""
-    return play(
-        method,
-        generator,
-        engine,
-        tokenizer,
-        rows,
-        limits=limits,
-        sampling=GREEDY,
-        generate=generate,
-    )
-
-
-def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]]:
-    """EM and F1 with their 95% intervals, number of questions, searches per episode, and the share
-    of the searches that failed: the policy was told so, and the figures are of that."""
-    matches = answer_scores(trajectories, "em")
-    figures = episode_metrics(trajectories)
-    return {
-        "em": figures["em"],
-        "em_interval": list(wilson_interval(sum(matches), len(matches))),
-        "f1": figures["f1"],
-        "f1_interval": list(bootstrap_interval(answer_scores(trajectories, "f1"))),
-        "questions": len(matches),
-        "searches_per_episode": figures["searches_per_episode"],
-        "failed_search_ratio": figures["failed_search_ratio"],
-    }
-
-
-def text_table(table: dict[str, dict], title: str) -> str:
-    """`summary`'s figures below the title and the columns' names, one line an entry."""
-    width = max(len(name) for name in table)
-    heading = f"{'':{width}}     EM  [95% interval]     F1  [95% interval]  searches  questions"
-    lines = [title, heading]
-    for name, row in table.items():
-        (em_low, em_high), (f1_low, f1_high) = row["em_interval"], row["f1_interval"]
-        lines.append(
-            f"{name:{width}}  {row['em']:.3f}  [{em_low:.3f}, {em_high:.3f}]"
-            f"  {row['f1']:.3f}  [{f1_low:.3f}, {f1_high:.3f}]"
-            f"  {row['searches_per_episode']:8.2f}  {row['questions']:9d}"
-        )
-        if row["failed_search_ratio"]:
-            lines.append(f"{'':{width}}  {row['failed_search_ratio']:.1%} of its searches failed")
-    return "\n".join(lines) + "\n"
-
-
-def _rows_of(cell: dict, rows: Sequence[dict]) -> list[dict]:
-    return [row for row in rows if cell.items() <= row.items()]
+def _rows_of(case: dict, rows: Sequence[dict]) -> list[dict]:
+    return [row for row in rows if case.items() <= row.items()]

@@ -1,15 +1,15 @@
 """Reinforcement learning against a search engine: the paper's algorithm, top to bottom.
 
-Every step: the curriculum sets the noise → episodes are played → rewarded → advantages within
-each group → jitted updates on the policy's own tokens (`training/policy_update.py`). At the end the base
-and the trained policy are judged on held-out questions with a real engine.
+Each step sets the curriculum's noise, runs episodes, rewards them, and updates the policy on the
+tokens that it sampled itself (`training/policy_update.py`). At the end the base and the trained
+policy are evaluated on held-out questions with a real engine.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,58 +22,143 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.evaluation.baselines import evaluate_policy
+from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
-from zerosearch_jax.jobs.evaluate import evaluate_policy, summary, text_table
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
-from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rl.advantages import adapted_kl_coef
-from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits, Rollouts
-from zerosearch_jax.rollout.trajectory import Episode, Trajectory
-from zerosearch_jax.search.curriculum import draw_noisy, noise_probability
+from zerosearch_jax.rl.config import KLConfig
+from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
+from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.search.curriculum import noise_probability
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.simulator import gate
 from zerosearch_jax.telemetry.collapse import CollapseWatch, earlier_rows
+from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.episode_metrics import answers, episode_metrics, reward_of
+from zerosearch_jax.training.config import RLConfig, keep_config
+from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
+from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.validate import check
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-    """Trains, evaluates and writes `workdir/summary.json`; resumes from `workdir`'s checkpoint."""
-    began = time.monotonic()
+def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
+    """Trains, evaluates and writes `workdir/summary.json`; resumes from `workdir`'s checkpoint.
+
+    Args:
+      profile_steps: steps, from 1, whose profiler traces go to `workdir/profile`.
+    """
+    began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
     check_simulator(config)
+    sampler, eval_rows = load_questions(config)
+    parts, state = build(config)
+    policy, generator, learner = parts.policy, parts.generator, parts.learner
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state, first, kl_coef, skipped = resume(checkpoints, learner, state, config.kl)
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        keep_config(raw, workdir)
+    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, skipped)
+    update_policy = PolicyUpdater(learner, policy.params, config, nonfinite, parts.clock)
+    watch = watch_since_start(config, workdir, first)
+    generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
+    profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
+    parts.clock.take()
 
-    mesh = make_mesh(**config.mesh)
+    with (
+        closing(Recorder(workdir, is_writer, first_step=first + 1)) as recorder,
+        closing(Progress(config.rl.steps, first)) as progress,
+    ):
+        for step in range(first, config.rl.steps):
+            done = step + 1
+            with profiler.step(done):
+                p_noisy = step_noise(config, step)
+                with timer.section("weights"):
+                    generator.load(learner.policy(state))
+                with timer.section("rollout"):
+                    rollouts = collect(config, step, p_noisy, sampler, parts, timer)
+                trajectories, rewards = rollouts.selected()
+
+                with timer.section("learner"):
+                    state, metrics = update_policy(state, trajectories, rewards, kl_coef, step)
+                metrics |= episode_metrics(rollouts.trajectories) | rollouts.metrics()
+                metrics |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
+                metrics["weights_bytes"] = generator.weight_bytes
+                kl_coef = next_kl_coef(config.kl, kl_coef, metrics, len(trajectories))
+
+                if done % config.eval.every == 0:
+                    with timer.section("eval"):
+                        generator.load(learner.policy(state))
+                        evaluated = evaluate(config, parts, eval_rows)
+                    metrics |= {f"eval/{k}": v for k, v in episode_metrics(evaluated).items()}
+                    recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
+
+                metrics |= speed(timer.pop(), parts.clock.take(), rollouts) | watch.update(metrics)
+                # Before the checkpoint: a run killed between the two writes this row again.
+                recorder.scalars(done, metrics)
+                progress.update(done, metrics)
+
+                stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
+                if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                    with timer.section("checkpoint"):
+                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
+                        checkpoints.save(done, state, kept)
+            if watch.alarm():
+                print(f"\nstep {done}: {watch.alarm()}", flush=True)
+            if nonfinite.limit_reached:
+                nonfinite.raise_error(step)
+            if stopping:
+                raise_collapse(done, workdir)
+
+    conclude(config, workdir, parts, state, began)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Models and engines of a run.
+
+    Attributes:
+      policy: the base policy, which is also the reference policy.
+      engine, eval_engine: search engines of training and evaluation; None without searches.
+      clock: time in which the devices have work.
+    """
+
+    policy: factory.Model
+    generator: Generator
+    learner: Learner
+    engine: SearchEngine | None
+    eval_engine: SearchEngine | None
+    clock: DeviceClock
+
+
+def build(config: RLConfig) -> tuple[Parts, TrainState]:
+    """Loads the models, builds the engines, and returns them with a fresh training state."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
     policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
     policy = factory.load_model(config.policy.model, mesh, "float32")
-    epochs = RowSampler(
-        load_qa(config.data.source, config.data.train_split, config.data.train_limit),
-        config.rollout.questions_per_step,
-        config.seed,
-        "config.rollout.questions_per_step",
-    )
     clock = DeviceClock()
     print("compiling the programs of the simulator and the policy", flush=True)
-    engine = judge = None  # without turns to search in, a search ends an episode unanswered
-    if config.rollout.max_turns:
+    engine = eval_engine = None
+    if config.rollout.max_turns:  # otherwise a search ends an episode without an answer
         engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
-        judge = factory.make_engine(config.eval.search, config.seed, config.mesh)
+        eval_engine = factory.make_engine(config.eval.search, config.seed, config.mesh)
     generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
@@ -87,315 +172,191 @@ def run(config: ConfigDict, workdir: str) -> None:
         updates_per_step=config.rl.epochs * config.rl.minibatches,
     )
     state = learner.init(policy.params, config.seed)
-    if learner.base is not None:  # the reference is the model with its adapters off
+    if learner.base is not None:  # under LoRA the reference is the model without its adapters
         policy = replace(policy, params=learner.base)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    first = checkpoints.latest_step() or 0
-    kept = {"kl_coef": config.kl.coef, "skipped_in_a_row": 0}
-    if first:
-        state, kept = checkpoints.restore(first, learner.abstract_state())
-        print(f"resuming after step {first}")
-    writes = jax.process_index() == 0  # of several processes only the first
-    if writes:
-        keep_config(config, workdir / "config.json")
-    kl_coef = kept["kl_coef"] if config.kl.target else config.kl.coef
-    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
-    watch = CollapseWatch(window=config.watch.window)
-    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
-        watch.update(row)
-    improve = PolicyUpdater(learner, policy.params, config, nonfinite, clock)
-    generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
-
-    timer = StepTimer()
-    judged = partial(
-        evaluate_policy, generator, judge, policy.tokenizer, limits=limits_of(config.rollout)
-    )
-    watched = load_qa(config.data.eval_source, config.data.eval_split, config.eval.questions)
-    clock.take()
-    with (
-        closing(Recorder(workdir, writes, first_step=first + 1)) as recorder,
-        closing(Progress(config.rl.steps, first)) as progress,
-    ):
-        for step in range(first, config.rl.steps):
-            # From p_s in the first step to p_e in the last.
-            p_noisy = noise_probability(step, max(1, config.rl.steps - 1), **config.curriculum)
-            with timer.section("weights"):
-                generator.load(learner.policy(state))
-            with timer.section("rollout"):
-                played = play_step(
-                    config,
-                    step,
-                    p_noisy,
-                    epochs,
-                    generator=generator,
-                    engine=engine,
-                    policy=policy,
-                    searching=partial(timer.section, "search"),
-                )
-            trajectories, rewards = played.chosen()
-            with timer.section("learner"):
-                state, figures = improve(state, trajectories, rewards, kl_coef, step)
-
-            done = step + 1
-            figures |= episode_metrics(played.trajectories) | played.figures()
-            figures |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
-            figures["weights_bytes"] = generator.weight_bytes
-            if config.kl.target and np.isfinite(figures["kl"]):
-                kl_coef = adapted_kl_coef(
-                    kl_coef,
-                    figures["kl"],
-                    target=config.kl.target,
-                    horizon=config.kl.horizon,
-                    episodes=len(trajectories),
-                )
-            if done % config.eval.every == 0:
-                with timer.section("eval"):
-                    generator.load(learner.policy(state))
-                    shown = judged(watched)
-                figures |= {f"eval/{k}": v for k, v in episode_metrics(shown).items()}
-                recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
-            collapse = watch.update(figures)
-            stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
-            figures |= timer.pop() | collapse
-            figures["host_share"] = 1.0 - min(1.0, clock.take() / figures["seconds/step"])
-            figures["tokens_per_sec"] = (
-                sum(t.policy_tokens for t in played.trajectories) / figures["seconds/step"]
-            )
-            # Before the checkpoint: a run that is killed in between writes its row again.
-            recorder.scalars(done, figures)
-            progress.update(done, figures)
-            if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
-                with timer.section("checkpoint"):
-                    kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
-                    checkpoints.save(done, state, kept)
-            if watch.alarm():
-                print(f"\nstep {done}: {watch.alarm()}", flush=True)
-            if nonfinite.limit_reached:
-                nonfinite.raise_error(step)
-            if stopping:
-                raise UserError(
-                    f"stopped after step {done} by config.watch.stop; its checkpoint is in "
-                    f"{workdir}, earlier figures in metrics.jsonl. Go on all the same: "
-                    "--config.watch.stop=False"
-                )
-
-    if learner.lora is not None:
-        save_adapters(
-            workdir / "adapters",
-            state.params["policy"],
-            learner.lora,
-            policy.config,
-            config.policy.model,
-        )
-    conclude(
-        config,
-        workdir,
-        policy=policy,
-        trained=learner.policy(state),
-        generator=generator,
-        judged=judged,
-        engine_name=judge.name if judge else "none",
-        began=began,
-    )
+    return Parts(policy, generator, learner, engine, eval_engine, clock), state
 
 
-def keep_config(config: ConfigDict, path: Path) -> None:
-    """Writes the config to `path` as JSON; prints what differs from the one that stood there."""
-    now = json.loads(json.dumps(config.to_dict()))  # tuples as the file gives them back
-    if path.exists():
-        for difference in config_flags.differences(json.loads(path.read_text()), now):
-            print(f"this directory was begun with another config.{difference}")
-    write_atomically(path, json.dumps(now, indent=1) + "\n")
-
-
-def check_simulator(config: ConfigDict) -> None:
-    """Refuses a simulator whose report, where the config names one, falls short of its gate."""
+def check_simulator(config: RLConfig) -> None:
+    """Raises UserError if the simulator's report, where the config names one, fails its gate."""
     simulator = config.search.simulator
     if config.search.engine == "simulated" and simulator.gate.report:
         gate.check(
             simulator.gate.report,
-            gate.asked_of(config.search),
+            gate.simulator_identity(config.search),
             reader_em_useful_min=simulator.gate.useful_min,
             reader_em_noisy_max=simulator.gate.noisy_max,
         )
 
 
-def limits_of(rollout: ConfigDict) -> Limits:
-    """What bounds an episode, in training and at evaluation alike."""
-    return Limits(rollout.max_turns, rollout.response_tokens, rollout.observation_tokens)
+def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
+    """Returns the sampler of training questions and the questions of evaluations in training."""
+    data, size = config.data, config.rollout.questions_per_step
+    rows = load_qa(data.source, data.train_split, data.train_limit)
+    sampler = RowSampler(rows, size, config.seed, "config.rollout.questions_per_step")
+    return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
 
 
-def play_step(
-    config: ConfigDict,
+def resume(
+    checkpoints: Checkpoints, learner: Learner, state: TrainState, kl: KLConfig
+) -> tuple[TrainState, int, float, int]:
+    """Restores the newest checkpoint, if there is one.
+
+    Returns:
+      state: the restored state, or the given one.
+      first: steps already done.
+      kl_coef: the KL coefficient of the next step, which may have adapted.
+      skipped: updates skipped in a row.
+    """
+    first = checkpoints.latest_step() or 0
+    if not first:
+        return state, 0, kl.coef, 0
+    state, kept = checkpoints.restore(first, learner.abstract_state())
+    print(f"resuming after step {first}")
+    return state, first, kept["kl_coef"] if kl.target else kl.coef, kept["skipped_in_a_row"]
+
+
+def watch_since_start(config: RLConfig, workdir: Path, first: int) -> CollapseWatch:
+    """Returns a collapse watch that has seen the `first` steps before a resume."""
+    watch = CollapseWatch(window=config.watch.window)
+    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
+        watch.update(row)
+    return watch
+
+
+def step_noise(config: RLConfig, step: int) -> float:
+    """Returns the probability that a search of this step is noisy, from p_s to p_e."""
+    return noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
+
+
+def collect(
+    config: RLConfig,
     step: int,
     p_noisy: float,
-    epochs: RowSampler,
-    *,
-    generator: Generator,
-    engine: SearchEngine | None,
-    policy: factory.Model,
-    searching: Callable[[], AbstractContextManager],
-) -> "Played":
-    """Plays a step's episodes; each search is noisy with probability `p_noisy`.
-
-    Every process plays its part of the questions, and all get the episodes of all. `searching` is
-    entered around every wait for the engine.
-    """
-    rollouts = Rollouts(
-        generator,
-        engine,
-        policy.tokenizer,
-        limits=limits_of(config.rollout),
-        sampling=Sampling(config.rollout.temperature),
-        noisy=lambda episode, turn: draw_noisy(config.seed, step, episode, turn, p_noisy),
-        stop_on_failure=config.rollout.stop_on_failure,
-        concurrent_searches=config.rollout.concurrent_searches,
-        searching=searching,
+    sampler: RowSampler,
+    parts: Parts,
+    timer: StepTimer,
+) -> StepRollouts:
+    """Runs the episodes of a step against the training engine."""
+    return run_step(
+        config,
+        step,
+        p_noisy,
+        sampler,
+        generator=parts.generator,
+        engine=parts.engine,
+        tokenizer=parts.policy.tokenizer,
+        searching=partial(timer.section, "search"),
     )
-    played = Played(config, step)
-    while not played.enough:
-        episodes = part(played.next_round(epochs), config.rollout.group_size)
-        played.add(gather(rollouts.play(episodes, jax.random.key(config.seed))))
-    return played
 
 
-class Played:
-    """One step's episodes, in one round of questions or in several (dynamic sampling).
-
-    With `config.rollout.max_rounds` above 1 further questions are played until
-    `questions_per_step` groups have rewards that differ (DAPO, arXiv 2503.14476 §3.2). Where they
-    stay too few the last places go to groups without a difference, which teach nothing but what
-    KL and entropy ask for, so that a step's batch is always of one size.
-    """
-
-    def __init__(self, config: ConfigDict, step: int):
-        self._config = config
-        self._step = step
-        self._rounds = 0
-        self.trajectories: list[Trajectory] = []
-        self._rewards = np.zeros((0, config.rollout.group_size), np.float32)
-
-    @property
-    def enough(self) -> bool:
-        """Whether enough groups differ, or all rounds are played."""
-        rollout = self._config.rollout
-        if self._rounds < rollout.max_rounds:
-            return rollout.max_rounds > 1 and sum(self._differ()) >= rollout.questions_per_step
-        return True
-
-    def next_round(self, epochs: RowSampler) -> list[Episode]:
-        """The episodes to play next. Each round of each step has its own place in the data."""
-        rollout = self._config.rollout
-        draw = self._step * rollout.max_rounds + self._rounds
-        self._rounds += 1
-        return episodes_of(epochs.draw(draw), rollout.group_size, draw)
-
-    def add(self, trajectories: Sequence[Trajectory]) -> None:
-        """Takes a round's episodes, group by group."""
-        rewards = [reward_of(t, self._step, self._config.reward) for t in trajectories]
-        self.trajectories += trajectories
-        rewards = np.array(rewards, np.float32).reshape(-1, self._rewards.shape[1])
-        self._rewards = np.concatenate([self._rewards, rewards])
-
-    def chosen(self) -> tuple[list[Trajectory], np.ndarray]:
-        """`questions_per_step` groups, those that differ first: Q·G episodes, `[Q, G]` rewards."""
-        size = self._config.rollout.group_size
-        groups = range(len(self._rewards))
-        if self._config.rollout.max_rounds > 1:
-            differ = self._differ()
-            groups = sorted(groups, key=lambda group: not differ[group])
-        groups = sorted(groups[: self._config.rollout.questions_per_step])
-        members = [self.trajectories[group * size + i] for group in groups for i in range(size)]
-        return members, self._rewards[list(groups)]
-
-    def figures(self) -> dict[str, float]:
-        """Figures of all episodes that were played."""
-        searches = [request.noisy for t in self.trajectories for request, _ in t.searches]
-        return {
-            "reward": float(self._rewards.mean()),
-            "zero_variance_groups": 1.0 - float(np.mean(self._differ())),
-            "noisy_ratio": float(np.mean(searches)) if searches else 0.0,
-            "sampling_rounds": float(self._rounds),
-        }
-
-    def _differ(self) -> list[bool]:
-        return (np.ptp(self._rewards, axis=1) != 0).tolist()
+def evaluate(
+    config: RLConfig, parts: Parts, rows: Sequence[QARow], method: str = "search"
+) -> list[Trajectory]:
+    """Runs greedy episodes of the loaded policy with the evaluation engine."""
+    return evaluate_policy(
+        parts.generator,
+        parts.eval_engine,
+        parts.policy.tokenizer,
+        rows,
+        limits=limits_of(config.rollout),
+        method=method,
+    )
 
 
-def episodes_of(rows: Sequence[QARow], group_size: int, draw: int) -> list[Episode]:
-    """The episodes of one draw, group by group, one group a row; numbered through the run."""
-    number = draw * len(rows) * group_size
-    return [
-        Episode(number + i * group_size + member, row.question, row.golden_answers)
-        for i, row in enumerate(rows)
-        for member in range(group_size)
-    ]
+def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
+    """Adapts the KL coefficient to the measured KL; without a target it stays."""
+    if not kl.target or not np.isfinite(metrics["kl"]):
+        return coef
+    return adapted_kl_coef(
+        coef, metrics["kl"], target=kl.target, horizon=kl.horizon, episodes=episodes
+    )
+
+
+def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -> dict[str, float]:
+    """Adds the host's share of the step and the policy tokens per second to the step's seconds."""
+    tokens = sum(t.policy_tokens for t in rollouts.trajectories)
+    return seconds | {
+        "host_share": 1.0 - min(1.0, busy_secs / seconds["seconds/step"]),
+        "tokens_per_sec": tokens / seconds["seconds/step"],
+    }
+
+
+def raise_collapse(done: int, workdir: Path) -> None:
+    """Raises the UserError that ends a collapsing run after step `done`, from 1."""
+    raise UserError(
+        f"stopped after step {done} by config.watch.stop; its checkpoint is in {workdir}, earlier "
+        "metrics in metrics.jsonl. To continue anyway: --config.watch.stop=False"
+    )
 
 
 def conclude(
-    config: ConfigDict,
-    workdir: Path,
-    *,
-    policy: factory.Model,
-    trained: nnx.State,
-    generator: Generator,
-    judged: Callable[..., list[Trajectory]],
-    engine_name: str,
-    began: float,
+    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
 ) -> None:
-    """Exports the trained policy and judges it beside the base policy and without search.
+    """Exports the trained policy and evaluates it, the base policy and no search.
 
-    Prints the table and an episode of each policy; writes `policy/`, `answers.jsonl` (what each
-    answered to each question, for paired comparisons) and, last, `summary.json`.
+    Prints a table and an episode of each policy. Writes `policy/`, `adapters/` under LoRA,
+    `answers.jsonl` (each policy's answer to each question, for paired comparisons) and, last,
+    `summary.json`.
 
     Args:
-      policy: the base policy.
-      trained: its parameters after training.
-      judged: greedy episodes of what `generator` has loaded (`evaluate_policy`, its first
-        arguments given) with the engine that is called `engine_name`.
       began: `time.monotonic()` at the run's start.
     """
-    save_params(
-        workdir / "policy", trained, policy.config, eos_token_id=policy.tokenizer.eos_token_id
-    )
-    test = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
-    generator.load(policy.params)
-    played = {"base": judged(test)}
-    generator.load(trained)
-    played |= {"trained": judged(test), "no_search": judged(test, method="direct")}
-    if jax.process_index() != 0:  # it had to help; the first process writes
+    policy, trained_params = parts.policy, parts.learner.policy(state)
+    export(config, workdir, parts, state, trained_params)
+    rows = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
+    parts.generator.load(policy.params)
+    episodes = {"base": evaluate(config, parts, rows)}
+    parts.generator.load(trained_params)
+    episodes["trained"] = evaluate(config, parts, rows)
+    episodes["no_search"] = evaluate(config, parts, rows, method="direct")
+    if jax.process_index() != 0:  # the first process writes
         return
-    policy.tokenizer.save_pretrained(workdir / "policy")
-    table = {name: summary(trajectories) for name, trajectories in played.items()}
-    title = f"{config.data.eval_source}/{config.data.test_split}, judged with {engine_name}"
+    engine = parts.eval_engine.name if parts.eval_engine else "none"
+    table = {name: summary(trajectories) for name, trajectories in episodes.items()}
+    title = f"{config.data.eval_source}/{config.data.test_split}, evaluated with {engine}"
     print(f"\n{text_table(table, title)}")
-    rows = [
-        {"policy": name, "id": row.id, **answer}
-        for name, trajectories in played.items()
-        for row, answer in zip(test, answers(trajectories), strict=True)
+    lines = [
+        json.dumps({"policy": name, "id": row.id, **answer}) + "\n"
+        for name, trajectories in episodes.items()
+        for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
-    (workdir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = question_to_show(test, config.data.eval_source)
+    (workdir / "answers.jsonl").write_text("".join(lines))
+    shown = question_to_show(rows, config.data.eval_source)
     for name in ("base", "trained"):
-        print(f"\n---- {name} policy: {test[shown].id}, gold {test[shown].golden_answers[0]!r}")
-        print(show(played[name][shown], policy.tokenizer))
+        print(f"\n---- {name} policy: {rows[shown].id}, gold {rows[shown].golden_answers[0]!r}")
+        print(show(episodes[name][shown], policy.tokenizer))
     report = {
         **table,
         "steps": config.rl.steps,
         "seconds": time.monotonic() - began,
-        "engine": engine_name,
+        "engine": engine,
         "split": config.data.test_split,
     }
     write_atomically(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 
+def export(
+    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, trained_params: nnx.State
+) -> None:
+    """Writes the trained policy as a model directory, and its adapters under LoRA."""
+    policy, lora = parts.policy, parts.learner.lora
+    if lora is not None:
+        adapters = state.params["policy"]
+        save_adapters(workdir / "adapters", adapters, lora, policy.config, config.policy.model)
+    eos = policy.tokenizer.eos_token_id
+    save_params(workdir / "policy", trained_params, policy.config, eos_token_id=eos)
+    if jax.process_index() == 0:
+        policy.tokenizer.save_pretrained(workdir / "policy")
+
+
 def question_to_show(rows: Sequence[QARow], source: str) -> int:
-    """Which row's episodes are printed: the embedded world's first two-hop one, else the first."""
+    """Returns the index of the question to print: the embedded world's first with two hops."""
     two_hop = [i for i, row in enumerate(rows) if source == "world" and ">" in row.id]
     return two_hop[0] if two_hop else 0
 
 
 def show(trajectory: Trajectory, tokenizer) -> str:
-    """An episode for people, inserted text behind a margin."""
+    """Renders an episode for people, with inserted text behind a margin."""
     return render_segments(trajectory.segments(tokenizer), color=False)

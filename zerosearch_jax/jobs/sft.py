@@ -1,8 +1,8 @@
 """Supervised fine-tuning of policies and simulators.
 
-The loop: draw examples keyed by (seed, step) → pack → one jitted step; validation loss and a
-checkpoint now and then; with patience the run stops when that loss does not fall any more. At the
-end a Hugging Face directory that every other job can load.
+Each step draws examples by (seed, step), packs them and runs one jitted update. At intervals the
+job computes the held-out loss and saves a checkpoint. With patience, it stops once that loss no
+longer falls. The result is a Hugging Face directory that every other job can load.
 """
 
 import hashlib
@@ -14,154 +14,217 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data import sft_data
-from zerosearch_jax.data.embedded.scripted_agent import Behaviours, Segment
-from zerosearch_jax.data.packing import TokenSequence, pack
+from zerosearch_jax.data.embedded.scripted_agent import Segment
+from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.models.config import from_hf
+from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
+from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-    """Trains from `config.init` or from scratch, exports `workdir/model`; resumes if it can."""
+def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
+    """Trains from `config.init` or from scratch and exports `workdir/model`; resumes if possible.
+
+    Args:
+      profile_steps: steps, counted from 1, whose profiler traces go to `workdir/profile`.
+    """
+    config = config_flags.typed(SFTConfig, config)
     workdir = Path(workdir)
-    examples = load_examples(config)
-    tokenizer = make_tokenizer(config, examples, workdir)
-    fitting = fitting_sequences(examples, tokenizer, config)
-    if config.data.validation:
-        held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
-        train, validation = fitting, fitting_sequences(held_out, tokenizer, config)
-    else:
-        train, validation = split(fitting, config.data.validation_examples)
-    epochs = RowSampler(
+    tokenizer, train, validation = load_data(config, workdir)
+    sampler = RowSampler(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model_config, params = initial_model(config, tokenizer, mesh)
     learner = factory.make_learner(
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
     )
-    state = learner.init(params, config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    first = checkpoints.latest_step() or 0
-    kept = {"skipped_in_a_row": 0}
-    data = digest(train)
-    if first:
-        state, kept = checkpoints.restore(first, learner.abstract_state())
-        if kept["examples"] != data:
-            raise UserError(
-                f"{workdir} was begun with other training examples than config.data now gives; "
-                "give another --workdir, or remove it to begin anew"
-            )
-        print(f"resuming after step {first}")
+    examples_digest = digest(train)
+    state, first, kept = resume(
+        checkpoints, learner, learner.init(params, config.seed), examples_digest, workdir
+    )
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
-        best = Best(workdir / "best", learner, config.sft.patience * config.sft.eval_every)
+        patience_steps = config.sft.patience * config.sft.eval_every
+        best = BestCheckpoint(workdir / "best", learner, patience_steps)
+    validation_batch = learner.put(batch_of(validation, config, None))
+    # Enough microbatches for one example per row, so that all steps have one shape.
+    microbatches = -(-config.sft.examples_per_step // config.learner.rows)
+    profiler = Profiler(profile_steps, workdir / "profile")
 
-    validation = learner.put(batch_of(validation, config, None))
     with (
         closing(Recorder(workdir, first_step=first + 1)) as recorder,
         closing(Progress(config.sft.steps, first)) as progress,
     ):
         for step in range(first, config.sft.steps):
-            if best and best.is_old(step):
-                print(f"the held-out loss of step {best.step} was the lowest; stopped at {step}")
+            if best and best.patience_exceeded(step):
+                print(f"stopped at step {step}; the held-out loss was lowest at step {best.step}")
                 break
-            # A row for each example would fit: one shape for all steps.
-            batch = batch_of(
-                epochs.draw(step), config, -(-config.sft.examples_per_step // config.learner.rows)
-            )
-            state, metrics = learner.sft_step(state, learner.put(batch))
             done = step + 1
-            figures = combine([{name: float(value) for name, value in metrics.items()}])
-            nonfinite.record(step, 0, figures["skipped_updates"] > 0, batch)
-            if done % config.sft.eval_every == 0 or done == config.sft.steps:
-                loss = figures["sft/heldout_loss"] = float(learner.sft_loss(state, validation))
-                if best:
-                    best.update(done, loss, state)
-            recorder.scalars(done, figures)
-            progress.update(done, figures)
-            last = (
-                done == config.sft.steps or nonfinite.limit_reached or (best and best.is_old(done))
-            )
-            if done % config.sft.checkpoint_every == 0 or last:
-                kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": data}
-                checkpoints.save(done, state, kept)
+            with profiler.step(done):
+                batch = batch_of(sampler.draw(step), config, microbatches)
+                state, metrics = learner.sft_step(state, learner.put(batch))
+                metrics = combine([{name: float(value) for name, value in metrics.items()}])
+                nonfinite.record(step, 0, metrics["skipped_updates"] > 0, batch)
+                if done % config.sft.eval_every == 0 or done == config.sft.steps:
+                    loss = float(learner.sft_loss(state, validation_batch))
+                    metrics["sft/heldout_loss"] = loss
+                    if best:
+                        best.update(done, loss, state)
+                recorder.scalars(done, metrics)
+                progress.update(done, metrics)
+                stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
+                last = done == config.sft.steps or stopping
+                if done % config.sft.checkpoint_every == 0 or last:
+                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
+                    checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
     if best:
-        state = best.state(state)
+        state = best.restore_into(state)
+    export(config, workdir, learner, state, model_config, tokenizer)
+
+
+def load_data(
+    config: SFTConfig, workdir: Path
+) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
+    """Loads the tokenizer and the training and held-out sequences.
+
+    Held-out sequences come from `config.data.validation` or, if that is empty, are the last
+    training examples.
+    """
+    examples = load_examples(config)
+    tokenizer = make_tokenizer(config, examples, workdir)
+    fitting = fitting_sequences(examples, tokenizer, config)
+    if not config.data.validation:
+        return tokenizer, *split(fitting, config.data.validation_examples)
+    held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
+    return tokenizer, fitting, fitting_sequences(held_out, tokenizer, config)
+
+
+def resume(
+    checkpoints: Checkpoints,
+    learner: Learner,
+    state: TrainState,
+    examples_digest: str,
+    workdir: Path,
+) -> tuple[TrainState, int, dict]:
+    """Restores the newest checkpoint, if there is one.
+
+    Args:
+      state: returned unchanged without a checkpoint.
+      examples_digest: `digest` of the training examples.
+
+    Returns:
+      The state, the number of finished steps, and the checkpoint's metadata.
+
+    Raises:
+      UserError: the checkpoint was trained on other examples.
+    """
+    first = checkpoints.latest_step() or 0
+    if not first:
+        return state, 0, {"skipped_in_a_row": 0}
+    state, kept = checkpoints.restore(first, learner.abstract_state())
+    if kept["examples"] != examples_digest:
+        raise UserError(
+            f"{workdir} was trained on other examples than config.data now gives; give another "
+            "--workdir, or remove it to start over"
+        )
+    print(f"resuming after step {first}")
+    return state, first, kept
+
+
+def export(
+    config: SFTConfig,
+    workdir: Path,
+    learner: Learner,
+    state: TrainState,
+    model_config: ModelConfig,
+    tokenizer,
+) -> None:
+    """Writes `workdir/model`, with any adapters merged, and the adapters to `workdir/adapters`."""
     if learner.lora is not None:
         save_adapters(
             workdir / "adapters", state.params["policy"], learner.lora, model_config, config.init
         )
-    trained = learner.policy(state)
-    save_params(workdir / "model", trained, model_config, eos_token_id=tokenizer.eos_token_id)
+    params = learner.policy(state)
+    save_params(workdir / "model", params, model_config, eos_token_id=tokenizer.eos_token_id)
     tokenizer.save_pretrained(workdir / "model")
     print(f"model written to {workdir / 'model'}")
 
 
 def digest(sequences: Sequence[TokenSequence]) -> str:
-    """Tells training sets apart: a hash of all tokens and their weights, in order."""
-    found = hashlib.blake2b(digest_size=16)
+    """Returns a hash of all tokens and their weights, in order; it identifies a training set."""
+    blake2b = hashlib.blake2b(digest_size=16)
     for sequence in sequences:
-        found.update(np.array([sequence.tokens, sequence.mask], np.float64).tobytes())
-    return found.hexdigest()
+        blake2b.update(np.array([sequence.tokens, sequence.mask], np.float64).tobytes())
+    return blake2b.hexdigest()
 
 
-class Best:
-    """The parameters with the lowest held-out loss so far, in `directory`.
+class BestCheckpoint:
+    """Parameters with the lowest held-out loss so far, stored in `directory`.
 
-    It is written as soon as there is one, so it may be ahead of the checkpoint that a killed run
-    goes on from; the steps that are then repeated do not change it.
+    A better checkpoint is written at once, so it may be ahead of the checkpoint from which a killed
+    run resumes. The repeated steps do not change it.
+
+    Args:
+      patience_steps: steps without a lower loss after which training should stop.
 
     Attributes:
-      step, loss: where and how low; 0 and infinity before the first.
+      step: step of the lowest loss; 0 before the first evaluation.
+      loss: the lowest loss; infinity before the first evaluation.
     """
 
     def __init__(self, directory: Path, learner: Learner, patience_steps: int):
         self._checkpoints = Checkpoints(directory)
         self._patience_steps = patience_steps
-        self._like = learner.abstract_state().params
+        self._abstract_params = learner.abstract_state().params
         self.step = self._checkpoints.latest_step() or 0
         self.loss = math.inf
         if self.step:
-            self.loss = self._checkpoints.restore(self.step, self._like)[1]["heldout_loss"]
+            _, kept = self._checkpoints.restore(self.step, self._abstract_params)
+            self.loss = kept["heldout_loss"]
 
     def update(self, step: int, loss: float, state: TrainState) -> None:
-        """Keeps the state's parameters if their loss is lower."""
+        """Saves the state's parameters if their loss is lower."""
         if step > self.step and loss < self.loss:
             self._checkpoints.save(step, state.params, {"heldout_loss": loss})
             self.step, self.loss = step, loss
 
-    def is_old(self, step: int) -> bool:
-        """Whether there has been nothing better for so many steps that it is time to stop."""
+    def patience_exceeded(self, step: int) -> bool:
+        """Whether the lowest loss is at least `patience_steps` steps old."""
         return step - self.step >= self._patience_steps
 
-    def state(self, state: TrainState) -> TrainState:
-        """`state` with the best parameters in the place of its own."""
-        return replace(state, params=self._checkpoints.restore(self.step, self._like)[0])
+    def restore_into(self, state: TrainState) -> TrainState:
+        """Returns `state` with the best parameters."""
+        params, _ = self._checkpoints.restore(self.step, self._abstract_params)
+        return replace(state, params=params)
 
 
-def load_examples(config: ConfigDict) -> list[list[Segment]]:
-    """The examples that `config.data.examples` names: a kind, or a file of pairs."""
+def load_examples(config: SFTConfig) -> list[list[Segment]]:
+    """Loads the examples that `config.data.examples` names: a kind, or a file of pairs."""
     if is_path(config.data.examples):
         return pair_segments(load_pairs(config.data.examples), config.data.topk)
     if config.data.examples == "answers":
@@ -171,7 +234,7 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
             worlds=config.data.worlds,
             entities_per_world=config.data.entities_per_world,
             questions_per_world=config.data.questions_per_world,
-            behaviours=Behaviours(**config.data.behaviours),
+            behaviours=config.data.behaviours,
             topk=config.data.topk,
             seed=config.seed,
         )
@@ -182,19 +245,23 @@ def load_examples(config: ConfigDict) -> list[list[Segment]]:
 
 
 def is_path(examples: str) -> bool:
-    """Whether `config.data.examples` is a file of pairs."""
+    """Whether `config.data.examples` names a file of pairs."""
     return Path(examples).suffix in (".jsonl", ".json", ".parquet")
 
 
 def fitting_sequences(
-    examples: list[list[Segment]], tokenizer, config: ConfigDict
+    examples: list[list[Segment]], tokenizer, config: SFTConfig
 ) -> list[TokenSequence]:
-    """The examples as tokens, without those that are too long for a row."""
+    """Tokenises the examples and drops those too long for a row.
+
+    Raises:
+      UserError: no example fits.
+    """
     sequences = [
         sft_data.tokenise(
             example,
             tokenizer,
-            # As the simulated engine sends it; policies have no system turn.
+            # The simulated engine sends an empty system turn; policies have none.
             system="" if is_path(config.data.examples) else None,
             inserted_weight=config.data.inserted_weight,
             end_of_text=config.data.end_of_text,
@@ -202,7 +269,7 @@ def fitting_sequences(
         for example in examples
     ]
     fitting = [s for s in sequences if len(s.tokens) <= config.learner.row_tokens]
-    print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row left out")
+    print(f"{len(fitting)} examples; {len(sequences) - len(fitting)} too long for a row dropped")
     if not fitting:
         raise UserError(
             f"no example fits config.learner.row_tokens={config.learner.row_tokens}; raise it"
@@ -210,36 +277,45 @@ def fitting_sequences(
     return fitting
 
 
-def make_tokenizer(config: ConfigDict, examples: list[list[Segment]], workdir: Path):
-    """The tokenizer of `config.init`, or one trained on the examples when that is empty."""
+def make_tokenizer(config: SFTConfig, examples: list[list[Segment]], workdir: Path):
+    """Loads the tokenizer of `config.init`, or trains one on the examples if that is empty."""
     if config.init:
         return load_tokenizer(config.init)
     texts = (segment.text for example in examples for segment in example)
     return train_tokenizer(texts, config.vocab_size, workdir / "model")
 
 
-def initial_model(config: ConfigDict, tokenizer, mesh: jax.sharding.Mesh):
-    """Sizes and parameters to start from: those at `config.init`, or random ones when empty."""
+def initial_model(
+    config: SFTConfig, tokenizer, mesh: jax.sharding.Mesh
+) -> tuple[ModelConfig, nnx.State]:
+    """Returns the model of `config.init`, or one with random parameters if that is empty."""
     if config.init:
         model = factory.load_model(config.init, mesh, "float32")
         return model.config, model.params
-    model_config = from_hf(dict(config.model) | {"vocab_size": len(tokenizer)})
+    model_config = from_hf(config.model | {"vocab_size": len(tokenizer)})
     return model_config, init_params(model_config, config.seed)
 
 
 def split(
     sequences: list[TokenSequence], validation_examples: int
 ) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """The last examples are for validation; both parts must hold some."""
+    """Splits off the last examples for validation.
+
+    Raises:
+      UserError: one of the parts would be empty.
+    """
     if not 0 < validation_examples < len(sequences):
         raise UserError(
-            f"config.data.validation_examples={validation_examples} does not leave both parts "
-            f"something of {len(sequences)} examples"
+            f"config.data.validation_examples={validation_examples} must be above 0 and below the "
+            f"number of examples, {len(sequences)}"
         )
     return sequences[:-validation_examples], sequences[-validation_examples:]
 
 
-def batch_of(sequences: list[TokenSequence], config: ConfigDict, microbatches: int | None):
+def batch_of(
+    sequences: list[TokenSequence], config: SFTConfig, microbatches: int | None
+) -> PackedBatch:
+    """Packs sequences into microbatches; `microbatches=None` takes as many as are needed."""
     return pack(
         sequences,
         row_tokens=config.learner.row_tokens,

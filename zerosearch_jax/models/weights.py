@@ -1,12 +1,11 @@
-"""Hugging Face weights in and out, by one table of names.
+"""Import and export of Hugging Face weights, by one table of names.
 
-Reading streams each parameter from safetensors into its sharding; writing makes a directory that
-`transformers`, vLLM and SGLang load. It knows nothing of the forward pass or of tokenizers.
+Import streams each parameter from safetensors into its sharding. Export writes a directory that
+`transformers`, vLLM and SGLang load.
 """
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import atomic_path, write_atomically
 from zerosearch_jax.models.config import ModelConfig, to_hf
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
 
-# Our name -> Hugging Face's name and, for each of its dimensions, which of our dimensions
-# (without the layer axis) it flattens together, outermost first. q is [D, N, H] here and
-# [N * H, D] there, so ((1, 2), (0,)).
+# Our name -> (Hugging Face's name, groups of our dimensions). Each group lists the dimensions,
+# without the layer axis, that one Hugging Face dimension flattens, outermost first. For example,
+# q is [D, N, H] here and [N * H, D] there, so its groups are ((1, 2), (0,)).
 NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "embedding": ("model.embed_tokens.weight", ((0,), (1,))),
     "final_norm": ("model.norm.weight", ((0,),)),
@@ -57,11 +57,11 @@ def load_params(
 ) -> nnx.State:
     """Reads a Hugging Face directory's safetensors into stacked, sharded parameters.
 
-    Each process reads only the slices that its own devices hold, and keeps no more than one
-    parameter on the host beside the result. A tied model's redundant `lm_head.weight` is ignored.
+    Each process reads only the slices that its devices hold. Besides the result, it keeps at most
+    one parameter on the host. A tied model's redundant `lm_head.weight` is ignored.
 
     Raises:
-      UserError: a file is missing or cut short, or a tensor is missing, is not of the shape that
+      UserError: a file is missing or truncated; or a tensor is missing, has another shape than
         `config` gives, is not of a float type or does not belong to the model.
     """
     _, abstract = abstract_model(config, dtype=dtype)
@@ -93,14 +93,14 @@ def save_params(
     *,
     eos_token_id: int | None = None,
 ) -> None:
-    """Writes stacked parameters as a Hugging Face directory, in the dtype they have.
+    """Writes stacked parameters as a Hugging Face directory, in their dtype.
 
-    Other files in `directory` (a tokenizer's) stay. Everything is written beside an older export
-    before that is replaced, `config.json` last, so a directory that has it is whole. Every
-    process must call this; the first one writes.
+    All weights are written before an older export in `directory` is replaced. `config.json` is
+    written last, so a directory that has one is complete. Other files, such as a tokenizer's, are
+    kept. Every process must call this; only process 0 writes.
 
     Args:
-      eos_token_id: what servers that load the directory stop at.
+      eos_token_id: token at which servers that load the directory stop.
     """
     directory = Path(directory)
     writes = jax.process_index() == 0
@@ -113,32 +113,33 @@ def save_params(
     names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
     names = names if len(files) > 1 else [WEIGHTS]
     weight_map = {}
-    for name, entries in zip(names, files, strict=True):
-        tensors = {hf: _to_hf(path, flat[path][...], layer) for hf, path, layer in entries}
-        weight_map |= dict.fromkeys(tensors, name)
-        if writes:
-            save_file(tensors, directory / f"{name}.part", metadata={"format": "pt"})
-            # safetensors leaves files that only their owner reads; a server may be another user.
-            (directory / f"{name}.part").chmod(0o644)
-    if not writes:
-        return
-    for old in ("config.json", INDEX):
-        (directory / old).unlink(missing_ok=True)
-    for old in directory.glob("model*.safetensors"):
-        old.unlink()
-    for name in names:
-        os.replace(directory / f"{name}.part", directory / name)
+    with ExitStack() as replaced:
+        for name, entries in zip(names, files, strict=True):
+            # Gathering a tensor is collective, so every process makes all of them.
+            tensors = {hf: _to_hf(path, flat[path][...], layer) for hf, path, layer in entries}
+            weight_map |= dict.fromkeys(tensors, name)
+            if writes:
+                part = replaced.enter_context(atomic_path(directory / name))
+                save_file(tensors, part, metadata={"format": "pt"})
+                # safetensors makes files readable only by their owner; servers may be other users.
+                part.chmod(0o644)
+        if not writes:
+            return
+        for old in ("config.json", INDEX):
+            (directory / old).unlink(missing_ok=True)
+        for old in directory.glob("model*.safetensors"):
+            old.unlink()
     if len(files) > 1:
         size = sum(leaf[...].nbytes for leaf in flat.values())
         _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     hf = to_hf(config) | {"dtype": flat["embedding",][...].dtype.name}
-    # Left out, transformers would take Llama's old ids 1 and 2.
+    # Without these keys transformers would use Llama's old ids 1 and 2.
     hf |= {"bos_token_id": None, "eos_token_id": eos_token_id}
     _write_json(directory / "config.json", hf)
 
 
 def _entries(flat: dict) -> Iterator[tuple[str, tuple, int | None]]:
-    """(Hugging Face name, our path, layer or None) of every tensor of a model."""
+    """Yields (Hugging Face name, our path, layer or None) of every tensor of a model."""
     for path, leaf in flat.items():
         name, _ = NAMES[".".join(path)]
         if path[0] == "layers":
@@ -149,12 +150,13 @@ def _entries(flat: dict) -> Iterator[tuple[str, tuple, int | None]]:
 
 
 def _hf_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the Hugging Face shape of one layer of a parameter of `shape`."""
     own = shape[1:] if path[0] == "layers" else shape
     return tuple(math.prod(own[axis] for axis in group) for group in NAMES[".".join(path)][1])
 
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
-    """Hugging Face name -> (file, open handle) of every tensor of a directory."""
+    """Returns a dict from each tensor's Hugging Face name to its file and open handle."""
     if (directory / WEIGHTS).is_file():
         return _open_file(directory / WEIGHTS, stack)
     index = directory / INDEX
@@ -174,7 +176,9 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, An
         tensors |= _open_file(directory / file, stack)
     for name, file in weight_map.items():
         if name not in tensors:
-            raise UserError(f"{directory / file} lacks {name}, which {INDEX} says it holds")
+            raise UserError(
+                f"{directory / file} lacks {name}, which {INDEX} lists; fetch the model again"
+            )
     return tensors
 
 
@@ -183,23 +187,26 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
         handle = stack.enter_context(safe_open(path, framework="numpy"))
     except SafetensorError as error:
         raise UserError(
-            f"{path} is damaged or cut short ({error}); fetch the model again"
+            f"{path} is damaged or truncated ({error}); fetch the model again"
         ) from error
     return {name: (path, handle) for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConfig) -> None:
-    """Every tensor there, of the right shape and type, and none that would be left unused."""
+    """Checks that all tensors exist with the right shape and type, and that none is unused."""
     wanted = {name: _hf_shape(path, flat[path].shape) for name, path, _ in _entries(flat)}
     for name, shape in wanted.items():
         if name not in tensors:
-            raise UserError(f"{directory} lacks the tensor {name}, which config.json calls for")
+            raise UserError(
+                f"{directory} lacks the tensor {name}, which config.json requires; "
+                "fix config.json or fetch the model again"
+            )
         path, handle = tensors[name]
         found = handle.get_slice(name)
         if tuple(found.get_shape()) != shape:
             raise UserError(
-                f"{path}: {name} has shape {tuple(found.get_shape())}, "
-                f"config.json calls for {shape}"
+                f"{path}: {name} has shape {tuple(found.get_shape())}, config.json requires "
+                f"{shape}; fix config.json or fetch the model again"
             )
         if found.get_dtype() not in FLOATS:
             raise UserError(
@@ -209,11 +216,14 @@ def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConf
     ignored = {NAMES["unembed"][0]} if config.tie_embeddings else set()
     for name, (path, _) in tensors.items():
         if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{path}: {name} does not belong to a {config.family} model")
+            raise UserError(
+                f"{path}: {name} does not belong to a {config.family} model; fix model_type in "
+                "config.json or remove the tensor"
+            )
 
 
 def _read_shard(tensors: dict, path: tuple, leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """The part of our parameter at `index`, read slice by slice."""
+    """Reads the part of our parameter at `index`, slice by slice."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
     shard = np.empty([stop - start for start, stop in bounds], leaf.dtype)
     name = NAMES[".".join(path)][0]
@@ -228,10 +238,11 @@ def _read_shard(tensors: dict, path: tuple, leaf: Any, index: tuple[slice, ...])
 def _read_slice(
     tensors: dict, name: str, path: tuple, shape: tuple[int, ...], bounds: list[tuple[int, int]]
 ) -> np.ndarray:
+    """Reads one tensor's part within `bounds` (start and stop of our dimensions)."""
     groups = NAMES[".".join(path)][1]
     hf_index = []
     for first, *rest in groups:
-        # Only the outermost of flattened dimensions is ever sharded (heads, never head_dim).
+        # Of flattened dimensions only the outermost can be sharded (heads, never head_dim).
         inner = math.prod(shape[axis] for axis in rest)
         hf_index.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
     block = tensors[name][1].get_slice(name)[tuple(hf_index)]
@@ -241,7 +252,7 @@ def _read_slice(
 
 
 def _to_hf(path: tuple, leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """One Hugging Face tensor, on the host."""
+    """Returns one Hugging Face tensor on the host. Collective if the parameter spans processes."""
     array = leaf if layer is None else leaf[layer]
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
@@ -251,6 +262,7 @@ def _to_hf(path: tuple, leaf: jax.Array, layer: int | None) -> np.ndarray:
 
 
 def _split_into_files(flat: dict) -> list[list[tuple[str, tuple, int | None]]]:
+    """Groups the entries of a model into files of at most `MAX_FILE_BYTES`."""
     files, size = [[]], 0
     for entry in _entries(flat):
         leaf = flat[entry[1]][...]
@@ -264,6 +276,4 @@ def _split_into_files(flat: dict) -> list[list[tuple[str, tuple, int | None]]]:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")

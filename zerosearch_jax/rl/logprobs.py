@@ -1,9 +1,9 @@
-"""Log-probabilities and entropy of given tokens, without the `[B, T, V]` logits.
+"""Log-probs and entropy of given tokens, without the `[B, T, V]` logits.
 
-The vocabulary projection is done for `chunk` positions at a time and done again for the
-gradient, so the largest array is `[B, chunk, V]`. It is done only where a result is wanted: in an
-episode four tokens of five are prompt or documents, and nobody asks for their log-probs. This
-module must not know models or losses.
+The vocabulary projection handles `chunk` positions at a time and is recomputed for the gradient,
+so the largest array is `[B, chunk, V]`. Masked positions are skipped: four of five tokens of an
+episode are prompt or documents, whose log-probs no loss reads. This module knows no models or
+losses.
 """
 
 import functools
@@ -23,20 +23,20 @@ def chunked_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(hidden @ unembed / temperature) at the targets, and the entropy.
+    """Returns log softmax(hidden @ unembed / temperature) at the targets, and the entropy.
 
-    The products, those of the gradient too, are taken in the dtype of `hidden` and accumulated in
-    float32; the rest is float32. The gradient of `unembed` is summed over the chunks in its own
-    dtype. Differentiable once, in reverse mode.
+    Matrix products, including those of the gradient, take inputs in the dtype of `hidden` and
+    accumulate in float32; everything else is float32. The gradient of `unembed` is summed over the
+    chunks in the dtype of `unembed`. Differentiable once, in reverse mode.
 
     Args:
       hidden: [B, T, D] final hidden states; position t predicts targets[:, t].
       unembed: [D, V] output projection, any float dtype.
       targets: [B, T] int32 token ids in [0, V); any valid id where the result is not used.
-      mask: [B, T] bool or 0/1: where results are wanted; None: everywhere.
+      mask: [B, T] bool or 0/1, positions to compute; None: all.
       chunk: positions of T at a time, at least 1; T need not be a multiple of it.
-      temperature: the one that the tokens were sampled with, above 0.
-      with_entropy: False leaves the entropy out (zeros) and saves its time.
+      temperature: sampling temperature of the tokens, above 0.
+      with_entropy: False returns zeros as entropy and saves its time.
 
     Returns:
       logprobs [B, T] float32 and entropy [B, T] float32 in nats; 0 where the mask is 0.
@@ -47,12 +47,12 @@ def chunked_logprobs(
     chunk = min(chunk, length)
     padding = -length % chunk
 
-    # Wanted positions first in each row, so that all the others lie in chunks that are left out.
+    # Move wanted positions to the start of each row, so that the remaining chunks can be skipped.
     order = jnp.argsort(~wanted, axis=1, stable=True)
     place = jnp.argsort(order, axis=1)
     most = wanted.sum(axis=1).max()
 
-    # Rows of all sequences as one dimension: XLA's CPU backend is slow on batched products.
+    # Merge batch and chunk into one dimension: XLA's CPU backend is slow on batched products.
     def to_chunks(x):  # [B, T, ...] -> [T/chunk, B·chunk, ...]
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         x = jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
@@ -62,8 +62,8 @@ def chunked_logprobs(
         x = jnp.moveaxis(x.reshape(-1, batch, chunk), 0, 1).reshape(batch, -1)
         return jnp.where(wanted, jnp.take_along_axis(x, place, axis=1), 0.0)
 
-    # The embedding is [V, D]: where `unembed` is its transpose, the two transpositions cancel, and
-    # no backend has to keep a transposed copy of it (or of its gradient) for the scans below.
+    # The embedding is [V, D]. If `unembed` is its transpose, the two transpositions cancel, and no
+    # backend keeps a transposed copy of it or of its gradient for the loops below.
     logprobs, entropy = _of_chunks(
         to_chunks(jnp.take_along_axis(hidden, order[..., None], axis=1)),
         unembed.T,
@@ -77,11 +77,11 @@ def chunked_logprobs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _of_chunks(hidden, embedding, targets, count, temperature, with_entropy):
-    """Log-probs and entropies `[C, N]` of `[C, N, D]` hidden states, at the targets `[C, N]`.
+    """Returns log-probs and entropies `[C, N]` of hidden states `[C, N, D]`, targets `[C, N]`.
 
-    Of the C chunks only the first `count` `[]` are computed; the others get 0. One chunk's logits
-    `[N, V]` exist at a time; `embedding` is `[V, D]`. Only the log-sum-exp and the entropy of each
-    position are kept for the gradient.
+    Only the first `count` `[]` of the C chunks are computed; the others get 0. One chunk's logits
+    `[N, V]` exist at a time; `embedding` is `[V, D]`. The gradient keeps only the log-sum-exp and
+    the entropy of each position.
     """
     return _forward(hidden, embedding, targets, count, temperature, with_entropy)[0]
 
@@ -110,7 +110,7 @@ def _forward(hidden, embedding, targets, count, temperature, with_entropy):
 
 
 def _backward(temperature, with_entropy, residuals, cotangents):
-    """With p the softmax, H its entropy, and the cotangents g of the log-prob, e of the entropy:
+    """Gradient, with p the softmax, H its entropy, and cotangents g of log-probs, e of entropies.
 
     dlogits = (g·(onehot(target) - p) - e·p·(log p + H)) / temperature
     """
@@ -123,11 +123,11 @@ def _backward(temperature, with_entropy, residuals, cotangents):
         lse, entropy, g, e = (x[i][:, None] for x in (*of_positions, *cotangents))
         log_p = _logits(rows, weights, temperature) - lse
         pull = g + e * (log_p + entropy) if with_entropy else g
-        # A comparison and not a scatter: it joins the one pass over the logits, and stays sharded.
+        # A comparison, unlike a scatter, fuses into the pass over the logits and stays sharded.
         at_target = jnp.arange(weights.shape[0]) == ids[:, None]
         dlogits = (jnp.where(at_target, g, 0.0) - jnp.exp(log_p) * pull) / temperature
         dlogits = dlogits.astype(hidden.dtype)
-        # Summed over the chunks in the weights' own dtype, not in that of `hidden`.
+        # Sum over the chunks in the dtype of the weights, not in that of `hidden`.
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         embedding_grad += product("nv,nd->vd", dlogits, rows).astype(embedding.dtype)
         rows_grad = product("nv,vd->nd", dlogits, weights).astype(hidden.dtype)
@@ -142,7 +142,7 @@ _of_chunks.defvjp(_forward, _backward)
 
 
 def _logits(rows: jax.Array, weights: jax.Array, temperature: float) -> jax.Array:
-    """Float32 logits `[N, V]` of rows `[N, D]` by weights `[V, D]`."""
+    """Returns float32 logits `[N, V]` of rows `[N, D]` and weights `[V, D]`."""
     logits = jnp.einsum("nd,vd->nv", rows, weights, preferred_element_type=jnp.float32)
     return logits / temperature
 
@@ -156,7 +156,9 @@ def _check(
     temperature: float,
 ) -> None:
     if hidden.ndim != 3 or unembed.ndim != 2 or hidden.shape[2] != unembed.shape[0]:
-        raise ValueError(f"hidden {hidden.shape}, unembed {unembed.shape}: want [B,T,D], [D,V]")
+        raise ValueError(
+            f"hidden {hidden.shape} must be [B, T, D] and unembed {unembed.shape} [D, V]"
+        )
     for name, array in (("targets", targets), ("mask", mask)):
         if array.shape != hidden.shape[:2]:
             raise ValueError(f"{name} {array.shape} must be [B, T] = {hidden.shape[:2]}")

@@ -292,6 +292,9 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None =
     return jnp.where(small, series, jnp.expm1(d) - d)
 
 
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
 def masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Sum of x [B, T] where mask [B, T]; a scalar in float32 or wider.
 

@@ -1,65 +1,36 @@
-"""What the learner minimises: one policy surrogate and the terms that go with it.
+"""The learner's loss: one policy surrogate, its extra terms, and the critic's term.
 
-`Objective` names the terms; `policy_terms` and `value_terms` add them up for one microbatch. The
-equations stand in `rl/losses.py`; the means' denominators come in the batch as the weight of
-each token, so nothing here depends on how a batch is cut or packed.
+`policy_terms` and `value_terms` sum the terms of one microbatch. `rl/losses.py` has the equations.
+The denominators of the means are in the batch, as a weight per token, so that the sums do not
+depend on how a batch is cut or packed.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from zerosearch_jax.errors import UserError
 from zerosearch_jax.rl import losses
-
-SURROGATES = ("clip", "sequence", "cispo")
-KL_ESTIMATORS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
-KL_PLACES = ("loss", "reward")
+from zerosearch_jax.rl.batch import LearnerBatch
+from zerosearch_jax.rl.config import CriticConfig, KLConfig, LossConfig
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The terms of the loss and their coefficients; hashable, so that a step is compiled for it.
+    """Settings of the loss; hashable, because a learner step is compiled for one objective.
 
     Attributes:
-      surrogate: "clip" (PPO, GRPO), "sequence" (GSPO's ratio of a sequence) or "cispo".
-      clip_low, clip_high: the ratio's range is [1 - low, 1 + high].
-      dual_clip: where an advantage is negative the loss is at most this times its size; 0: off.
-      kl_estimator: "k1", "k2" or "k3".
-      kl_in: "loss", or "reward": then advantages hold it already.
-      entropy: weight of the entropy bonus.
-      llds: weight of the likelihood-preserving term.
-      importance_cap: largest weight of truncated importance sampling; 0: off.
-      temperature: the one that the tokens were sampled at.
-      value: weight of the value loss; read only where there is a critic.
-      value_clip: how far a value may move from the one that the advantages used; 0: off.
+      loss: settings of the policy loss.
+      kl: settings of the KL penalty. `kl.coef` is not read: a step takes the coefficient as an
+        argument, because it may adapt.
+      critic: settings of the value loss, read only if there is a critic.
+      temperature: temperature at which the tokens were sampled.
     """
 
-    surrogate: str = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0
-    kl_estimator: str = "k3"
-    kl_in: str = "loss"
-    entropy: float = 0.001
-    llds: float = 0.0
-    importance_cap: float = 0.0
+    loss: LossConfig = LossConfig()
+    kl: KLConfig = KLConfig()
+    critic: CriticConfig = CriticConfig()
     temperature: float = 1.0
-    value: float = 0.5
-    value_clip: float = 0.2
-
-    def __post_init__(self):
-        for name, known in (
-            ("surrogate", SURROGATES),
-            ("kl_estimator", tuple(KL_ESTIMATORS)),
-            ("kl_in", KL_PLACES),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"rl.{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}"
-                )
 
 
 def policy_terms(
@@ -67,93 +38,94 @@ def policy_terms(
     kl_coef: jax.Array,
     logprobs: jax.Array,
     entropy: jax.Array,
-    batch: Mapping[str, jax.Array],
+    batch: LearnerBatch,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The policy's part of the loss, and sums of figures.
+    """Returns the policy's part of the loss and sums for metrics.
 
     Args:
-      kl_coef: `[]` weight of the KL term; read where `objective.kl_in` is "loss" and the batch
-        has "ref_logprobs".
+      kl_coef: `[]` weight of the KL term; read if `objective.kl.apply_to` is "loss" and the batch
+        has `ref_logprobs`.
       logprobs, entropy: `[R, T]` of the policy that is trained.
-      batch: "mask", "segment_ids", "weights", "advantages", "old_logprobs" and, for a figure
-        alone, "correct", all `[R, T]`; also "ref_logprobs" for a KL term and "sampler_logprobs"
-        for importance weights.
+      batch: one microbatch with `weights`, `advantages`, `old_logprobs` and `correct`, which only
+        a metric reads. A KL term also reads `ref_logprobs`, importance weights
+        `sampler_logprobs`.
 
     Returns:
-      The loss `[]`, already divided (by the weights), and sums over the policy's tokens, but for
-      names that begin with "loss/" (terms of the loss) or end in "_max".
+      The loss `[]`, already a mean because of the weights, and metrics. Metrics are sums over the
+      policy's tokens, except terms of the loss ("loss/…") and maxima ("…_max").
     """
-    mask, old, advantages = batch["mask"], batch["old_logprobs"], batch["advantages"]
-    surrogate, clipped = _surrogate(objective, logprobs, old, advantages, batch)
+    loss, mask, old = objective.loss, batch.mask, batch.old_logprobs
+    surrogate, clipped = _surrogate(loss, logprobs, batch)
     sums = {"clip_fraction": losses.masked_sum(clipped, mask)}
-    if objective.importance_cap:
+    if loss.importance_cap:
         weights = losses.truncated_importance_weights(
-            old, batch["sampler_logprobs"], mask, cap=objective.importance_cap
+            old, batch.sampler_logprobs, mask, cap=loss.importance_cap
         )
         surrogate = surrogate * weights
-        at_cap = weights >= objective.importance_cap
-        sums["importance_capped"] = losses.masked_sum(at_cap, mask)
+        sums["importance_capped"] = losses.masked_sum(weights >= loss.importance_cap, mask)
 
-    token_weights = jnp.where(mask > 0, batch["weights"], 0.0)
+    token_weights = jnp.where(mask > 0, batch.weights, 0.0)
 
     def term(per_token):
         return losses.masked_sum(per_token * token_weights, mask)
 
     sums["loss/policy"] = term(surrogate)
     sums["entropy"] = losses.masked_sum(entropy, mask)
-    total = sums["loss/policy"] - objective.entropy * term(entropy)
-    if objective.kl_in == "loss" and "ref_logprobs" in batch:
-        kl = KL_ESTIMATORS[objective.kl_estimator](logprobs, batch["ref_logprobs"], mask)
+    total = sums["loss/policy"] - loss.entropy * term(entropy)
+    if objective.kl.apply_to == "loss" and batch.ref_logprobs is not None:
+        kl = losses.KL_ESTIMATORS[objective.kl.estimator](logprobs, batch.ref_logprobs, mask)
         sums["kl"] = losses.masked_sum(kl, mask)
         total += kl_coef * term(kl)
-    if objective.llds:
-        preserving = losses.likelihood_preserving(logprobs, old, advantages, mask)
+    if loss.llds:
+        preserving = losses.likelihood_preserving(logprobs, old, batch.advantages, mask)
         sums["loss/llds"] = term(preserving)
-        total += objective.llds * sums["loss/llds"]
-    return total, sums | _mismatch(logprobs, batch)
+        total += loss.llds * sums["loss/llds"]
+    return total, sums | _diagnostics(logprobs, batch)
 
 
 def value_terms(
-    objective: Objective, values: jax.Array, batch: Mapping[str, jax.Array]
+    objective: Objective, values: jax.Array, batch: LearnerBatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The critic's part of the loss, and sums of figures.
+    """Returns the critic's part of the loss and sums for metrics, as `policy_terms` does.
 
     Args:
-      values: `[R, T]`, of the state in which each policy token was chosen.
-      batch: "mask", "weights", and "values" and "returns" as the advantages used them, `[R, T]`.
+      values: `[R, T]` values of the states in which the policy tokens were chosen.
+      batch: one microbatch with `weights`, and `values` and `returns` of the advantages.
     """
-    mask = batch["mask"]
+    mask, critic = batch.mask, objective.critic
     loss, clipped = losses.value_loss(
-        values, batch["values"], batch["returns"], mask, clip=objective.value_clip
+        values, batch.values, batch.returns, mask, clip=critic.value_clip
     )
-    weights = jnp.where(mask > 0, batch["weights"], 0.0)
+    weights = jnp.where(mask > 0, batch.weights, 0.0)
     sums = {
         "loss/value": losses.masked_sum(loss * weights, mask),
         "critic/clip_fraction": losses.masked_sum(clipped, mask),
         "critic/value": losses.masked_sum(values, mask),
     }
-    return objective.value * sums["loss/value"], sums
+    return critic.coef * sums["loss/value"], sums
 
 
-def _surrogate(objective, logprobs, old, advantages, batch):
-    clip = dict(clip_low=objective.clip_low, clip_high=objective.clip_high)
-    given = (logprobs, old, advantages, batch["mask"])
-    if objective.surrogate == "sequence":
-        return losses.sequence_surrogate(*given, batch["segment_ids"], **clip)
-    if objective.surrogate == "cispo":
-        return losses.cispo_surrogate(*given, **clip)
-    return losses.clipped_surrogate(*given, **clip, dual_clip=objective.dual_clip)
+def _surrogate(
+    loss: LossConfig, logprobs: jax.Array, batch: LearnerBatch
+) -> tuple[jax.Array, jax.Array]:
+    clip = dict(clip_low=loss.clip_low, clip_high=loss.clip_high)
+    inputs = (logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    if loss.surrogate == "sequence":
+        return losses.sequence_surrogate(*inputs, batch.segment_ids, **clip)
+    if loss.surrogate == "cispo":
+        return losses.cispo_surrogate(*inputs, **clip)
+    return losses.clipped_surrogate(*inputs, **clip, dual_clip=loss.dual_clip)
 
 
-def _mismatch(logprobs, batch):
-    """Sampler-learner log-prob difference and log-likelihood of correct trajectories, as sums."""
-    mask = batch["mask"] > 0
-    sampled = batch.get("sampler_logprobs", batch["old_logprobs"])
+def _diagnostics(logprobs: jax.Array, batch: LearnerBatch) -> dict[str, jax.Array]:
+    """Sums the sampler-learner log-prob difference and the log-probs of correct episodes."""
+    mask = batch.mask > 0
+    sampled = batch.old_logprobs if batch.sampler_logprobs is None else batch.sampler_logprobs
     difference = jnp.where(mask, jnp.abs(logprobs - sampled), 0.0)
-    right = mask & (batch["correct"] > 0)
+    correct = mask & (batch.correct > 0)
     return {
         "sampler_logprob_diff_mean": jnp.sum(difference),
         "sampler_logprob_diff_max": jnp.max(difference),
-        "correct_loglik": losses.masked_sum(logprobs, right),
-        "correct_tokens": jnp.sum(right.astype(jnp.float32)),
+        "correct_loglik": losses.masked_sum(logprobs, correct),
+        "correct_tokens": jnp.sum(correct.astype(jnp.float32)),
     }

@@ -1,5 +1,6 @@
-"""Schedules and the optimizer, by optax."""
+"""The optimizer and its learning-rate schedule, built with optax."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,14 +10,38 @@ import optax
 UNDECAYED = ("norm", "bias")
 
 
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW hyperparameters, shared with a critic except for its learning rate and warm-up."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    warmup_steps: int = 2
+    """Training steps of linear warm-up."""
+    schedule_steps: int = 10
+    """Training steps after which the learning rate stays at its final value."""
+    final_fraction: float = 0.05
+    """Final learning rate as a fraction of the peak. 1 keeps the rate constant."""
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+    beta2: float = 0.99
+    """Decay rate of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay. Norms and biases are not decayed."""
+    clip_norm: float = 1.0
+    """Global norm to which gradients are clipped."""
+    moment_dtype: str = "float32"
+    """Dtype of the first moment: `float32` or `bfloat16`, which saves 2 bytes per parameter."""
+
+
 def warmup_cosine(
     peak: float, *, warmup_steps: int, total_steps: int, final_fraction: float
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to `final_fraction` of it (1: constant).
+    """Returns a linear warm-up to `peak`, then a cosine decay to `final_fraction` of it.
 
-    Steps count from 0: warm-up step i has the rate peak·(i + 1) / warmup_steps, so that the first
-    update changes something and the last one of the warm-up has the peak; so has the step after
-    it, with which the cosine begins. From step `total_steps` on the rate stays at the end's.
+    Warm-up step i, from 0, has the rate peak·(i + 1) / warmup_steps. The last warm-up step and the
+    first step of the cosine both have the peak. From step `total_steps` on the rate is constant.
+    With `final_fraction` 1 it is constant after the warm-up.
     """
     cosine = optax.cosine_decay_schedule(
         peak, max(total_steps - warmup_steps, 1), alpha=final_fraction
@@ -36,12 +61,12 @@ def adamw(
     clip_norm: float,
     moment_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW; norms and biases are not decayed.
+    """Returns global-norm clipping followed by AdamW, without decay of norms and biases.
 
     Args:
-      moment_dtype: of the first moment; bfloat16 saves two bytes a parameter and rounds `beta1`,
-        too (0.9 to 0.898). The second moment stays in float32: its square root's small
-        differences would be lost.
+      moment_dtype: dtype of the first moment. bfloat16 saves two bytes per parameter and also
+        rounds `beta1` (0.9 to 0.898). The second moment is always float32, because bfloat16 would
+        lose small differences of its square root.
     """
 
     def decayed(params):

@@ -1,8 +1,9 @@
-"""The multi-turn scheduler: think, search, read, answer, for many episodes at once.
+"""Multi-turn scheduler: runs many think-search-read-answer episodes at once.
 
-Every episode owns a slot of the policy's generator. A slot whose episode has ended takes the next
-one at once; a slot that waits for documents is parked while the others go on; only what was
-inserted is prefilled behind its cache. It decides nothing about rewards or learning.
+Each running episode owns a slot of the policy's generator. When an episode ends, its slot takes
+the next episode at once. A slot that waits for documents is parked while other slots decode. When
+the documents arrive, only they are prefilled, after the slot's cached tokens. The scheduler
+computes no rewards and knows nothing about learning.
 """
 
 from collections import deque
@@ -34,13 +35,13 @@ OPENINGS = ("", "answer", "search")
 
 @dataclass(frozen=True)
 class Limits:
-    """How long an episode may become.
+    """Bounds on the length of an episode.
 
     Attributes:
-      max_turns: searches (and invalid turns) before the last turn. 0: one turn, in which the
-        policy answers or has not answered.
-      response_tokens: sampled in one turn.
-      observation_tokens: inserted after one search, tags included.
+      max_turns: searches (and invalid turns) before the last turn. With 0 the policy has one turn,
+        in which a search ends the episode without an answer.
+      response_tokens: most tokens sampled in one turn.
+      observation_tokens: most tokens inserted after one search, tags included.
     """
 
     max_turns: int
@@ -49,21 +50,26 @@ class Limits:
 
 
 class SchedulerState:
-    """Who sits where and waits for what; keys are slots of the generator.
+    """Mutable state of one `Rollouts.run`: trajectories, and the slots they occupy.
+
+    Queued episodes wait in one queue per replica of the generator. A group stays on one replica,
+    where its members share the prefill of their prompt.
 
     Attributes:
-      queued: episodes without a slot yet, a queue for each replica of the generator: a group
-        stays on one replica, where its members share their prompt.
-      seated: running episodes; `sampling` those that decode; `asking` their requests not yet
-        sent; `flying` batches that the engine works on; `observations` tokens to insert.
+      trajectories: one per episode, in order.
+      active: slot -> trajectory of each running episode.
+      decoding: active slots that are sampling.
+      pending: slot -> search request that is not sent yet.
+      in_flight: future of the engine's results -> requests it answers, by slot.
+      observations: slot -> tokens to insert before the slot decodes again.
     """
 
     def __init__(self, generator: Generator, episodes: Sequence[Episode]):
         self.trajectories = [Trajectory(episode) for episode in episodes]
-        self.seated: dict[int, Trajectory] = {}
-        self.sampling: set[int] = set()
-        self.asking: dict[int, SearchRequest] = {}
-        self.flying: dict[Future, dict[int, SearchRequest]] = {}
+        self.active: dict[int, Trajectory] = {}
+        self.decoding: set[int] = set()
+        self.pending: dict[int, SearchRequest] = {}
+        self.in_flight: dict[Future, dict[int, SearchRequest]] = {}
         self.observations: dict[int, list[int]] = {}
         self._queues = [deque() for _ in range(generator.replicas)]
         groups = groupby(self.trajectories, key=lambda t: t.episode.question)
@@ -75,45 +81,50 @@ class SchedulerState:
 
     @property
     def queued(self) -> bool:
+        """Whether any episode has no slot yet."""
         return any(self._queues)
 
-    def seat_next(self) -> dict[int, Trajectory]:
-        """Seats queued episodes in the free slots; returns the new ones."""
+    def fill_free_slots(self) -> dict[int, Trajectory]:
+        """Moves queued episodes into free slots; returns the newly active ones by slot."""
         new = {}
         for queue, free in zip(self._queues, self._free, strict=True):
-            # A free slot that holds the next group's prompt already is taken first.
             while queue and free:
+                # A slot whose cache already holds this prompt saves its prefill.
                 question = queue[0].episode.question
                 holding = [slot for slot in free if self._last_question.get(slot) == question]
                 slot = holding[0] if holding else free[0]
                 free.remove(slot)
                 self._last_question[slot] = question
                 new[slot] = queue.popleft()
-        self.seated |= new
+        self.active |= new
         return new
 
-    def leave(self, slot: int, finish: str) -> None:
-        """Ends a slot's episode and frees the slot."""
-        self.seated.pop(slot).finish = finish
+    def end_episode(self, slot: int, finish: str) -> None:
+        """Records why the slot's episode ended and frees the slot."""
+        self.active.pop(slot).finish = finish
         self._free[self._replica_of(slot)].append(slot)
 
 
 class Rollouts:
-    """Plays episodes with one policy generator and one engine.
+    """Runs episodes with one policy generator and one search engine.
 
     Args:
-      engine: None where nobody searches: `limits.max_turns` is 0 and the policy opens.
+      engine: may be None if no episode can search: `limits.max_turns` is 0 and `opening` is not
+        "search".
       noisy: `(episode number, turn) -> bool`, the curriculum's draw.
-      stop_on_failure: a failed search ends the run with an error; otherwise the episode gets a
-        "search failed" observation.
-      opening: what is inserted between the prompt and the one turn that `limits.max_turns`, 0,
-        then leaves to the policy. "answer": the opening of the answer; what follows is the
-        answer. "search": a search for the question itself and its documents. "": nothing.
-      concurrent_searches: batches of searches that may be under way while the policy decodes, for
-        an engine that works elsewhere (over the network, on its own devices). What is batched
-        with what then depends on the clock, and so do the last bits of the figures. 0: the
-        engine and the policy take turns, always in the same way.
-      searching: entered while nothing but the engine is waited for (to time it).
+      stop_on_failure: whether a failed search stops the run with an error. Otherwise the episode
+        gets a "search failed" observation.
+      opening: text inserted after the prompt, before the policy's only turn (requires
+        `max_turns=0`). "answer": the opening of the answer, which the policy completes. "search":
+        a search for the question and its documents. "": nothing.
+      concurrent_searches: most batches of searches under way while the policy decodes; for an
+        engine that works elsewhere (over the network, on its own devices). Batch composition then
+        depends on timing, so metrics are reproducible only up to rounding. With 0, engine and
+        policy alternate in a fixed order, and results are deterministic.
+      searching: context manager entered while only the engine is waited for, to time it.
+
+    Raises:
+      ValueError: `opening` is unknown or contradicts `limits`, or an engine is required.
     """
 
     def __init__(
@@ -133,9 +144,9 @@ class Rollouts:
         if opening not in OPENINGS:
             raise ValueError(f"opening is {opening!r}: use one of {OPENINGS}")
         if opening and limits.max_turns:
-            raise ValueError(f"opening={opening!r} leaves one turn: max_turns must be 0")
+            raise ValueError(f"opening={opening!r} allows only one turn: max_turns must be 0")
         if engine is None and (limits.max_turns or opening == "search"):
-            raise ValueError("episodes that may search need an engine")
+            raise ValueError("engine is None, but episodes may search: pass an engine")
         self.generator = generator
         self.engine = engine
         self.tokenizer = tokenizer
@@ -148,37 +159,30 @@ class Rollouts:
         self.searching = searching
         self._invalid = encode(tokenizer, prompts.INVALID_ACTION)
 
-    def play(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
-        """Plays all episodes, as many at once as the generator has slots.
+    def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
+        """Runs all episodes, as many at once as the generator has slots.
 
         Args:
           episodes: members of a group next to each other, so that they share their prefill.
-          key: a typed PRNG key; episode n samples from `key` folded with n, so what it does
-            depends on neither its neighbours nor its place in the batch.
+          key: a typed PRNG key. Episode n samples from `key` folded with n, so its samples depend
+            neither on its neighbours nor on its place in the batch.
 
         Returns:
-          A trajectory for each episode, in order.
+          One trajectory per episode, in order.
         """
-        table = SchedulerState(self.generator, episodes)
+        state = SchedulerState(self.generator, episodes)
         with ThreadPoolExecutor(max(1, self.concurrent_searches)) as pool:
-            while table.queued or table.seated:
-                self._seat(table)
-                for slot, generation in self._advance(table, key).items():
-                    self._take_turn(table, slot, generation)
-                self._search(table, pool)
-                self._observe(table)
-        return table.trajectories
+            while state.queued or state.active:
+                self._start_episodes(state)
+                for slot, generation in self._decode(state, key).items():
+                    self._finish_turn(state, slot, generation)
+                self._search(state, pool)
+                self._insert_observations(state)
+        return state.trajectories
 
-    def _advance(self, table: "SchedulerState", key: jax.Array) -> dict[int, Generation]:
-        if self.concurrent_searches:  # what has landed is looked at after each burst
-            return self.generator.decode_chunk(key=key, sampling=self.sampling)
-        # With nobody to seat, coming back early would only make batches smaller.
-        share = MIN_FINISHED_FRACTION if table.queued else 1.0
-        return self.generator.decode_until(key=key, sampling=self.sampling, share=share)
-
-    def _seat(self, table: "SchedulerState") -> None:
-        """Gives free slots to the next episodes."""
-        new = table.seat_next()
+    def _start_episodes(self, state: SchedulerState) -> None:
+        """Starts queued episodes in the free slots."""
+        new = state.fill_free_slots()
         if not new:
             return
         for trajectory in new.values():
@@ -187,19 +191,30 @@ class Rollouts:
         if self.opening == "search":
             for slot, trajectory in new.items():
                 question = trajectory.episode.question
-                table.asking[slot] = self._request(trajectory, turn=0, query=question)
+                state.pending[slot] = self._request(trajectory, turn=0, query=question)
         else:
-            self._begin(table, list(new))
+            self._start_decoding(state, list(new))
 
-    def _begin(self, table: "SchedulerState", slots: list[int]) -> None:
-        table.sampling |= set(slots)
+    def _start_decoding(self, state: SchedulerState, slots: list[int]) -> None:
+        state.decoding |= set(slots)
         self.generator.start_decoding(
             slots,
-            streams=[(table.seated[slot].episode.number, 0) for slot in slots],
+            streams=[(state.active[slot].episode.number, 0) for slot in slots],
             max_new_tokens=self.limits.response_tokens,
         )
 
+    def _decode(self, state: SchedulerState, key: jax.Array) -> dict[int, Generation]:
+        """Decodes until enough slots stop; returns the finished turns by slot."""
+        if self.concurrent_searches:  # Search results are polled after each chunk.
+            return self.generator.decode_chunk(key=key, sampling=self.sampling)
+        # Without a queue, returning early would only make later batches smaller.
+        fraction = MIN_FINISHED_FRACTION if state.queued else 1.0
+        return self.generator.decode_until(
+            key=key, sampling=self.sampling, min_finished_fraction=fraction
+        )
+
     def _prompt(self, trajectory: Trajectory) -> list[int]:
+        """Tokens inserted before the first turn: the prompt and the opening."""
         question = trajectory.episode.question
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
         if self.opening == "answer":
@@ -209,71 +224,74 @@ class Rollouts:
             return prompt + encode(self.tokenizer, prompts.forced_search(question))
         return prompt
 
-    def _take_turn(self, table: "SchedulerState", slot: int, generation: Generation) -> None:
-        """Records what a slot sampled; the episode ends, searches, or is told it is invalid."""
-        table.sampling.discard(slot)
-        trajectory = table.seated[slot]
+    def _finish_turn(self, state: SchedulerState, slot: int, generation: Generation) -> None:
+        """Records a sampled turn and acts on it: ends the episode, or queues its next step."""
+        state.decoding.discard(slot)
+        trajectory = state.active[slot]
         trajectory.append_sampled(generation.tokens, generation.logprobs)
         text = decode(self.tokenizer, generation.tokens)
         action = parse_action(text, trajectory.answer_prefix)
         trajectory.turns.append(Turn(text, action))
         if action.kind == "answer":
-            table.leave(slot, "answer")
+            state.end_episode(slot, "answer")
         elif len(trajectory.turns) > self.limits.max_turns:
-            table.leave(slot, "turns")
+            state.end_episode(slot, "turns")
         elif action.kind == "search":
             turn = len(trajectory.turns) - 1
-            table.asking[slot] = self._request(trajectory, turn, action.content)
+            state.pending[slot] = self._request(trajectory, turn, action.content)
         else:
-            table.observations[slot] = self._invalid
+            state.observations[slot] = self._invalid
 
-    def _search(self, table: "SchedulerState", pool: ThreadPoolExecutor) -> None:
-        """Sends requests to the engine, as one batch, and takes in what it has answered.
+    def _search(self, state: SchedulerState, pool: ThreadPoolExecutor) -> None:
+        """Sends the pending requests to the engine as one batch and records finished results.
 
-        With `concurrent_searches` a batch is sent as soon as a thread is free, and waited for
-        only when no slot samples. Without, the engine is asked once half of the seated episodes
-        wait for it or none samples: it may share the device, and likes large batches.
+        With `concurrent_searches`, a batch is sent as soon as a thread is free and is waited for
+        only when no slot can decode. Without, the engine runs once half of the active episodes
+        wait for it or none decodes: it may share the device, and large batches are efficient.
         """
-        waiting = table.asking
+        requests = state.pending
         if not self.concurrent_searches:
-            if waiting and (not table.sampling or 2 * len(waiting) >= len(table.seated)):
-                table.asking = {}
-                self._take_results(table, waiting, self._ask(list(waiting.values())))
+            if requests and (not state.decoding or 2 * len(requests) >= len(state.active)):
+                state.pending = {}
+                results = self._query_engine(list(requests.values()))
+                self._record_results(state, requests, results)
             return
-        if waiting and len(table.flying) < self.concurrent_searches:
-            table.asking = {}
-            table.flying[pool.submit(self._ask, list(waiting.values()))] = waiting
-        if table.flying:
-            idle = not table.sampling and not table.observations
+        if requests and len(state.in_flight) < self.concurrent_searches:
+            state.pending = {}
+            future = pool.submit(self._query_engine, list(requests.values()))
+            state.in_flight[future] = requests
+        if state.in_flight:
+            idle = not state.decoding and not state.observations
             with self.searching() if idle else nullcontext():
-                landed, _ = wait(table.flying, None if idle else 0, FIRST_COMPLETED)
-            for future in landed:
-                self._take_results(table, table.flying.pop(future), future.result())
+                done, _ = wait(state.in_flight, None if idle else 0, FIRST_COMPLETED)
+            for future in done:
+                self._record_results(state, state.in_flight.pop(future), future.result())
 
-    def _take_results(
+    def _record_results(
         self,
-        table: "SchedulerState",
-        asked: dict[int, SearchRequest],
+        state: SchedulerState,
+        requests: dict[int, SearchRequest],
         results: dict[tuple[int, int], SearchResult],
     ) -> None:
-        for slot, request in asked.items():
+        """Adds each result to its trajectory and to the observations to insert."""
+        for slot, request in requests.items():
             result = results[request.key]
-            table.seated[slot].searches.append((request, result))
-            table.observations[slot] = self._documents(result)
+            state.active[slot].searches.append((request, result))
+            state.observations[slot] = self._observation(result)
 
-    def _observe(self, table: "SchedulerState") -> None:
-        """Inserts what the episodes are told, and lets them sample on."""
-        told, table.observations = table.observations, {}
-        for slot, tokens in list(told.items()):
+    def _insert_observations(self, state: SchedulerState) -> None:
+        """Inserts the observations, then lets their episodes decode the next turn."""
+        observations, state.observations = state.observations, {}
+        for slot, tokens in list(observations.items()):
             # The observation and at least one token after it must fit.
             if self.generator.free_tokens(slot) <= len(tokens):
-                table.leave(slot, "length")
-                del told[slot]
+                state.end_episode(slot, "length")
+                del observations[slot]
             else:
-                table.seated[slot].append_inserted(tokens)
-        if told:
-            self.generator.extend(list(told), list(told.values()))
-            self._begin(table, list(told))
+                state.active[slot].append_inserted(tokens)
+        if observations:
+            self.generator.extend(list(observations), list(observations.values()))
+            self._start_decoding(state, list(observations))
 
     def _request(self, trajectory: Trajectory, turn: int, query: str) -> SearchRequest:
         episode = trajectory.episode
@@ -286,8 +304,8 @@ class Rollouts:
             noisy=self.noisy(episode.number, turn),
         )
 
-    def _ask(self, requests: list[SearchRequest]) -> dict[tuple[int, int], SearchResult]:
-        """The engine's results by key; refuses a wrong set of them."""
+    def _query_engine(self, requests: list[SearchRequest]) -> dict[tuple[int, int], SearchResult]:
+        """Returns the engine's results by request key, exactly one per request."""
         with nullcontext() if self.concurrent_searches else self.searching():
             answered = self.engine.search(requests)
         results = {result.key: result for result in answered}
@@ -297,13 +315,13 @@ class Rollouts:
         failed = [result for result in results.values() if result.failure]
         if failed and self.stop_on_failure:
             raise UserError(
-                f"{len(failed)} of {len(requests)} searches failed ({failed[0].failure}); mend the "
-                "engine, or set config.rollout.stop_on_failure=False to go on without documents"
+                f"{len(failed)} of {len(requests)} searches failed ({failed[0].failure}); fix the "
+                "engine, or set config.rollout.stop_on_failure=False to continue without documents"
             )
         return results
 
-    def _documents(self, result: SearchResult) -> list[int]:
-        """The information block's tokens; too long a text loses its end, never its closing tag."""
+    def _observation(self, result: SearchResult) -> list[int]:
+        """Returns the information block's tokens; a long text is cut before the closing tag."""
         if result.failure:
             text = prompts.search_failed(result.failure)
         else:
@@ -313,10 +331,10 @@ class Rollouts:
             return block
         opening, closing = prompts.information_block("\0").split("\0")
         opening, closing = encode(self.tokenizer, opening), encode(self.tokenizer, closing)
-        room = self.limits.observation_tokens - len(opening) - len(closing)
-        if room < 0:
+        text_tokens = self.limits.observation_tokens - len(opening) - len(closing)
+        if text_tokens < 0:
             raise UserError(
-                f"observation_tokens={self.limits.observation_tokens} has no room "
-                f"for the information tags ({len(opening) + len(closing)} tokens); raise it"
+                f"observation_tokens={self.limits.observation_tokens} is below the "
+                f"{len(opening) + len(closing)} tokens of the information tags; raise it"
             )
-        return opening + encode(self.tokenizer, text)[:room] + closing
+        return opening + encode(self.tokenizer, text)[:text_tokens] + closing

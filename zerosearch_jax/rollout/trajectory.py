@@ -1,7 +1,7 @@
-"""One episode as it happened: an append-only list of token ids with their provenance.
+"""Trajectory of one episode: an append-only list of token ids with their provenance.
 
-Whoever wrote a token is recorded when the token is appended; the loss mask is that record and is
-never worked out from text.
+Each token's writer (policy or inserted) is recorded when the token is appended. The loss mask is
+this record and is never reconstructed from text.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,10 @@ from zerosearch_jax.text.tokenizer import decode
 
 @dataclass(frozen=True)
 class Episode:
-    """What an episode starts from.
+    """Input of one episode: a question, its gold answers and a number.
 
     Attributes:
-      number: unique within a run; every random draw of the episode is keyed by it.
-      question, golden_answers: of the row it answers.
+      number: unique within a run; keys every random draw of the episode.
     """
 
     number: int
@@ -28,7 +27,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the policy: the text it wrote and what that asks for."""
+    """One turn of the policy: its text and the action parsed from it."""
 
     text: str
     action: Action
@@ -36,14 +35,18 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """An episode's tokens, turns and searches. Change it only by the `append` methods.
+    """Tokens, turns and searches of one episode. Add tokens only with the `append` methods.
 
     Attributes:
-      tokens, by_policy, logprobs, turn_of: `[n]` each: the ids; whether the policy sampled them;
-        their log-prob at sampling (0 for inserted ones); the turn they belong to.
+      tokens: `[n]` token ids.
+      by_policy: `[n]`, whether the policy sampled the token.
+      logprobs: `[n]` log-prob at sampling; 0 for inserted tokens.
+      turn_of: `[n]` number of the turn that the token belongs to.
+      turns: the policy's turns, in order.
       searches: requests with their results, in order.
-      answer_prefix: "answer" when the opening tag of the answer was inserted, else "".
-      finish: "answer"; "turns" (none left); "length" (no room left); "" while it runs.
+      answer_prefix: "answer" if the opening tag of the answer was inserted, else "".
+      finish: why the episode ended: "answer", "turns" (no turns left) or "length" (no free tokens
+        left); "" while it runs.
     """
 
     episode: Episode
@@ -71,11 +74,11 @@ class Trajectory:
         self.turn_of.extend([len(self.turns)] * len(tokens))
         lengths = {len(x) for x in (self.tokens, self.by_policy, self.logprobs, self.turn_of)}
         if len(lengths) != 1:
-            raise ValueError(f"a trajectory's lists must stay of one length, not {lengths}")
+            raise ValueError(f"tokens and logprobs must have one length; lists now have {lengths}")
 
     @property
     def answer(self) -> str | None:
-        """The policy's own last answer, or None."""
+        """The policy's own last answer; None if it gave none."""
         return final_answer([turn.text for turn in self.turns], self.answer_prefix)
 
     @property
@@ -84,10 +87,10 @@ class Trajectory:
         return sum(self.by_policy)
 
     def segments(self, tokenizer) -> list[tuple[str, bool]]:
-        """Text for people: maximal runs of one writer, with whether the policy is the writer."""
+        """Returns the text as maximal runs of one writer, each with whether that is the policy."""
         runs: list[tuple[list[int], bool]] = []
-        for token, ours in zip(self.tokens, self.by_policy, strict=True):
-            if not runs or runs[-1][1] != ours:
-                runs.append(([], ours))
+        for token, by_policy in zip(self.tokens, self.by_policy, strict=True):
+            if not runs or runs[-1][1] != by_policy:
+                runs.append(([], by_policy))
             runs[-1][0].append(token)
-        return [(decode(tokenizer, ids), ours) for ids, ours in runs]
+        return [(decode(tokenizer, ids), by_policy) for ids, by_policy in runs]

@@ -1,6 +1,6 @@
-"""Refuses to train against a simulator whose report says that a policy can learn nothing from it.
+"""Gate before RL: refuses a simulator whose report fails the configured bounds.
 
-It reads reports of `jobs/simulator_report.py` and weights, and runs no model.
+The gate reads reports of `jobs/simulator_report.py` and hashes weights. It runs no model.
 """
 
 import hashlib
@@ -8,66 +8,43 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.training.config import SearchConfig
 
 
-def asked_of(search: ConfigDict) -> dict[str, object]:
-    """What a report is about: the weights and how they are asked, of a `search` section."""
+def simulator_identity(search: SearchConfig) -> dict[str, object]:
+    """Returns the hash of a `search` section's simulator weights and its prompt settings.
+
+    A report is valid for exactly one identity.
+    """
     simulator = search.simulator
-    how = {k: simulator[k] for k in ("form", "temperature", "top_k", "top_p", "max_new_tokens")}
-    return {"weights": weights_sha256(simulator.model), "topk": search.topk, **how}
+    keys = ("form", "temperature", "top_k", "top_p", "max_new_tokens")
+    settings = {key: getattr(simulator, key) for key in keys}
+    return {"weights": weights_sha256(simulator.model), "topk": search.topk, **settings}
 
 
 def check(
     report_path: str | Path,
-    asked: Mapping[str, object],
+    identity: Mapping[str, object],
     *,
     reader_em_useful_min: float,
     reader_em_noisy_max: float,
 ) -> None:
-    """Passes if a fixed reader answers from the useful documents and does not from the noisy ones.
+    """Passes if the reader answers from useful documents and does not from noisy ones.
 
-    What counts are the searches for which the real engine's documents were useful.
+    Only searches for which the real engine found useful documents count.
 
     Args:
       report_path: `report.json` of the report job.
-      asked: `asked_of` the simulator that is about to be used.
+      identity: `simulator_identity` of the simulator to be used.
       reader_em_useful_min: least exact match of the reader on useful documents, 0-1.
-      reader_em_noisy_max: greatest on noisy ones, 0-1.
+      reader_em_noisy_max: greatest exact match of the reader on noisy documents, 0-1.
 
     Raises:
-      UserError: no such report, it is of other weights or of another way to ask them, or a
-        figure fails.
+      UserError: the report is missing, is about other weights or settings, or fails a bound.
     """
-    try:
-        report = json.loads(Path(report_path).read_text(encoding="utf-8"))
-        simulators = report["simulators"]
-        em = {
-            (row["source"], row["label"]): row["reader_em"]
-            for row in report["rows"]
-            if row["queries"] == "useful"
-        }
-    except OSError as error:
-        raise UserError(
-            f"{report_path}: cannot be read ({error.strerror}); configs/simulator_report.py makes "
-            "it, or leave simulator.gate.report empty"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{report_path}: not a report of configs/simulator_report.py") from error
-    others = {
-        name: [f"{key}={value!r}" for key, value in asked.items() if one.get(key) != value]
-        for name, one in simulators.items()
-    }
-    name = min(others, key=lambda name: len(others[name]), default="")
-    lacking = others.get(name, ["any simulator"])
-    if lacking:
-        raise UserError(
-            f"{report_path} is not about this simulator: nothing there has "
-            f"{', '.join(lacking)}; make a new report with configs/simulator_report.py"
-        )
-    useful, noisy = em[name, "useful"], em[name, "noisy"]
+    name, reader_em = _reader_em_of(Path(report_path), identity)
+    useful, noisy = reader_em["useful"], reader_em["noisy"]
     failures = []
     if useful < reader_em_useful_min:
         failures.append(
@@ -82,21 +59,22 @@ def check(
     if failures:
         raise UserError(
             f"simulator {name} fails its gate: {'; '.join(failures)} ({report_path}); "
-            "fine-tune it further or on more pairs, or move simulator.gate.useful_min and noisy_max"
+            "fine-tune it longer or on more pairs, or change simulator.gate.useful_min and "
+            "noisy_max"
         )
 
 
 def weights_sha256(directory: str | Path) -> str:
-    """The SHA-256, in hex, of a model directory's *.safetensors files, one after another by name.
+    """Returns the SHA-256, in hex, of a model directory's *.safetensors files in name order.
 
     Raises:
-      UserError: there is none.
+      UserError: the directory has no such file.
     """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"{directory} holds no .safetensors file, so it cannot be told which weights these "
-            "are; give a model directory (a server's model can have neither report nor gate)"
+            f"{directory} holds no .safetensors file, so its weights cannot be identified; give a "
+            "model directory (a model on a server can have neither report nor gate)"
         )
     digest = hashlib.sha256()
     for path in files:
@@ -104,3 +82,34 @@ def weights_sha256(directory: str | Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _reader_em_of(path: Path, identity: Mapping[str, object]) -> tuple[str, dict[str, float]]:
+    """Returns the name of the simulator with this identity and its reader EM by label."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        simulators = report["simulators"]
+        reader_em = {
+            (row["source"], row["label"]): row["reader_em"]
+            for row in report["rows"]
+            if row["queries"] == "useful"
+        }
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); create it with "
+            "configs/simulator_report.py, or leave simulator.gate.report empty"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a report of configs/simulator_report.py") from error
+    differences = {
+        name: [f"{key}={value!r}" for key, value in identity.items() if found.get(key) != value]
+        for name, found in simulators.items()
+    }
+    name = min(differences, key=lambda name: len(differences[name]), default="")
+    missing = differences.get(name, ["any simulator"])
+    if missing:
+        raise UserError(
+            f"{path} is not about this simulator: it has no entry with {', '.join(missing)}; "
+            "make a new report with configs/simulator_report.py"
+        )
+    return name, {label: reader_em[name, label] for label in ("useful", "noisy")}

@@ -1,12 +1,14 @@
-"""(query, documents) pairs that the simulator is fine-tuned on: our own files and released ones.
+"""Pairs of a query and its documents, on which the simulator is fine-tuned.
 
-Ours are written by the collect job. The released SimulationTuning set and its like are rows of
-chats: the simulator's prompt, fine-tuned form, and the documents as its answer.
+The collect job extracts our own pairs from its episodes. The released SimulationTuning set and
+similar ones are chats: the simulator's prompt (fine-tuned form), then the documents as its answer.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +18,11 @@ from zerosearch_jax.files import write_atomically
 from zerosearch_jax.text import prompts
 
 LABELS = ("useful", "noisy")
-_TEXTS = ("id", "query", "question", "label")
+_TEXT_KEYS = ("id", "query", "question", "label")
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
-_ALL = 1_000_000  # documents; `cut_documents` wants a limit
+_ALL_DOCUMENTS = 1_000_000  # `cut_documents` requires a limit.
 
-# Tolerant of quotes and blanks, which differ between the sets that are about.
+# Quotes and whitespace are optional, because they differ between the released sets.
 _PROMPT = re.compile(
     r'\A.*answer the question:\s*"?(?P<question>.+?)"?\s+whose answer is (?P<answer>.+?)\.?\s*\n'
     r".*\n\s*Query:\s*(?P<query>[^\n]+?)\s*\n\s*(?P<label>Useful|Noisy) Output:\s*\Z",
@@ -30,16 +32,16 @@ _PROMPT = re.compile(
 
 @dataclass(frozen=True)
 class Pair:
-    """One search as an example for the simulator.
+    """One search as a training example for the simulator.
 
     Attributes:
-      id: "EPISODE/TURN" of the search; FILE/ROW of a chat.
+      id: "EPISODE/TURN" of the search; "FILE/ROW" of a chat.
       documents: best first.
-      question: what the searching agent had to answer.
-      golden_answers: its gold answers, the first of which the simulator is told; a chat has one.
+      question: the question that the searching agent answered.
+      golden_answers: its gold answers; the simulator's prompt holds the first. A chat has one.
       label: "useful" or "noisy".
-      last: whether it was its episode's last search; True where that is not known.
-      prompt: the prompt of a chat row as it is written there; "" for our own pairs.
+      last: whether it was its episode's last search; True if unknown.
+      prompt: a chat's prompt, unchanged; "" for our own pairs.
     """
 
     id: str
@@ -55,15 +57,15 @@ class Pair:
 def load_pairs(path: str | Path) -> list[Pair]:
     """Reads a file of pairs: .jsonl, .json (a list) or .parquet.
 
-    A row is one of
+    A row has one of three forms:
       - our own, as the collect job writes it;
       - "messages" or "conversations": a list of turns `{"role", "content"}` or
-        `{"from", "value"}`, one by the user and one by the assistant. A system turn is left out:
-        the simulated engine sends an empty one;
+        `{"from", "value"}`, one by the user and one by the assistant. A system turn is dropped,
+        because the simulated engine sends an empty one;
       - "prompt" (a text, or such a list) with "response" or "output".
 
     Raises:
-      UserError: no such file, a row of another form, or a prompt that is not the simulator's.
+      UserError: the file is missing, a row has another form, or a prompt is not the simulator's.
     """
     path = Path(path)
     pairs = []
@@ -71,24 +73,24 @@ def load_pairs(path: str | Path) -> list[Pair]:
         where = f"{path}: row {number}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object, not {type(row).__name__}")
-        pairs.append(_own(where, row) if "documents" in row else _chat(path, number, row))
+        pairs.append(_own_pair(where, row) if "documents" in row else _chat_pair(path, number, row))
     if not pairs:
-        raise UserError(f"{path}: the file holds no pairs; give one with at least one row")
+        raise UserError(f"{path}: the file holds no pairs; give a file with at least one row")
     return pairs
 
 
 def save_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
-    """Writes our own pairs, a JSON line each, in the place of what was there."""
+    """Writes our own pairs as JSON lines; replaces the file."""
     rows = [{key: value for key, value in asdict(p).items() if key != "prompt"} for p in pairs]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
-    """(prompt, documents) examples, as fine-tuning reads them.
+    """Converts pairs to (prompt, documents) segments for fine-tuning.
 
     Args:
-      topk: documents that are asked for and written. A chat keeps its own prompt, which names a
-        number, and all its documents.
+      topk: number of documents that the prompt requests and the completion holds. A chat keeps
+        its prompt, which states a number, and all its documents.
 
     Raises:
       UserError: one of our pairs has fewer documents than `topk`.
@@ -100,7 +102,7 @@ def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
             if len(documents) < topk:
                 raise UserError(
                     f"pair {pair.id!r} has {len(documents)} documents, topk is {topk}; lower topk "
-                    "or collect with more documents a search"
+                    "or collect more documents per search"
                 )
             documents = documents[:topk]
             noisy = pair.label == "noisy"
@@ -112,12 +114,109 @@ def pair_segments(pairs: Sequence[Pair], topk: int) -> list[list[Segment]]:
     return examples
 
 
+def search_id(episode: Mapping, search: Mapping) -> str:
+    """Returns "EPISODE/TURN", the id of a search of an episode record."""
+    return f"{episode['id']}/{search['turn']}"
+
+
+def extract_pairs(
+    episodes: Iterable[Mapping],
+    labels: Mapping[str, str | None],
+    *,
+    topk: int,
+    last_only: bool,
+    balance: bool,
+    heldout_share: float,
+    seed: int,
+) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
+    """Filters labeled searches into pairs and splits them by gold answer.
+
+    Always dropped: searches without a label, failed searches, searches with fewer than `topk`
+    documents, searches of episodes cut by length, and repetitions of (question, query, label).
+
+    Args:
+      episodes: records of the collect job's first stage.
+      labels: "useful", "noisy" or None by `search_id`.
+      last_only: keep only the last search of each episode. The rule labels every search of a
+        correct episode useful, even one that found nothing; this filter is stricter.
+      balance: cut the more frequent label of each part to the size of the other, see `balanced`.
+      heldout_share: share of the (first) gold answers whose pairs are held out, chosen by a hash.
+        All pairs of one answer stay together, so a paraphrase of a held-out question is not
+        trained on.
+
+    Returns:
+      Training pairs, held-out pairs, and the counts by label after each filter.
+    """
+    filters = {
+        "searches": lambda pair, episode, search: True,
+        "labelled": lambda pair, episode, search: pair.label in LABELS,
+        "not failed": lambda pair, episode, search: not search["failure"],
+        f"with {topk} documents": lambda pair, episode, search: len(pair.documents) >= topk,
+        "not cut by length": lambda pair, episode, search: episode["finish"] != "length",
+    }
+    if last_only:
+        filters["last of their episode"] = lambda pair, episode, search: pair.last
+    counts = {}
+    kept = [(_pair(e, s, labels), e, s) for e in episodes for s in e["searches"]]
+    for name, keep in filters.items():
+        kept = [candidate for candidate in kept if keep(*candidate)]
+        counts[name] = _count_labels([pair for pair, *_ in kept])
+    unique: dict[tuple[str, str, str], Pair] = {}
+    for pair, *_ in kept:
+        unique.setdefault((pair.question, pair.query, pair.label), pair)
+    counts["without repetitions"] = _count_labels(unique.values())
+    parts: dict[str, list[Pair]] = {"train": [], "held out": []}
+    for pair in unique.values():
+        heldout = stable_hash(f"{seed}/heldout/{pair.golden_answers[0]}") < heldout_share * 2**64
+        parts["held out" if heldout else "train"].append(pair)
+    if balance:
+        parts = {name: balanced(pairs, seed) for name, pairs in parts.items()}
+    counts |= {name: _count_labels(pairs) for name, pairs in parts.items()}
+    return parts["train"], parts["held out"], counts
+
+
+def balanced(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """Returns equally many pairs of each label, in the given order.
+
+    A hash of seed and id decides which pairs stay, so the choice does not depend on the order.
+    """
+    size = min(sum(pair.label == label for pair in pairs) for label in LABELS)
+    kept: set[str] = set()
+    for label in LABELS:
+        ids = [pair.id for pair in pairs if pair.label == label]
+        kept |= set(sorted(ids, key=lambda id_: stable_hash(f"{seed}/balance/{id_}"))[:size])
+    return [pair for pair in pairs if pair.id in kept]
+
+
+def stable_hash(key: str) -> int:
+    """Returns a hash in [0, 2⁶⁴) that is the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def _pair(episode: Mapping, search: Mapping, labels: Mapping[str, str | None]) -> Pair:
+    id_ = search_id(episode, search)
+    return Pair(
+        id=id_,
+        query=search["query"],
+        documents=tuple(search["documents"]),
+        question=episode["question"],
+        golden_answers=tuple(episode["golden_answers"]),
+        label=labels[id_] or "",
+        last=search is episode["searches"][-1],
+    )
+
+
+def _count_labels(pairs: Collection[Pair]) -> dict[str, int]:
+    counts = Counter(pair.label for pair in pairs)
+    return {label: counts[label] for label in LABELS} | {"all": len(pairs)}
+
+
 def _rows(path: Path) -> Iterator[object]:
     readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
     if path.suffix not in readers:
-        raise UserError(f"{path}: not a file of pairs; give one ending in {', '.join(readers)}")
+        raise UserError(f"{path}: not a file of pairs; give a file ending in {', '.join(readers)}")
     if not path.is_file():
-        raise UserError(f"{path}: no such file; configs/collect.py makes one")
+        raise UserError(f"{path}: no such file; create one with configs/collect.py")
     try:
         yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
@@ -155,20 +254,20 @@ def _parquet(path: Path) -> Iterator[object]:
         raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def _own(where: str, row: Mapping) -> Pair:
-    for key in _TEXTS:
+def _own_pair(where: str, row: Mapping) -> Pair:
+    for key in _TEXT_KEYS:
         if not isinstance(row.get(key), str) or not row[key]:
-            raise UserError(f"{where}: key {key!r} is missing or empty; it must be a text")
+            raise UserError(f"{where}: key {key!r} is missing or empty; give a string")
     if row["label"] not in LABELS:
         raise UserError(f"{where}: key 'label' is {row['label']!r}; use {' or '.join(LABELS)}")
     for key in ("documents", "golden_answers"):
         if not isinstance(row.get(key), list) or not all(isinstance(t, str) for t in row[key]):
-            raise UserError(f"{where}: key {key!r} must be a list of texts")
+            raise UserError(f"{where}: key {key!r} must be a list of strings")
     if not row["golden_answers"]:
         raise UserError(f"{where}: key 'golden_answers' is empty; give at least one")
     if not isinstance(row.get("last"), bool):
         raise UserError(f"{where}: key 'last' must be true or false")
-    texts = {key: row[key] for key in _TEXTS}
+    texts = {key: row[key] for key in _TEXT_KEYS}
     return Pair(
         **texts,
         documents=tuple(row["documents"]),
@@ -177,34 +276,34 @@ def _own(where: str, row: Mapping) -> Pair:
     )
 
 
-def _chat(path: Path, number: int, row: Mapping) -> Pair:
+def _chat_pair(path: Path, number: int, row: Mapping) -> Pair:
     where = f"{path}: row {number}"
     key = next((key for key in ("messages", "conversations", "prompt") if key in row), None)
     if key is None:
         raise UserError(
-            f"{where}: none of the keys 'documents', 'messages', 'conversations' and 'prompt' is "
-            f"there, only {', '.join(map(repr, row))}"
+            f"{where}: needs one of the keys 'documents', 'messages', 'conversations' and "
+            f"'prompt', but has only {', '.join(map(repr, row))}"
         )
     if key == "prompt":
         answer_key = next((name for name in ("response", "output") if name in row), None)
         if answer_key is None:
-            raise UserError(f"{where}: a row with 'prompt' needs 'response' or 'output', too")
+            raise UserError(f"{where}: a row with 'prompt' also needs 'response' or 'output'")
         prompt, answer = row[key], row[answer_key]
         if isinstance(prompt, list):
-            prompt = _turn(where, key, prompt, _USER)
+            prompt = _only_turn(where, key, prompt, _USER)
     else:
         answer_key = key
-        prompt = _turn(where, key, row[key], _USER)
-        answer = _turn(where, key, row[key], _ASSISTANT)
+        prompt = _only_turn(where, key, row[key], _USER)
+        answer = _only_turn(where, key, row[key], _ASSISTANT)
     match = _PROMPT.search(prompt) if isinstance(prompt, str) else None
     if match is None:
         raise UserError(
-            f"{where}: key {key!r}: the user's text is not the simulator's prompt "
-            "(question, answer, query, 'Useful Output:' or 'Noisy Output:')"
+            f"{where}: key {key!r}: the user's text is not the simulator's prompt, which holds a "
+            "question, an answer, a query and 'Useful Output:' or 'Noisy Output:'"
         )
-    documents = prompts.cut_documents(answer, _ALL) if isinstance(answer, str) else []
+    documents = prompts.cut_documents(answer, _ALL_DOCUMENTS) if isinstance(answer, str) else []
     if not documents:
-        raise UserError(f"{where}: key {answer_key!r}: no document 'Doc 1: …' in the answer")
+        raise UserError(f"{where}: key {answer_key!r}: the answer holds no document 'Doc 1: …'")
     return Pair(
         id=f"{path.stem}/{number}",
         query=match["query"],
@@ -217,8 +316,8 @@ def _chat(path: Path, number: int, row: Mapping) -> Pair:
     )
 
 
-def _turn(where: str, key: str, turns: object, roles: tuple[str, str]) -> str:
-    """The text of the one turn by one of `roles`."""
+def _only_turn(where: str, key: str, turns: object, roles: tuple[str, str]) -> str:
+    """Returns the text of the only turn by one of `roles`."""
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise UserError(f"{where}: key {key!r} must be a list of turns")
     texts = [
@@ -227,5 +326,5 @@ def _turn(where: str, key: str, turns: object, roles: tuple[str, str]) -> str:
         if turn.get("role", turn.get("from")) in roles
     ]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise UserError(f"{where}: key {key!r} must hold one text by {' or '.join(roles)}")
+        raise UserError(f"{where}: key {key!r} must hold exactly one text by {' or '.join(roles)}")
     return texts[0]

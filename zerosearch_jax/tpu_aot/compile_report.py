@@ -20,7 +20,9 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.tpu_aot import report, roofline
 from zerosearch_jax.tpu_aot.collectives import collectives
+from zerosearch_jax.tpu_aot.config import CompileConfig
 from zerosearch_jax.tpu_aot.programs import Program, Sizes, programs_of
+from zerosearch_jax.training.config import RLConfig
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -30,8 +32,11 @@ def run(config: ConfigDict, workdir: str) -> None:
       UserError: an unknown topology, model or program; libtpu is missing; or a program does not
         fit. The last message says which setting would make it fit.
     """
-    rl = config_flags.load(f"{config.recipe}:{config.preset}").unlock()
+    config = config_flags.typed(CompileConfig, config)
+    rl = config_flags.load(f"{config.recipe}:{config.preset}")
     rl.search.simulator.generator.int8_weights = config.int8_simulator
+    rl.learner.remat = config.remat
+    rl = config_flags.typed(RLConfig, rl)
     chip = chip_of(config.topology)
     devices = topology_devices(config.topology, config.slices)
     sizes = Sizes(config, rl, len(devices))

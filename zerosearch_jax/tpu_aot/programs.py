@@ -11,18 +11,21 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import AbstractGenerator, abstract_generator
+from zerosearch_jax.generate.abstract import AbstractGenerator, abstract_generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.models.attention import KEY_BLOCK
 from zerosearch_jax.models.config import ModelConfig, from_hf
-from zerosearch_jax.models.transformer import KEY_BLOCK, split_layers
+from zerosearch_jax.models.transformer import split_layers
 from zerosearch_jax.parallel import mesh as mesh_lib
+from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.tpu_aot import roofline
+from zerosearch_jax.tpu_aot.config import CompileConfig
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import GeneratorConfig, MeshConfig, RLConfig
 from zerosearch_jax.training.policy_update import objective_of
 
 INTS = ("tokens", "targets", "positions", "segment_ids")
@@ -58,7 +61,7 @@ class Sizes:
       microbatches: microbatches of a step.
     """
 
-    def __init__(self, config: ConfigDict, rl: ConfigDict, chips: int):
+    def __init__(self, config: CompileConfig, rl: RLConfig, chips: int):
         self.policy = model_sizes(config, rl.policy.model)
         self.simulator = model_sizes(config, rl.search.simulator.model)
         parts = chips, config.slices
@@ -71,17 +74,17 @@ class Sizes:
         self.microbatches = config.microbatches or -(-episodes // self.rows)
 
 
-def model_sizes(config: ConfigDict, name: str) -> ModelConfig:
+def model_sizes(config: CompileConfig, name: str) -> ModelConfig:
     """Returns the sizes in `config.models` of the model that the rl config calls `name`."""
     for hf in config.models.values():
-        if hf.name == name:
-            return from_hf(hf.to_dict())
-    known = ", ".join(hf.name for hf in config.models.values())
+        if hf["name"] == name:
+            return from_hf(dict(hf))
+    known = ", ".join(hf["name"] for hf in config.models.values())
     raise UserError(f"config.models has no {name}, only {known}; add the sizes of its config.json")
 
 
 def fill_mesh(
-    key: str, mesh: ConfigDict, chips: int, slices: int, model: ModelConfig
+    key: str, mesh: MeshConfig, chips: int, slices: int, model: ModelConfig
 ) -> dict[str, int]:
     """Returns a mesh over all chips of all slices, with the sizes that are 0 chosen.
 
@@ -100,7 +103,7 @@ def fill_mesh(
     fsdp = fsdp or chips // (data * tensor)
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
     if data * fsdp * tensor != chips or data % slices:
-        chosen = ConfigDict(dict.fromkeys(mesh_lib.AXES, 0))
+        chosen = MeshConfig(data=0, fsdp=0, tensor=0)
         nearest = fill_mesh(key, chosen, chips, slices, model)
         within = f" in {slices} slices" if slices > 1 else ""
         raise UserError(
@@ -116,7 +119,7 @@ def fill_mesh(
 
 
 def programs_of(
-    config: ConfigDict, rl: ConfigDict, sizes: Sizes, devices: list[jax.Device]
+    config: CompileConfig, rl: RLConfig, sizes: Sizes, devices: list[jax.Device]
 ) -> tuple[list[Program], dict[str, int]]:
     """The programs of one training step, and the resident bytes per chip by name."""
     programs, resident, policy_params = learner_programs(config, rl, sizes, devices)
@@ -137,7 +140,7 @@ def programs_of(
 
 
 def learner_programs(
-    config: ConfigDict, rl: ConfigDict, sizes: Sizes, devices: list[jax.Device]
+    config: CompileConfig, rl: RLConfig, sizes: Sizes, devices: list[jax.Device]
 ) -> tuple[list[Program], dict[str, int], nnx.State]:
     """The learner's step and the reference's log-probs.
 
@@ -145,17 +148,16 @@ def learner_programs(
       The programs, the resident bytes per chip by name, and the shapes of the policy's parameters.
     """
     mesh = mesh_lib.make_mesh(**sizes.mesh, devices=devices)
-    rl.learner.remat = config.remat
     learner = factory.make_learner(sizes.policy, mesh, rl.optimizer, rl.learner)
     length, tensor = rl.learner.row_tokens, sizes.mesh["tensor"]
     shape = (sizes.microbatches, sizes.rows, length)
 
-    def batch(*floats: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch(*floats: str) -> LearnerBatch:
         by_row = mesh_lib.sharding_of_batch(mesh)
         dtypes = dict.fromkeys(INTS, jnp.int32) | dict.fromkeys(floats, jnp.float32)
         arrays = {k: jax.ShapeDtypeStruct(shape, t, sharding=by_row) for k, t in dtypes.items()}
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.replicated(mesh))
-        return arrays | {"num_microbatches": scalar}
+        return LearnerBatch(**arrays, num_microbatches=scalar)
 
     each = dict(rows=config.rows_each, length=length, tensor=tensor)
     chunks = -(-length // rl.learner.logprob_chunk)
@@ -191,7 +193,7 @@ def generator_programs(
     name: str,
     model: ModelConfig,
     mesh_sizes: dict[str, int],
-    config: ConfigDict,
+    config: GeneratorConfig,
     sampling: Sampling,
     stop_strings: tuple[str, ...],
     slots_each: int,

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.tpu_aot.config import CompileConfig
 from zerosearch_jax.tpu_aot.programs import Sizes, mesh_text
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def check_fits(
-    rows: Sequence[Row], config: ConfigDict, sizes: Sizes, resident: dict[str, int]
+    rows: Sequence[Row], config: CompileConfig, sizes: Sizes, resident: dict[str, int]
 ) -> None:
     """Raises a UserError with advice if a program does not fit."""
     too_large = [row for row in rows if not row.fits]
@@ -102,7 +102,7 @@ def check_fits(
         )
 
 
-def advice(config: ConfigDict, sizes: Sizes, resident: dict[str, int], row: Row) -> str:
+def advice(config: CompileConfig, sizes: Sizes, resident: dict[str, int], row: Row) -> str:
     """A change of the config that makes `row` fit. Changes that cost no speed come first."""
     split = resident["learner state"] + resident["reference"]
     whole = sum(resident.values()) - split

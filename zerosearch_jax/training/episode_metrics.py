@@ -1,20 +1,19 @@
-"""Figures of a set of played episodes, under the names of the metric glossary."""
+"""Rewards, scores and metrics of episodes, under the names of the metric glossary."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from zerosearch_jax.rl import rewards
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.training.config import RewardConfig
 
 
-def reward_of(trajectory: Trajectory, step: int, reward: ConfigDict) -> float:
-    """The episode's reward in training step `step` (from 0), by a config's `reward` section.
+def reward_of(trajectory: Trajectory, step: int, reward: RewardConfig) -> float:
+    """Returns the reward of an episode in training step `step` (from 0).
 
-    It reads the policy's own turns and last answer alone; the released code finds answers in
-    documents, too.
+    It reads only the policy's turns and its last answer. The released code also finds answers in
+    documents.
     """
     return rewards.episode_reward(
         reward.rule,
@@ -31,25 +30,21 @@ def reward_of(trajectory: Trajectory, step: int, reward: ConfigDict) -> float:
 
 
 def answer_scores(trajectories: Sequence[Trajectory], name: str) -> list[float]:
-    """ "em", "f1" or "cover_em" of each episode's last answer."""
+    """Returns "em", "f1" or "cover_em" of each episode's last answer."""
     return [rewards.score(name, t.answer, t.episode.golden_answers) for t in trajectories]
 
 
 def answers(trajectories: Sequence[Trajectory]) -> list[dict]:
-    """Each episode's last answer (or None) with its scores and number of searches."""
+    """Returns each episode's last answer (or None), its scores and its number of searches."""
+    ems, f1s = (answer_scores(trajectories, name) for name in ("em", "f1"))
     return [
         {"answer": t.answer, "em": em, "f1": f1, "searches": len(t.searches)}
-        for t, em, f1 in zip(
-            trajectories,
-            answer_scores(trajectories, "em"),
-            answer_scores(trajectories, "f1"),
-            strict=True,
-        )
+        for t, em, f1 in zip(trajectories, ems, f1s, strict=True)
     ]
 
 
 def episode_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """The glossary's episode metrics (all but "reward", which is the config's)."""
+    """Returns the glossary's episode metrics, except "reward", which depends on the config."""
     turns = [turn for t in trajectories for turn in t.turns]
     searches = [result for t in trajectories for _, result in t.searches]
     return {
@@ -64,28 +59,6 @@ def episode_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "policy_tokens_per_episode": _mean([t.policy_tokens for t in trajectories]),
         "tokens_per_episode": _mean([len(t.tokens) for t in trajectories]),
     }
-
-
-def wilson_interval(successes: float, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927)."""
-    if total == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap_interval(
-    values: Sequence[float], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """The 95% percentile interval of a mean over questions (Efron 1979), values in [0, 1]."""
-    if not len(values):
-        return 0.0, 1.0
-    generator, values = np.random.default_rng(seed), np.asarray(values)
-    means = [generator.choice(values, len(values)).mean() for _ in range(resamples)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,14 +1,13 @@
-"""Builds what jobs share from their configs: models, generators, search engines, optimizer."""
+"""Builds models, generators, search engines and learners from config sections."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.passages import load_passages
@@ -22,34 +21,35 @@ from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
+from zerosearch_jax.rl.config import CriticConfig
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerConfig, adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
-from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.http_client import JsonClient
+from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
 from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
+from zerosearch_jax.training.config import (
+    GeneratorConfig,
+    LearnerConfig,
+    LoraConfig,
+    MeshConfig,
+    RemoteConfig,
+    SearchConfig,
+)
 
-# Engine → the keys that its section of a config has to have, beside `engine` and `topk`.
-ENGINES = {
-    "bm25": ("corpus",),
-    "noisy_bm25": ("corpus", "noise"),
-    "simulated": ("simulator", "remote"),
-    "retriever": ("remote",),
-    "web": ("web", "remote"),
-    "recorded_web": ("web",),
-}
-WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}  # environment variables
+WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
+"""Web search service: the environment variable with its API key."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model read from a Hugging Face directory: sizes, float32 parameters, tokenizer."""
+    """A model read from a Hugging Face directory: sizes, parameters, tokenizer."""
 
     config: ModelConfig
     params: nnx.State
@@ -57,14 +57,14 @@ class Model:
 
 
 def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
-    """Reads a model directory onto a mesh."""
+    """Reads a model directory onto a mesh, with parameters of the dtype named `dtype`."""
     config = read_config(directory)
     params = load_params(directory, config, mesh, dtype=dtype_of(dtype))
     return Model(config, params, load_tokenizer(directory))
 
 
-def dtype_of(name: str):
-    """The dtype of a config's name for it."""
+def dtype_of(name: str) -> jax.typing.DTypeLike:
+    """Returns the dtype that a config calls `name`. Raises UserError for an unknown name."""
     if name not in DTYPES:
         raise UserError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -72,12 +72,12 @@ def dtype_of(name: str):
 
 def make_generator(
     model: Model,
-    config: ConfigDict,
+    config: GeneratorConfig,
     mesh: jax.sharding.Mesh,
     stop_strings: tuple[str, ...],
     clock: DeviceClock | None = None,
 ) -> Generator:
-    """A generator of `model` with `config`'s slots and buckets, its parameters loaded."""
+    """Builds a generator with the parameters of `model` loaded."""
     generator = Generator(
         model.config,
         stop_table=stop_table(model, stop_strings),
@@ -99,39 +99,33 @@ def make_generator(
 
 
 def stop_table(model: Model, stop_strings: tuple[str, ...]) -> np.ndarray:
-    """The stop automaton over the model's vocabulary, `[A, V]`."""
+    """Returns the stop automaton over the model's vocabulary, `[A, V]`."""
     vocabulary = token_bytes(model.tokenizer)
     vocabulary += [b""] * (model.config.vocab_size - len(vocabulary))
     return build_stop_table(vocabulary, stop_strings)
 
 
 def make_engine(
-    config: ConfigDict, seed: int, mesh_config: ConfigDict, clock: DeviceClock | None = None
+    config: SearchConfig, seed: int, mesh: MeshConfig, clock: DeviceClock | None = None
 ) -> SearchEngine:
-    """The engine that `config.engine` names.
+    """Builds the search engine `config.engine`.
 
-    "bm25" over the passages of `config.corpus`; "noisy_bm25", which answers the share
-    `config.noise` of the searches badly; "simulated", by a model here or, with
-    `config.simulator.url`, by a server; "retriever", a server of documents; "web", a search
-    service, and "recorded_web", what such a service once answered.
+    | engine         | documents                                                                 |
+    |----------------|---------------------------------------------------------------------------|
+    | `bm25`         | passages of `config.corpus`                                               |
+    | `noisy_bm25`   | as `bm25`, with the fraction `config.noise` of the searches answered badly |
+    | `simulated`    | written by a model, here or on the server `config.simulator.url`          |
+    | `retriever`    | from a retrieval server                                                   |
+    | `web`          | from a web search service                                                 |
+    | `recorded_web` | from recorded responses of a web search service                           |
 
     Raises:
-      UserError: unknown engine, a section of the config that lacks what the engine needs, or a
-        web service without its key in the environment.
+      UserError: an unknown web search service, or one without an API key in the environment.
     """
-    if config.engine not in ENGINES:
-        raise UserError(f"engine is {config.engine!r}; choose one of {', '.join(ENGINES)}")
-    lacking = [key for key in ENGINES[config.engine] if key not in config]
-    if lacking:
-        known = [name for name, keys in ENGINES.items() if all(key in config for key in keys)]
-        raise UserError(
-            f"engine={config.engine} needs {' and '.join(lacking)} beside it, which this section "
-            f"of the config file lacks; add it there or choose one of {', '.join(known)}"
-        )
     if config.engine == "bm25":
         return BM25Engine(load_passages(config.corpus), topk=config.topk)
     if config.engine == "simulated":
-        texts = make_texts(config, seed, mesh_config, clock)
+        texts = make_texts(config, seed, mesh, clock)
         return SimulatedEngine(texts, form=config.simulator.form, topk=config.topk)
     if config.engine == "noisy_bm25":
         engine = BM25Engine(load_passages(config.corpus), topk=config.topk)
@@ -152,8 +146,8 @@ def make_engine(
     return web_engine(config)
 
 
-def web_engine(config: ConfigDict) -> WebEngine:
-    """A search service; its key stands in the environment, never in a config or a log."""
+def web_engine(config: SearchConfig) -> WebEngine:
+    """Builds a web search engine. Its API key is in the environment, never in a config or a log."""
     provider = config.web.provider
     if provider not in SERVERS:
         raise UserError(f"web.provider is {provider!r}; choose {' or '.join(SERVERS)}")
@@ -171,16 +165,16 @@ def web_engine(config: ConfigDict) -> WebEngine:
 
 
 def recording(source: str) -> list[dict]:
-    """A recording's responses: a .jsonl file, or "world": pages made of the embedded world."""
+    """Returns recorded responses: of a .jsonl file, or made from the embedded world ("world")."""
     if source == "world":
         return world_recording(load_passages("world"), 0)
     return load_recording(source)
 
 
 def json_client(
-    remote: ConfigDict, url: str, headers: Mapping[str, str] | None = None
+    remote: RemoteConfig, url: str, headers: Mapping[str, str] | None = None
 ) -> JsonClient:
-    """A client of the server at `url` that waits and tries again as `remote` says."""
+    """Builds a client of the server at `url` with the deadlines and retries of `remote`."""
     return JsonClient(
         url,
         timeout_secs=remote.timeout_secs,
@@ -191,9 +185,9 @@ def json_client(
 
 
 def make_texts(
-    config: ConfigDict, seed: int, mesh_config: ConfigDict, clock: DeviceClock | None
+    config: SearchConfig, seed: int, mesh: MeshConfig, clock: DeviceClock | None
 ) -> TextGenerator | ChatClient:
-    """What writes the simulated engine's texts: a generator here, or a client of a server."""
+    """Builds the simulator: a generator here, or a client of the server `simulator.url`."""
     simulator = config.simulator
     if simulator.url:
         return ChatClient(
@@ -205,12 +199,13 @@ def make_texts(
             workers=config.remote.workers,
             seed=seed,
         )
-    _, mesh = local_meshes(make_mesh(**mesh_config), simulator.devices, simulator.tensor)
-    model = load_model(simulator.model, mesh, simulator.generator.dtype)
+    whole = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    _, own = local_meshes(whole, simulator.devices, simulator.tensor)
+    model = load_model(simulator.model, own, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
-    # The text is cut before a document too many, so generation stops where that would begin.
+    # The engine keeps `topk` documents, so generation stops where the next one would begin.
     stops = (f"Doc {config.topk + 1}",)
-    generator = make_generator(model, simulator.generator, mesh, stops, clock)
+    generator = make_generator(model, simulator.generator, own, stops, clock)
     generator.warm_up([sampling])
     return TextGenerator(
         generator,
@@ -224,31 +219,33 @@ def make_texts(
 def make_learner(
     model_config: ModelConfig,
     mesh: jax.sharding.Mesh,
-    optimizer: ConfigDict,
-    learner: ConfigDict,
+    optimizer: OptimizerConfig,
+    learner: LearnerConfig,
     *,
-    critic: ConfigDict | None = None,
-    lora: ConfigDict | None = None,
+    critic: CriticConfig | None = None,
+    lora: LoraConfig | None = None,
     updates_per_step: int = 1,
 ) -> Learner:
-    """AdamW with warm-up behind a learner; adapters when `lora.rank` is above 0.
+    """Builds a learner with AdamW and warm-up, and with adapters if `lora.rank` is above 0.
 
     Args:
-      optimizer: AdamW's settings; a critic has them, too, but for its own rate and warm-up.
-      updates_per_step: of a training step, which the schedules' lengths are given in.
+      optimizer: AdamW hyperparameters, shared with the critic except for its learning rate and
+        warm-up.
+      updates_per_step: optimizer updates per training step. Schedules are given in training steps.
     """
-    trained = {"policy": optimizer_spec(optimizer, updates_per_step)}
+    specs = {"policy": optimizer_spec(optimizer, updates_per_step)}
     if critic is not None:
-        changed = ConfigDict(optimizer)
-        changed.update(learning_rate=critic.learning_rate, warmup_steps=critic.warmup_steps)
-        trained["critic"] = optimizer_spec(changed, updates_per_step)
+        own = replace(
+            optimizer, learning_rate=critic.learning_rate, warmup_steps=critic.warmup_steps
+        )
+        specs["critic"] = optimizer_spec(own, updates_per_step)
     adapters = None
     if lora is not None and lora.rank:
         adapters = LoRA(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
     return Learner(
         model_config,
         mesh=mesh,
-        **trained,
+        **specs,
         critic_trunk=critic.trunk if critic is not None else "own",
         lora=adapters,
         compute_dtype=dtype_of(learner.compute_dtype),
@@ -257,8 +254,8 @@ def make_learner(
     )
 
 
-def optimizer_spec(config: ConfigDict, updates_per_step: int) -> OptimizerSpec:
-    """AdamW and its schedule from an optimizer's settings."""
+def optimizer_spec(config: OptimizerConfig, updates_per_step: int) -> OptimizerSpec:
+    """Builds AdamW and its learning-rate schedule, which counts updates."""
     schedule = warmup_cosine(
         config.learning_rate,
         warmup_steps=config.warmup_steps * updates_per_step,

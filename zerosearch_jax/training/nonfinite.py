@@ -1,5 +1,7 @@
-"""What happens when a loss or a gradient is not finite: the update is skipped by the learner, its
-batch is kept for inspection here, and after too many in a row the run has to stop."""
+"""Counter of non-finite updates: keeps their batches and ends a run after too many in a row.
+
+The learner skips an update whose loss or gradient is not finite.
+"""
 
 from pathlib import Path
 
@@ -11,13 +13,13 @@ from zerosearch_jax.errors import UserError
 
 
 class NonFiniteCounter:
-    """Counts skipped updates in a row and saves their batches.
+    """Counter of consecutive skipped updates, which saves their batches.
 
     Args:
       workdir: batches go to `workdir/skipped_batches/`, as `.npz` of `PackedBatch.arrays()`.
-      limit: so many skipped updates in a row are too many.
-      in_a_row: how many there were before a resume. After a stop they count from 0 again, so
-        that the same command goes on.
+      limit: number of consecutive skipped updates that ends the run.
+      in_a_row: the count before a resume. A run that reached the limit starts from 0 again, so
+        that the same command continues.
 
     Raises:
       UserError: the limit is below 1.
@@ -30,8 +32,8 @@ class NonFiniteCounter:
         self._limit = limit
         self.in_a_row = in_a_row if in_a_row < limit else 0
 
-    def saw(self, step: int, update: int, skipped: bool, batch: PackedBatch) -> None:
-        """Takes note of one update: `update` of the training step `step`, both from 0."""
+    def record(self, step: int, update: int, skipped: bool, batch: PackedBatch) -> None:
+        """Counts update `update` of training step `step`, both from 0; saves a skipped batch."""
         if not skipped:
             self.in_a_row = 0
             return
@@ -47,15 +49,15 @@ class NonFiniteCounter:
         )
 
     @property
-    def exhausted(self) -> bool:
-        """Whether the limit is reached: save the state, which is still good, and `stop`."""
+    def limit_reached(self) -> bool:
+        """Whether the limit is reached: save the state, which is still good, and raise."""
         return self.in_a_row >= self._limit
 
-    def stop(self, step: int) -> None:
-        """Raises the UserError that ends the run after training step `step`, counted from 0."""
+    def raise_error(self, step: int) -> None:
+        """Raises the UserError that ends the run after training step `step`, from 0."""
         raise UserError(
             f"{self.in_a_row} updates in a row had a loss or gradient that is not finite, the "
-            f"last in step {step + 1}; their batches are in {self._directory}. The state before "
-            f"them is the checkpoint of step {step + 1}: look at the batches, lower the learning "
-            "rate or raise the KL weight, then run the same command to go on from there"
+            f"last in step {step + 1}; their batches are in {self._directory}. The checkpoint of "
+            f"step {step + 1} holds the state before them. Inspect the batches, lower the "
+            "learning rate or raise the KL weight, then run the same command to resume"
         )

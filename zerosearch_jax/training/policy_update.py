@@ -1,44 +1,46 @@
-"""The learning half of an RL step: from rewarded episodes to the updated state."""
+"""The policy update of an RL step: log-probs, advantages, loss weights and learner steps.
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+`PolicyUpdater` packs the step's episodes into minibatches, adds columns to them and takes one
+learner step per minibatch. `rl/losses.py` and `rl/advantages.py` have the equations.
+"""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
+from zerosearch_jax.data.packing import Minibatches, PackedBatch, TokenSequence, pack_minibatches
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.processes import to_host
-from zerosearch_jax.rl.experience import (
-    AdvantageEstimator,
-    minibatches,
-    with_advantages,
-    with_scores,
-    with_weights,
-)
+from zerosearch_jax.rl import advantages, losses
+from zerosearch_jax.rl.config import BY_TOKEN, AdvantageConfig, KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 
-# Later updates of a step have moved away from the sampler; the first has not.
-OF_THE_FIRST_UPDATE = ("sampler_logprob_diff_mean", "sampler_logprob_diff_max")
+# Later updates of a step differ from the sampler on purpose, so only the first one counts.
+FIRST_UPDATE_METRICS = ("sampler_logprob_diff_mean", "sampler_logprob_diff_max")
 
 
 class PolicyUpdater:
-    """Updates a state on one step's episodes, as `config.rl` says.
+    """Updates a training state on the episodes of one step.
 
     Args:
       reference: parameters of the frozen reference policy.
-      nonfinite: is told of skipped updates; no update follows once it is exhausted.
+      nonfinite: counts skipped updates; no update follows once its limit is reached.
     """
 
     def __init__(
         self,
         learner: Learner,
-        reference,
-        config: ConfigDict,
+        reference: Any,
+        config: RLConfig,
         nonfinite: NonFiniteCounter,
         clock: DeviceClock,
     ):
@@ -47,7 +49,6 @@ class PolicyUpdater:
         self._config = config
         self._nonfinite = nonfinite
         self._clock = clock
-        self._estimator = estimator_of(config)
         self._objective = objective_of(config)
 
     def __call__(
@@ -58,148 +59,195 @@ class PolicyUpdater:
         kl_coef: float,
         step: int,
     ) -> tuple[TrainState, dict[str, float]]:
-        """All updates of training step `step` (from 0); `state` is donated.
+        """Makes all updates of training step `step` (from 0); `state` is donated.
+
+        The episodes are packed once per epoch. The first epoch's minibatches are scored and get
+        the advantages; a later epoch shuffles the episodes into minibatches again, which take
+        their columns from the first.
 
         Args:
           trajectories: Q·G episodes, group by group.
-          rewards: `[Q, G]` of them.
+          rewards: `[Q, G]` rewards of these episodes.
 
         Returns:
-          The state, and figures: means over the step's updates that are finite.
+          The state, and metrics: means over the step's finite updates.
         """
-        rl, loss, kl = self._config.rl, self._config.loss, self._config.kl
+        rl, loss = self._config.rl, self._config.loss
         sequences = sequences_of(trajectories, rl.overlong, document_mask=rl.document_mask)
-        sequences = self._scored(state, sequences)
+        first = self._pack(sequences, step, epoch=0)
+        first = replace(first, batches=[self._score(state, batch) for batch in first.batches])
         if not rl.document_mask:
-            sequences = [
-                _as_if_sampled(s, t.by_policy) for s, t in zip(sequences, trajectories, strict=True)
-            ]
-        sequences, figures = with_advantages(
-            sequences,
-            rewards,
-            self._estimator,
-            row_tokens=self._config.learner.row_tokens,
-            kl_in_reward=kl.estimator if kl.coef and kl.apply_to == "reward" else "",
-            kl_coef=kl_coef,
+            first = _inserted_as_sampled(first, trajectories)
+        first, metrics = with_advantages(
+            first, rewards, self._config.advantage, self._config.kl, kl_coef
         )
         updates = []
         for epoch in range(rl.epochs):
-            key = (self._config.seed, step, epoch)
-            for part in minibatches(sequences, rl.minibatches, key):
+            minibatches = first
+            if epoch > 0:
+                minibatches = self._pack(sequences, step, epoch).with_columns(**first.columns())
+            for batch in minibatches.batches:
                 if self._nonfinite.limit_reached:
                     break
-                weighted = with_weights(part, loss.aggregate, loss.fixed_tokens)
-                batch = self._pack(weighted, -(-len(sequences) // rl.minibatches))
+                batch = with_weights(batch, loss.aggregate, loss.fixed_tokens)
                 with self._clock.working():
-                    state, metrics = self._learner.rl_step(
+                    state, update = self._learner.rl_step(
                         state, self._learner.put(batch), objective=self._objective, kl_coef=kl_coef
                     )
-                    metrics = {name: float(value) for name, value in metrics.items()}
-                self._nonfinite.record(step, len(updates), metrics["skipped_updates"] > 0, batch)
-                updates.append(metrics)
-        return state, figures | combine(updates)
+                    update = {name: float(value) for name, value in update.items()}
+                self._nonfinite.record(step, len(updates), update["skipped_updates"] > 0, batch)
+                updates.append(update)
+        return state, metrics | combine(updates)
 
-    def _scored(self, state: TrainState, sequences: list[TokenSequence]) -> list[TokenSequence]:
-        """Adds the log-probs and values that the models here give the tokens."""
+    def _pack(self, sequences: Sequence[TokenSequence], step: int, epoch: int) -> Minibatches:
+        config = self._config
+        return pack_minibatches(
+            sequences,
+            config.rl.minibatches,
+            key=(config.seed, step, epoch),
+            row_tokens=config.learner.row_tokens,
+            rows=config.learner.rows,
+        )
+
+    def _score(self, state: TrainState, batch: PackedBatch) -> PackedBatch:
+        """Adds the log-probs and values of the current models that the config needs."""
         config, learner, temperature = self._config, self._learner, self._objective.temperature
-        wanted = {}
+        scores: dict[str, Callable[..., jax.Array]] = {}
         if config.rl.old_logprobs == "learner":
-            wanted["old_logprobs"] = lambda b: learner.policy_logprobs(state, b, temperature)
+            scores["old_logprobs"] = lambda b: learner.policy_logprobs(state, b, temperature)
         if config.kl.coef:
-            wanted["ref_logprobs"] = lambda b: learner.logprobs(self._reference, b, temperature)
+            scores["ref_logprobs"] = lambda b: learner.logprobs(self._reference, b, temperature)
         if config.advantage.estimator == "ppo":
-            wanted["values"] = lambda b: learner.values(state, b)
-        if not wanted:
-            return sequences
-        batch = self._pack(sequences, len(sequences))
+            scores["values"] = lambda b: learner.values(state, b)
+        if not scores:
+            return batch
+        rows = batch.tokens.shape[1]  # the mesh may have added empty rows
         with self._clock.working():
             device = learner.put(batch)
-            scores = {name: to_host(score(device)) for name, score in wanted.items()}
-        return with_scores(sequences, batch, scores)
-
-    def _pack(self, sequences: Sequence[TokenSequence], most: int) -> PackedBatch:
-        """Packs into the fixed shape that holds `most` sequences of any length."""
-        sizes = self._config.learner
-        return pack(
-            sequences,
-            row_tokens=sizes.row_tokens,
-            rows=sizes.rows,
-            microbatches=-(-most // sizes.rows),
-        )
+            columns = {name: to_host(score(device))[:, :rows] for name, score in scores.items()}
+        return batch.with_columns(**columns)
 
 
 def sequences_of(
     trajectories: Sequence[Trajectory], overlong: str, *, document_mask: bool = True
 ) -> list[TokenSequence]:
-    """Ids and log-probs as sampled, provenance as the mask.
+    """Returns token ids and log-probs as sampled, with provenance as the mask.
 
     Args:
-      document_mask: False trains on what was inserted behind the prompt, too: only to show what
-        the mask is for (Search-R1's ablation, arXiv 2503.09516 §5).
-      overlong: "mask" takes episodes that ran out of room out of the loss (DAPO's overlong
-        filtering, arXiv 2503.14476 §3.4); their rewards still count in their groups. "keep".
+      overlong: "keep", or "mask", which excludes episodes that ran out of tokens from the loss
+        (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Their rewards still count in their
+        groups.
+      document_mask: False also trains on text inserted after the prompt. It only serves to show
+        the effect of the mask (Search-R1's ablation, arXiv 2503.09516 §5).
     """
-    correct = answer_scores(trajectories, "em")
     sequences = []
-    for trajectory, right in zip(trajectories, correct, strict=True):
+    for trajectory, em in zip(trajectories, answer_scores(trajectories, "em"), strict=True):
         n = len(trajectory.tokens)
-        filtered = overlong == "mask" and trajectory.finish == "length"
         mask = trajectory.by_policy
         if not document_mask:
-            first = mask.index(True) if True in mask else n
-            mask = [i >= first for i in range(n)]
-        sequences.append(
-            TokenSequence(
-                trajectory.tokens,
-                [0.0] * n if filtered else mask,
-                {
-                    "old_logprobs": trajectory.logprobs,
-                    "sampler_logprobs": trajectory.logprobs,
-                    "correct": [float(right == 1.0)] * n,
-                },
-            )
-        )
+            start = mask.index(True) if True in mask else n
+            mask = [i >= start for i in range(n)]
+        if overlong == "mask" and trajectory.finish == "length":
+            mask = [False] * n
+        columns = {
+            "old_logprobs": trajectory.logprobs,
+            "sampler_logprobs": trajectory.logprobs,
+            "correct": [float(em == 1.0)] * n,
+        }
+        sequences.append(TokenSequence(trajectory.tokens, mask, columns))
     return sequences
 
 
-def _as_if_sampled(sequence: TokenSequence, by_policy: Sequence[bool]) -> TokenSequence:
-    """Inserted tokens have no log-prob of a sampler; they get the learner's."""
-    columns = sequence.columns
-    sampler = np.where(by_policy, columns["sampler_logprobs"], columns["old_logprobs"])
-    return replace(sequence, columns={**columns, "sampler_logprobs": sampler})
+def with_advantages(
+    minibatches: Minibatches,
+    rewards: np.ndarray,
+    config: AdvantageConfig,
+    kl_config: KLConfig,
+    kl_coef: float,
+) -> tuple[Minibatches, dict[str, float]]:
+    """Adds the column `advantages`, and with a critic `returns`.
+
+    A KL penalty in the reward is subtracted per token ("reinforce_pp", "ppo"), or summed and
+    subtracted from the episode's reward (the other estimators).
+
+    Args:
+      minibatches: all N = Q·G episodes of the step; with `values` for "ppo", and with
+        `old_logprobs` and `ref_logprobs` for a KL in the reward.
+      rewards: `[Q, G]` rewards of the episodes.
+
+    Returns:
+      The minibatches and, for a KL in the reward, its mean over policy tokens as "kl".
+    """
+    mask = jnp.asarray(minibatches.column("mask") > 0)
+    kl, metrics = jnp.zeros(mask.shape), {}
+    if kl_config.coef and kl_config.apply_to == "reward":
+        old, ref = (jnp.asarray(minibatches.column(f"{name}_logprobs")) for name in ("old", "ref"))
+        kl = losses.KL_ESTIMATORS[kl_config.estimator](old, ref, mask)
+        metrics["kl"] = float(kl.sum() / max(mask.sum(), 1))
+    if config.estimator not in BY_TOKEN:
+        penalised = rewards - kl_coef * np.asarray(kl.sum(axis=1)).reshape(rewards.shape)
+        of_episodes = group_advantages(config, jnp.asarray(penalised))
+        return minibatches.with_columns(advantages=np.asarray(of_episodes).ravel()), metrics
+    token_rewards = advantages.token_rewards(
+        jnp.asarray(rewards.ravel()), mask, kl=kl, kl_coef=kl_coef
+    )
+    columns = {}
+    if config.estimator == "ppo":
+        values = jnp.asarray(minibatches.column("values"))
+        raw, columns["returns"] = advantages.gae(
+            token_rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+    else:
+        raw = advantages.returns_to_go(token_rewards, mask, gamma=config.gamma)
+    columns["advantages"] = advantages.whiten(raw, mask)
+    return minibatches.with_columns(**jax.tree.map(np.asarray, columns)), metrics
+
+
+def group_advantages(config: AdvantageConfig, rewards: jax.Array) -> jax.Array:
+    """Returns one advantage per episode, `[Q, G]`, from rewards `[Q, G]`."""
+    if config.estimator == "grpo":
+        return advantages.group_advantages(rewards, normalize_std=config.normalize_std)
+    if config.estimator == "rloo":
+        return advantages.leave_one_out_advantages(rewards)
+    return advantages.baseline_advantages(rewards, baseline=config.baseline)
+
+
+def with_weights(batch: PackedBatch, aggregate: str, fixed_tokens: int) -> PackedBatch:
+    """Adds the column `weights`, each token's weight in the mean over this minibatch."""
+    lengths = batch.unpack(batch.mask).sum(axis=1)
+    weights = losses.aggregation_weights(
+        jnp.asarray(lengths), aggregate=aggregate, fixed_tokens=fixed_tokens
+    )
+    return batch.with_columns(weights=batch.spread(np.asarray(weights)))
 
 
 def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One step's figures from its updates': means, maxima of "_max", the sum of skipped ones.
+    """Returns a step's metrics from its updates' metrics.
 
-    What is not finite is left out, as are "correct_loglik" without a correct token and the
-    sampler's figures of all updates but the first.
+    Skipped updates are added up, names that end in "_max" take the maximum, all others the mean.
+    Values that are not finite are dropped, such as `correct_loglik` without a correct token.
+    `FIRST_UPDATE_METRICS` come from the first update alone.
     """
-    figures = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
-    for name in updates[0].keys() - figures.keys():
-        of = updates[:1] if name in OF_THE_FIRST_UPDATE else updates
-        values = [update[name] for update in of if np.isfinite(update[name])]
+    metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
+    for name in updates[0].keys() - metrics.keys():
+        counted = updates[:1] if name in FIRST_UPDATE_METRICS else updates
+        values = [update[name] for update in counted if np.isfinite(update[name])]
         if values:
-            figures[name] = max(values) if name.endswith("_max") else float(np.mean(values))
-    return figures
+            metrics[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+    return metrics
 
 
-def estimator_of(config: ConfigDict) -> AdvantageEstimator:
-    """How `config.rl` turns rewards into advantages."""
-    named = {
-        f.name: config.advantage[f.name] for f in fields(AdvantageEstimator) if f.name != "name"
-    }
-    return AdvantageEstimator(name=config.advantage.estimator, **named)
+def objective_of(config: RLConfig) -> Objective:
+    """Returns the settings of the loss that an rl config describes."""
+    return Objective(config.loss, config.kl, config.critic, config.rollout.temperature)
 
 
-def objective_of(config: ConfigDict) -> Objective:
-    """The loss that `config.rl` and `config.critic` describe."""
-    named = {f.name: config.loss[f.name] for f in fields(Objective) if f.name in config.loss}
-    return Objective(
-        **named,
-        kl_estimator=config.kl.estimator,
-        kl_in=config.kl.apply_to,
-        temperature=config.rollout.temperature,
-        value=config.critic.value,
-        value_clip=config.critic.value_clip,
-    )
+def _inserted_as_sampled(
+    minibatches: Minibatches, trajectories: Sequence[Trajectory]
+) -> Minibatches:
+    """Gives inserted tokens, which have no sampler log-prob, the learner's log-prob."""
+    old, sampler = (minibatches.column(f"{name}_logprobs") for name in ("old", "sampler"))
+    by_policy = np.zeros(sampler.shape, bool)
+    for row, trajectory in zip(by_policy, trajectories, strict=True):
+        row[: len(trajectory.by_policy)] = trajectory.by_policy
+    return minibatches.with_columns(sampler_logprobs=np.where(by_policy, sampler, old))

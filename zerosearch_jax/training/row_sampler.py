@@ -1,5 +1,7 @@
-"""Which training rows a step uses. The draw depends on (seed, step) alone, so that a resumed run
-goes on as if it had not been interrupted."""
+"""Seeded order of the training rows.
+
+A draw depends only on (seed, step), so a resumed run draws the rows of an uninterrupted one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +13,16 @@ from zerosearch_jax.errors import UserError
 
 @dataclass(frozen=True)
 class RowSampler:
-    """Goes through `rows` once an epoch, `size` a step, in an order keyed by (seed, epoch).
+    """Sampler of `size` rows per step, each row at most once per epoch.
 
-    An epoch's last rows, too few for a step, are left out of it.
+    The order of an epoch is keyed by (seed, epoch). The last rows of an epoch are left out if
+    they are too few for a step.
 
     Attributes:
-      size_key: the config key that sets `size`, for the error.
+      size_key: the config key of `size`, for the error.
 
     Raises:
-      UserError: fewer than `size` rows.
+      UserError: there are fewer than `size` rows.
     """
 
     rows: Sequence
@@ -30,12 +33,12 @@ class RowSampler:
     def __post_init__(self):
         if self.size > len(self.rows):
             raise UserError(
-                f"{self.size_key}={self.size} is more than the {len(self.rows)} there are to "
-                "train on; lower it"
+                f"{self.size_key}={self.size} is more than the {len(self.rows)} rows to train on; "
+                "lower it"
             )
 
     def draw(self, step: int) -> list:
-        """The rows of step `step`, counted from 0."""
+        """Returns the rows of step `step`, from 0."""
         epoch, place = divmod(step, len(self.rows) // self.size)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
         start = place * self.size

@@ -1,170 +1,155 @@
-"""Refuses RL settings that contradict each other, with the reason, before anything is built."""
+"""Rules between the sections of an rl config, checked before anything is built.
 
-from ml_collections import ConfigDict
+A rule is a function of the config that returns the reason for a refusal, or None. The checks of a
+single section are in its dataclass.
+"""
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.rl.experience import BY_TOKEN
-from zerosearch_jax.rl.learner import TRUNKS
-from zerosearch_jax.rl.losses import AGGREGATES
-from zerosearch_jax.rl.rewards import RULES
-from zerosearch_jax.training.policy_update import estimator_of, objective_of
-
-CHOICES = {
-    "old_logprobs": ("sampler", "learner"),
-    "overlong": ("keep", "mask"),
-}
+from zerosearch_jax.rl.config import BY_TOKEN
+from zerosearch_jax.training.config import RLConfig
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for the first contradiction in an rl job's config."""
-    rl, rollout = config.rl, config.rollout
-    advantage, loss, kl = config.advantage, config.loss, config.kl
-    for key, known in CHOICES.items():
-        if rl[key] not in known:
-            raise UserError(f"rl.{key} is {rl[key]!r}; choose one of {', '.join(known)}")
-    if loss.aggregate not in AGGREGATES:
-        raise UserError(
-            f"loss.aggregate is {loss.aggregate!r}; choose one of {', '.join(AGGREGATES)}"
-        )
-    estimator_of(config), objective_of(config)  # each refuses names that it does not know
-    if config.critic.trunk not in TRUNKS:
-        known = " or ".join(TRUNKS)
-        raise UserError(f"critic.trunk is {config.critic.trunk!r}; choose {known}")
-    reward = config.reward
-    if reward.rule not in RULES:
-        raise UserError(f"reward.rule is {reward.rule!r}; choose one of {', '.join(RULES)}")
-    alone = rollout.group_size == 1
-    simulator = config.search.simulator
-    updates = rl.epochs * rl.minibatches
-    episodes = rollout.questions_per_step * rollout.group_size
-    refused = (
-        (
-            rollout.temperature <= 0,
-            "config.rollout.temperature must be above 0: episodes must differ to compare them",
-        ),
-        (
-            rollout.max_turns < 0,
-            f"rollout.max_turns={rollout.max_turns} must be at least 0, which leaves one turn",
-        ),
-        (
-            rollout.max_turns > 0 and "none" in (config.search.engine, config.eval.search.engine),
-            "search.engine=none and eval.search.engine=none belong to rollout.max_turns=0, "
-            "training without search; name an engine or set it",
-        ),
-        (
-            config.eval.search.engine == "simulated",
-            "eval.search.engine=simulated: what a policy learned from a simulator is judged with a "
-            "real engine; choose another",
-        ),
-        (
-            simulator.devices != 0 and (config.search.engine != "simulated" or simulator.url),
-            "search.simulator.devices sets devices apart for a simulator that runs here "
-            "(search.engine=simulated without simulator.url); set it to 0",
-        ),
-        (
-            simulator.devices != 0 and rollout.concurrent_searches == 0,
-            f"search.simulator.devices={simulator.devices} would leave policy and simulator idle "
-            "in turns; let them overlap by rollout.concurrent_searches=1 or more",
-        ),
-        (
-            reward.rule != "answer" and (reward.name != "f1" or reward.format_weight != 0),
-            f"reward.name and reward.format_weight belong to reward.rule=answer; {reward.rule} "
-            "has a score and a format of its own: leave them f1 and 0",
-        ),
-        (
-            reward.rule != "r1_searcher" and reward.stage_one_steps != 0,
-            f"reward.stage_one_steps belongs to reward.rule=r1_searcher, not to {reward.rule}; "
-            "set it to 0",
-        ),
-        (
-            not 0 <= reward.stage_one_steps <= rl.steps,
-            f"reward.stage_one_steps={reward.stage_one_steps} must lie between 0 and "
-            f"rl.steps={rl.steps}",
-        ),
-        (
-            config.learner.row_tokens < config.policy.generator.max_tokens,
-            f"config.learner.row_tokens={config.learner.row_tokens} cannot hold an episode of "
-            f"config.policy.generator.max_tokens={config.policy.generator.max_tokens}; raise it",
-        ),
-        (
-            alone and advantage.estimator == "rloo",
-            "advantage.estimator=rloo compares an episode with the others of its group; raise "
-            "rollout.group_size above 1",
-        ),
-        (
-            alone and advantage.estimator == "reinforce" and advantage.baseline == "group_mean",
-            "advantage.baseline=group_mean of a group of one leaves every advantage 0; raise "
-            "rollout.group_size or take advantage.baseline=batch_mean",
-        ),
-        (
-            alone and rollout.max_rounds > 1,
-            "rollout.max_rounds > 1 looks for groups whose rewards differ; raise "
-            "rollout.group_size above 1",
-        ),
-        (
-            loss.surrogate == "sequence" and loss.aggregate != "sequence_mean",
-            "loss.surrogate=sequence (GSPO) gives a sequence one ratio and one loss; take "
-            "loss.aggregate=sequence_mean",
-        ),
-        (
-            loss.surrogate == "sequence" and advantage.estimator in BY_TOKEN,
-            f"loss.surrogate=sequence needs one advantage for a sequence, advantage.estimator="
-            f"{advantage.estimator} gives one for each token; take grpo, rloo or reinforce",
-        ),
-        (
-            loss.dual_clip != 0 and loss.surrogate != "clip",
-            f"loss.dual_clip belongs to loss.surrogate=clip, not to {loss.surrogate}; set it to 0",
-        ),
-        (
-            loss.dual_clip != 0 and loss.dual_clip <= 1,
-            "loss.dual_clip must be above 1, or 0 to leave it out: at 1 it would cut every loss",
-        ),
-        (
-            kl.apply_to == "loss" and kl.estimator == "k1" and kl.coef != 0,
-            "kl.estimator=k1 in the loss pulls nowhere: its gradient is 0 in expectation; "
-            "take k2 or k3, or kl.apply_to=reward",
-        ),
-        (
-            kl.target < 0 or (kl.target > 0 and not (kl.apply_to == "reward" and kl.coef > 0)),
-            "kl.target steers the weight of a KL in the reward; set kl.apply_to=reward and "
-            "kl.coef and kl.target above 0, or kl.target=0",
-        ),
-        (
-            kl.target != 0 and 5 * kl.horizon <= episodes,
-            f"kl.horizon={kl.horizon} could turn the KL's weight negative in one step; "
-            f"take more than a fifth of a step's {episodes} episodes",
-        ),
-        (
-            loss.aggregate == "fixed_length" and loss.fixed_tokens < 1,
-            "loss.aggregate=fixed_length divides by loss.fixed_tokens; set it, say to the most "
-            "tokens that a policy may write in an episode",
-        ),
-        (
-            loss.importance_cap != 0 and rl.old_logprobs != "learner",
-            "loss.importance_cap weighs the learner's log-probs against the sampler's; set "
-            "rl.old_logprobs=learner",
-        ),
-        (
-            not rl.document_mask and rl.old_logprobs != "learner",
-            "rl.document_mask=False trains on tokens that no policy sampled; only the learner can "
-            "say how likely they were: set rl.old_logprobs=learner",
-        ),
-        (
-            loss.llds != 0 and updates == 1,
-            "loss.llds compares with the log-probs before a step's first update, so with one "
-            "update a step it is always 0; raise rl.minibatches or rl.epochs",
-        ),
-        (
-            rl.epochs < 1 or not 1 <= rl.minibatches <= episodes,
-            f"rl.epochs={rl.epochs} and rl.minibatches={rl.minibatches} must be at least 1, the "
-            f"latter at most the {episodes} episodes of a step",
-        ),
-        (
-            config.lora.rank > 0 and advantage.estimator == "ppo" and config.critic.trunk == "own",
-            "critic.trunk=own trains a whole second model, which lora is there to avoid; take "
-            "critic.trunk=shared",
-        ),
-    )
-    for contradiction, reason in refused:
-        if contradiction:
+def check(config: RLConfig) -> None:
+    """Raises UserError for the first rule that the config breaks."""
+    for rule in RULES:
+        if reason := rule(config):
             raise UserError(reason)
+
+
+def _engine_none(config: RLConfig) -> str | None:
+    engines = (config.search.engine, config.eval.search.engine)
+    if config.rollout.max_turns > 0 and "none" in engines:
+        return (
+            "search.engine=none and eval.search.engine=none require rollout.max_turns=0, training "
+            "without search; choose an engine or set it"
+        )
+    return None
+
+
+def _simulator_devices(config: RLConfig) -> str | None:
+    simulator = config.search.simulator
+    if simulator is None or simulator.devices == 0:
+        return None
+    if config.search.engine != "simulated" or simulator.url:
+        return (
+            f"search.simulator.devices={simulator.devices} requires a simulator that runs here "
+            "(search.engine=simulated without simulator.url); set it to 0"
+        )
+    if config.rollout.concurrent_searches == 0:
+        return (
+            f"search.simulator.devices={simulator.devices} would leave either the policy or the "
+            "simulator idle; overlap them with rollout.concurrent_searches=1 or more"
+        )
+    return None
+
+
+def _reward_stages(config: RLConfig) -> str | None:
+    if not 0 <= config.reward.stage_one_steps <= config.rl.steps:
+        return (
+            f"reward.stage_one_steps={config.reward.stage_one_steps} must be between 0 and "
+            f"rl.steps={config.rl.steps}"
+        )
+    return None
+
+
+def _episodes_fit_rows(config: RLConfig) -> str | None:
+    row_tokens, max_tokens = config.learner.row_tokens, config.policy.generator.max_tokens
+    if row_tokens < max_tokens:
+        return (
+            f"config.learner.row_tokens={row_tokens} cannot hold an episode of "
+            f"config.policy.generator.max_tokens={max_tokens}; raise it"
+        )
+    return None
+
+
+def _group_of_one(config: RLConfig) -> str | None:
+    advantage = config.advantage
+    if config.rollout.group_size > 1:
+        return None
+    if advantage.estimator == "rloo":
+        return (
+            "advantage.estimator=rloo compares an episode with the others of its group; set "
+            "rollout.group_size above 1"
+        )
+    if advantage.estimator == "reinforce" and advantage.baseline == "group_mean":
+        return (
+            "advantage.baseline=group_mean with rollout.group_size=1 makes every advantage 0; "
+            "raise rollout.group_size or set advantage.baseline=batch_mean"
+        )
+    return None
+
+
+def _sequence_advantages(config: RLConfig) -> str | None:
+    if config.loss.surrogate == "sequence" and config.advantage.estimator in BY_TOKEN:
+        return (
+            "loss.surrogate=sequence needs one advantage for a sequence, but advantage.estimator="
+            f"{config.advantage.estimator} gives one per token; use grpo, rloo or reinforce"
+        )
+    return None
+
+
+def _kl_horizon(config: RLConfig) -> str | None:
+    episodes = _episodes(config)
+    if config.kl.target != 0 and 5 * config.kl.horizon <= episodes:
+        return (
+            f"kl.horizon={config.kl.horizon} could turn the KL coefficient negative in one step; "
+            f"set it above a fifth of a step's {episodes} episodes"
+        )
+    return None
+
+
+def _importance_cap(config: RLConfig) -> str | None:
+    if config.loss.importance_cap != 0 and config.rl.old_logprobs != "learner":
+        return (
+            "loss.importance_cap weighs the learner's log-probs against the sampler's; set "
+            "rl.old_logprobs=learner"
+        )
+    return None
+
+
+def _llds(config: RLConfig) -> str | None:
+    if config.loss.llds != 0 and config.rl.epochs * config.rl.minibatches == 1:
+        return (
+            "loss.llds compares with the log-probs before a step's first update, so with one "
+            "update per step it is always 0; raise rl.minibatches or rl.epochs"
+        )
+    return None
+
+
+def _updates(config: RLConfig) -> str | None:
+    rl, episodes = config.rl, _episodes(config)
+    if rl.epochs < 1 or not 1 <= rl.minibatches <= episodes:
+        return (
+            f"rl.epochs={rl.epochs} and rl.minibatches={rl.minibatches} must be at least 1, "
+            f"minibatches at most the {episodes} episodes of a step"
+        )
+    return None
+
+
+def _lora_critic(config: RLConfig) -> str | None:
+    ppo = config.advantage.estimator == "ppo"
+    if config.lora.rank > 0 and ppo and config.critic.trunk == "own":
+        return (
+            "critic.trunk=own trains all parameters of a second model, which lora.rank > 0 is "
+            "meant to avoid; set critic.trunk=shared"
+        )
+    return None
+
+
+def _episodes(config: RLConfig) -> int:
+    return config.rollout.questions_per_step * config.rollout.group_size
+
+
+RULES = (
+    _engine_none,
+    _simulator_devices,
+    _reward_stages,
+    _episodes_fit_rows,
+    _group_of_one,
+    _sequence_advantages,
+    _kl_horizon,
+    _importance_cap,
+    _updates,
+    _llds,
+    _lora_critic,
+)

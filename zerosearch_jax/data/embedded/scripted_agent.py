@@ -26,25 +26,22 @@ class Segment:
 
 @dataclass(frozen=True)
 class Behaviours:
-    """Probabilities of the scripted agent's behaviours, each drawn wherever it applies.
-
-    Attributes:
-      guess: answers without a search, with a random value of the right kind.
-      vague: searches for the bare subject.
-      wrong_attribute: searches for a random attribute of the subject.
-      stop_early: answers a two-hop question with the result of the first hop.
-      misread: answers with another fact of the entity.
-      malformed: writes an empty search before the first one.
-      retry: searches again if the documents do not contain the fact.
-    """
+    """Probabilities of the scripted agent's behaviours, each drawn wherever it applies."""
 
     guess: float = 0.0
+    """Answers without a search, with a random value of the right kind."""
     vague: float = 0.0
+    """Searches for the bare subject."""
     wrong_attribute: float = 0.0
+    """Searches for a random attribute of the subject."""
     stop_early: float = 0.0
+    """Answers a two-hop question with the result of the first hop."""
     misread: float = 0.0
+    """Answers with another fact of the entity."""
     malformed: float = 0.0
+    """Writes an empty search before the first one."""
     retry: float = 1.0
+    """Searches again if the documents do not contain the fact."""
 
 
 class ScriptedAgent:

@@ -1,0 +1,272 @@
+"""Configs of the benchmark suites, as frozen dataclasses. Model sizes have Hugging Face's names."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from zerosearch_jax.data.embedded.scripted_agent import Behaviours
+from zerosearch_jax.rl.optimizer import OptimizerConfig
+from zerosearch_jax.training.config import LimitsConfig
+
+
+@dataclass(frozen=True)
+class RolloutGeneratorConfig:
+    """A model and the generator that runs it."""
+
+    model: str
+    """Hugging Face directory."""
+    slots: int
+    """Sequences in the KV cache at once."""
+    lockstep_slots: int
+    """Sequences at once in the lockstep variant, which does not refill slots."""
+    max_tokens: int
+    """Tokens per slot."""
+    prefill_rows: int
+    """Rows of one prefill."""
+    prefill_buckets: tuple[int, ...]
+    """Lengths to which prefills are padded."""
+    decode_rows: tuple[int, ...]
+    """Smaller numbers of rows that decoding also compiles."""
+    chunk_tokens: int
+    """Decode steps per dispatch."""
+    window_tokens: int
+    """Decoding attends to the cache up to the longest context, rounded up to a multiple of this."""
+    temperature: float | None = None
+    """Sampling temperature of the simulator. The policy's is 1."""
+    max_new_tokens: int | None = None
+    """Tokens that the simulator writes per search."""
+
+
+@dataclass(frozen=True)
+class LongMixConfig:
+    """Mix of episodes with long prompts and documents."""
+
+    questions: int
+    """Questions."""
+    prompt_words: tuple[int, ...]
+    """Least and most words added to a question."""
+    document_words: tuple[int, ...]
+    """Least and most words of the documents of a search."""
+    max_tokens: int
+    """Tokens per slot."""
+    limits: LimitsConfig
+
+
+@dataclass(frozen=True)
+class ServiceMixConfig:
+    """Mix of episodes whose searches go to a slow service."""
+
+    seconds: tuple[float, ...]
+    """Least and most seconds of a request."""
+    concurrent: int
+    """Batches of searches in flight while the policy decodes."""
+
+
+@dataclass(frozen=True)
+class RolloutBenchConfig:
+    """Rollouts against the lockstep loop of other libraries (suite rollout)."""
+
+    job: str
+    """Name of the job."""
+    suite: str
+    """Name of the suite."""
+    repeats: int
+    """Timed repeats."""
+    mixes: tuple[str, ...]
+    """Mixes of episodes: `embedded`, `long`, `service`."""
+    variants: tuple[str, ...]
+    """Variants to compare with: `lockstep`, or `without FEATURE`."""
+    questions: int
+    """Questions of the embedded and the service mix."""
+    group_size: int
+    """Episodes per question."""
+    policy: RolloutGeneratorConfig
+    simulator: RolloutGeneratorConfig
+    limits: LimitsConfig
+    long: LongMixConfig
+    service: ServiceMixConfig
+
+
+@dataclass(frozen=True)
+class DecodePeersConfig:
+    """Python interpreters of the peers' environments. "" leaves a peer out."""
+
+    tunix_python: str
+    """Interpreter with Tunix."""
+    llamacpp_python: str
+    """Interpreter with llama-cpp-python."""
+
+
+@dataclass(frozen=True)
+class DecodeBenchConfig:
+    """Decode and prefill against other libraries (suite decode)."""
+
+    job: str
+    """Name of the job."""
+    suite: str
+    """Name of the suite."""
+    repeats: int
+    """Timed repeats."""
+    model: str
+    """Hugging Face directory."""
+    slots: tuple[int, ...]
+    """Batch sizes."""
+    prompt_tokens: int
+    """Tokens of each prompt."""
+    new_tokens: int
+    """Decoded tokens per row."""
+    prefill_tokens: int
+    """Prompt tokens of the prefill measurement."""
+    threads: int
+    """CPU threads of the peers."""
+    peers: DecodePeersConfig
+
+
+@dataclass(frozen=True)
+class BandwidthBenchConfig:
+    """Decode as a share of an accelerator's memory bandwidth (suite bandwidth)."""
+
+    job: str
+    """Name of the job."""
+    suite: str
+    """Name of the suite."""
+    repeats: int
+    """Timed repeats."""
+    peak_gb_per_s: float
+    """Memory bandwidth of the device."""
+    slots: tuple[int, ...]
+    """Batch sizes."""
+    prompt_tokens: int
+    """Tokens of each prompt."""
+    new_tokens: int
+    """Decoded tokens per row."""
+    dtype: str
+    """Dtype of weights and cache."""
+    torch_device: str
+    """Device of transformers. "" leaves that peer out."""
+    models: dict[str, dict[str, Any]]
+    """Sizes of models with random weights."""
+
+
+@dataclass(frozen=True)
+class LearnerSectionConfig:
+    """Arithmetic of the learner."""
+
+    remat: str
+    """`none` keeps activations for the backward pass; `full` recomputes every layer."""
+    logprob_chunk: int
+    """Tokens whose logits are in memory at once."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batch of random sequences."""
+
+    rows: int
+    """Rows."""
+    tokens: int
+    """Tokens per row."""
+    prompt_tokens: int
+    """Tokens at the start of a row that are not trained on."""
+    dtypes: tuple[str, ...] | None = None
+    """Compute dtypes."""
+    micro_rows: tuple[int, ...] | None = None
+    """Rows per microbatch to try. Each side is measured with its fastest."""
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Whole GRPO steps."""
+
+    questions: int
+    """Questions per step."""
+    group_size: int
+    """Episodes per question."""
+    prompt_tokens: int
+    """Tokens of each prompt."""
+    new_tokens: int
+    """Sampled tokens per episode."""
+    micro_rows: dict[str, int]
+    """Rows per microbatch of each library."""
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Packed episodes against one episode per row."""
+
+    model: str
+    """Hugging Face directory."""
+    episodes: int
+    """Episodes."""
+    row_tokens: int
+    """Tokens per row."""
+    rows: int
+    """Rows per microbatch."""
+    topk: int
+    """Documents per search."""
+    behaviours: Behaviours
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Memory of the gradient: whole logits against chunks of them."""
+
+    tokens: int
+    """Tokens of the sequence."""
+    logprob_chunk: int
+    """Tokens whose logits are in memory at once."""
+    model: dict[str, Any]
+    """Sizes of the model."""
+
+
+@dataclass(frozen=True)
+class LearnerPeersConfig:
+    """Python interpreters of the peers' environments. "" leaves a peer out."""
+
+    trl_python: str
+    """Interpreter with TRL."""
+    tunix_python: str
+    """Interpreter with Tunix."""
+
+
+@dataclass(frozen=True)
+class LearnerBenchConfig:
+    """Learner against other libraries (suite learner)."""
+
+    job: str
+    """Name of the job."""
+    suite: str
+    """Name of the suite."""
+    parts: tuple[str, ...]
+    """Measurements: `update`, `step`, `packing`, `memory`."""
+    repeats: int
+    """Timed repeats."""
+    threads: int
+    """CPU threads of the peers."""
+    model: str
+    """Hugging Face directory."""
+    optimizer: OptimizerConfig
+    learner: LearnerSectionConfig
+    batch: BatchConfig
+    step: StepConfig
+    packing: PackingConfig
+    memory: MemoryConfig
+    peers: LearnerPeersConfig
+
+
+@dataclass(frozen=True)
+class MFUBenchConfig:
+    """Updates as a share of an accelerator's peak (suite mfu)."""
+
+    job: str
+    """Name of the job."""
+    suite: str
+    """Name of the suite."""
+    repeats: int
+    """Timed repeats."""
+    peak_tflops: float
+    """Dense bfloat16 peak of the device."""
+    optimizer: OptimizerConfig
+    learner: LearnerSectionConfig
+    batch: BatchConfig
+    models: dict[str, dict[str, Any]]
+    """Sizes of models with random weights."""

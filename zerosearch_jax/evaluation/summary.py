@@ -1,0 +1,70 @@
+"""Scores of evaluated episodes with 95% intervals, and the table that shows them."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from zerosearch_jax.evaluation.intervals import bootstrap_interval, wilson_interval
+from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.training.episode_metrics import answer_scores, episode_metrics
+
+_HEADERS = ("", "EM", "95% interval", "F1", "95% interval", "searches", "questions")
+_FLOAT_FORMATS = ("", ".3f", "", ".3f", "", ".2f", "")
+
+
+def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]]:
+    """Returns the scores of one evaluation.
+
+    Returns:
+      em, f1: mean exact match and token F1, in [0, 1].
+      em_interval: 95% Wilson interval, `[low, high]`.
+      f1_interval: 95% bootstrap interval of the mean, `[low, high]`.
+      questions: number of questions.
+      searches_per_episode: mean number of searches.
+      failed_search_ratio: share of the searches that failed. The policy saw a "search failed"
+        observation instead of documents, so the scores include its effect.
+    """
+    exact_matches = answer_scores(trajectories, "em")
+    metrics = episode_metrics(trajectories)
+    return {
+        "em": metrics["em"],
+        "em_interval": list(wilson_interval(sum(exact_matches), len(exact_matches))),
+        "f1": metrics["f1"],
+        "f1_interval": list(bootstrap_interval(answer_scores(trajectories, "f1"))),
+        "questions": len(exact_matches),
+        "searches_per_episode": metrics["searches_per_episode"],
+        "failed_search_ratio": metrics["failed_search_ratio"],
+    }
+
+
+def text_table(summaries: dict[str, dict], title: str) -> str:
+    """Returns a plain-text table below `title`, one line per name and its `summary`.
+
+    Names whose searches failed in part are listed below the table.
+    """
+    lines = [
+        [
+            name,
+            row["em"],
+            _interval(row["em_interval"]),
+            row["f1"],
+            _interval(row["f1_interval"]),
+            row["searches_per_episode"],
+            row["questions"],
+        ]
+        for name, row in summaries.items()
+    ]
+    table = tabulate(
+        lines, _HEADERS, tablefmt="plain", floatfmt=_FLOAT_FORMATS, disable_numparse=[0, 2, 4]
+    )
+    failures = [
+        f"{name}: {row['failed_search_ratio']:.1%} of its searches failed"
+        for name, row in summaries.items()
+        if row["failed_search_ratio"]
+    ]
+    return "\n".join([title, table, *failures]) + "\n"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    low, high = bounds
+    return f"[{low:.3f}, {high:.3f}]"
