@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.training.config import keep_config
+from zerosearch_jax.training.workdir import keep_config
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,27 @@ def test_every_key_of_every_config_is_documented(name):
         for field, hint in typing.get_type_hints(section).items():
             nested = any(map(dataclasses.is_dataclass, (hint, *typing.get_args(hint))))
             assert nested or docs.get(field), f"{section.__name__}.{field}"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "parts"),
+    [
+        ("eval", "engines.bm25.engine", "web", ("engines.bm25", "needs web and remote")),
+        ("eval", "engines.bm25.engine", "google", ("engines.bm25", "'google'", "recorded_web")),
+        ("grpo", "eval.every", 0, ("config.eval", "every=0")),
+        ("grpo", "checkpoint_every", 0, ("checkpoint_every=0",)),
+        ("grpo", "policy.generator.dtype", "int4", ("config.policy.generator", "'int4'")),
+        ("sft_simulator", "data.examples", "answers", ("needs source and split",)),
+        ("collect", "labeling.model", "", ("labeling.kind=reader", "labeling.model")),
+        ("simulator_report", "limit", 0, ("limit=0",)),
+    ],
+)
+def test_wrong_value_of_a_section_is_refused_before_anything_is_built(file, key, value, parts):
+    config = config_flags.load(str(ROOT / "configs" / f"{file}.py"))
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as refused:
+        config_flags.typed(main.config_class(config), config)
+    assert all(part in str(refused.value) for part in parts)
 
 
 def test_kept_config_prints_a_warning_per_changed_key(tmp_path, capsys):

@@ -24,7 +24,7 @@ from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRIC
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.text.actions import Action
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import RLConfig, keep_config
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, episodes_of
 from zerosearch_jax.training.validate import check
@@ -568,20 +568,3 @@ def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
     config.search.engine = "simulated"
     with pytest.raises(UserError, match="no/report.json"):
         rl.check_simulator(config_flags.typed(RLConfig, config))
-
-
-def test_a_changed_config_prints_a_warning_per_key(tmp_path, capsys):
-    config = dict(kl=dict(coef=0.01), rl=dict(sizes=(1, 2)), seed=0)
-    keep_config(config, tmp_path)
-    keep_config(config, tmp_path)
-    assert capsys.readouterr().out == ""
-    changed = dict(kl=dict(coef=0.1), rl=dict(sizes=(1, 2), steps=3))
-    keep_config(changed, tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(" config.")[2] for line in lines] == [
-        "kl.coef: 0.01 → 0.1",
-        "seed: 0 → 'absent'",
-        "rl.steps: 'absent' → 3",
-    ]
-    keep_config(changed, tmp_path)
-    assert capsys.readouterr().out == ""

@@ -1,3 +1,5 @@
+"""Advantages by hand and against numpy in float64."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,18 +27,18 @@ some_rewards = st.sampled_from([0.0, 0.25, 0.4, 0.5, 1.0])
 groups = st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 5)]).flatmap(
     lambda shape: hnp.arrays(np.float32, shape, elements=some_rewards)
 )
-"""[Q, G] rewards; groups of one and groups of equal rewards among them."""
+"""[Q, G] rewards, including groups of one and groups of equal rewards."""
 numbers = hnp.arrays(
     np.float32, SHAPE, elements=st.sampled_from([-1.0, -0.7, -0.25, 0.0, 0.3, 0.5, 1.0])
 )
 any_float64 = hnp.arrays(np.float64, SHAPE, elements=st.floats(-10, 10))
 discounts = st.sampled_from([0.0, 0.5, 0.9, 1.0])
 masks = hnp.arrays(bool, SHAPE)
-"""Ragged, with holes, with rows of no policy token."""
+"""Ragged masks with gaps and with rows without policy tokens."""
 
 
 def policy_tokens(mask):
-    """For each row that has any: the row and the columns of its policy tokens, in order."""
+    """Yields the index and the policy tokens' columns of each row that has any."""
     for row, flags in enumerate(mask):
         columns = [column for column, flag in enumerate(flags) if flag]
         if columns:
@@ -55,7 +57,7 @@ def test_by_hand():
 
 
 def test_std_is_unbiased():
-    # (0, 0, 3): mean 1, squares 1 + 1 + 4 = 6, std sqrt(6/2); the biased one is sqrt(6/3).
+    # (0, 0, 3) has mean 1, squares 1 + 1 + 4 = 6 and std sqrt(6/2); the biased std is sqrt(6/3).
     got = group_advantages(jnp.array([[0.0, 0.0, 3.0]]), eps=0.0)
     np.testing.assert_allclose(got, np.array([[-1, -1, 2]]) / np.sqrt(3), rtol=1e-6)
 
@@ -73,7 +75,7 @@ def test_a_group_of_one_keeps_its_reward(normalize_std):
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 2 / 3, 1e4 / 3])
 def test_equal_rewards_give_exactly_zero(reward):
-    """0.1 in float32 is not its own mean over some group sizes; eps would blow the rest up."""
+    """The float32 mean of equal rewards 0.1 may differ from 0.1; eps would amplify the rest."""
     estimator = jax.jit(group_advantages)
     for group in range(2, 12):
         got = estimator(jnp.full((2, group), reward))
@@ -109,7 +111,7 @@ def test_equals_numpy_in_float64(rewards):
 
 
 def test_leave_one_out_by_hand():
-    # 0: others 1 and 5, mean 3. 1: others 0 and 5, mean 5/2. 5: others 0 and 1, mean 1/2.
+    # Means of the others: 3 for reward 0, 5/2 for 1, 1/2 for 5.
     got = leave_one_out_advantages(jnp.array([[0.0, 1.0, 5.0], [2.0, 2.0, 2.0]]))
     np.testing.assert_allclose(got, [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]], rtol=1e-6)
 
@@ -124,7 +126,7 @@ def others_mean(group, member):
 def test_leave_one_out_equals_numpy_in_float64(rewards):
     size = rewards.shape[1]
     if size == 1:
-        with pytest.raises(ValueError, match="group of 1"):
+        with pytest.raises(ValueError, match="1 episode"):
             leave_one_out_advantages(jnp.array(rewards))
         return
     got = leave_one_out_advantages(jnp.array(rewards))
@@ -155,7 +157,7 @@ def test_baselines_equal_numpy_in_float64(rewards):
     if rewards.shape[1] > 1:
         means["group_mean"] = np.array([[sum(map(float, g)) / len(g)] for g in rewards])
     else:
-        with pytest.raises(ValueError, match="group of 1"):
+        with pytest.raises(ValueError, match="1 episode"):
             baseline_advantages(jnp.array(rewards), baseline="group_mean")
     for baseline, mean in means.items():
         got = baseline_advantages(jnp.array(rewards), baseline=baseline)
@@ -163,7 +165,7 @@ def test_baselines_equal_numpy_in_float64(rewards):
 
 
 def test_an_unknown_baseline_is_refused():
-    with pytest.raises(ValueError, match="'mean'.*none, batch_mean or group_mean"):
+    with pytest.raises(ValueError, match="'mean'.*none, batch_mean, group_mean"):
         baseline_advantages(jnp.zeros((1, 2)), baseline="mean")
 
 
@@ -180,8 +182,8 @@ def group_estimators():
 
 @pytest.mark.parametrize("name", group_estimators())
 @pytest.mark.parametrize("rest", [0.0, 1.0, NAN])
-def test_a_nan_reward_is_not_hidden(name, rest):
-    """All-equal groups are set to 0; a group that holds a nan is not one of them."""
+def test_a_nan_reward_reaches_its_group(name, rest):
+    """Groups of equal rewards are set to 0, but not a group with a NaN."""
     got = group_estimators()[name](jnp.array([[NAN, rest], [1.0, 0.0]]))
     if name == "none":
         want = [[True, bool(np.isnan(rest))], [False, False]]
@@ -191,7 +193,7 @@ def test_a_nan_reward_is_not_hidden(name, rest):
 
 
 @pytest.mark.parametrize("normalize_std", [True, False])
-def test_a_nan_in_a_group_of_one_is_not_hidden(normalize_std):
+def test_a_nan_in_a_group_of_one_stays(normalize_std):
     got = group_advantages(jnp.array([[NAN], [1.0]]), normalize_std=normalize_std)
     np.testing.assert_array_equal(got, [[NAN], [1.0]])
 
@@ -206,7 +208,7 @@ def test_equal_rewards_give_exactly_zero_with_any_baseline(name):
 
 
 @pytest.mark.parametrize("name", group_estimators())
-def test_group_estimators_keep_float64_widen_the_rest_and_check_the_rank(name):
+def test_group_estimators_keep_float64_widen_other_dtypes_and_check_the_rank(name):
     estimator = group_estimators()[name]
     assert estimator(jnp.array([[0, 1]])).dtype == jnp.float32
     assert estimator(jnp.array([[0, 1]], jnp.bfloat16)).dtype == jnp.float32
@@ -250,7 +252,7 @@ def test_a_kl_coefficient_needs_a_kl():
 
 
 def test_returns_to_go_by_hand():
-    # Policy tokens a, b, then an inserted document, then c: the document costs no discount.
+    # Policy tokens a and b, an inserted document without discount, then c.
     rewards = jnp.array([[1.0, 2.0, NAN, NAN, 4.0, NAN], [3.0, NAN, 5.0, NAN, NAN, NAN]])
     mask = jnp.array([[1, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]])
     got = returns_to_go(rewards, mask, gamma=0.5)
@@ -288,7 +290,7 @@ def test_gae_by_hand():
 
 
 def gae_by_definition(rewards, values, mask, gamma, gae_lambda):
-    """Eq. 14-16 unrolled: each advantage as its own sum over the deltas that follow."""
+    """Computes eq. 14-16 unrolled: each advantage is a sum over the deltas that follow."""
     advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
     for row, columns in policy_tokens(mask):
         r = [float(rewards[row, c]) for c in columns]
@@ -344,10 +346,10 @@ def test_gae_at_lambda_one_and_zero(rewards, values, mask, gamma):
     advantages, returns = gae(r, jnp.zeros(SHAPE), m, gamma=gamma, gae_lambda=1.0)
     np.testing.assert_array_equal(advantages, to_go)
     np.testing.assert_array_equal(returns, to_go)
-    # The values cancel out of the returns.
+    # The values cancel in the returns.
     _, returns = gae(r, v, m, gamma=gamma, gae_lambda=1.0)
     np.testing.assert_allclose(returns, to_go, rtol=1e-6, atol=2e-6)
-    # At 0, only the next value bootstraps: the last policy token's return is its reward.
+    # With lambda 0 a return is the reward plus the next value, which is 0 at the last token.
     _, returns = gae(r, v, m, gamma=gamma, gae_lambda=0.0)
     for row, columns in policy_tokens(mask):
         last = columns[-1]
@@ -378,7 +380,7 @@ def test_a_nan_reward_or_value_reaches_the_tokens_before_it():
 
 
 def test_long_sequences_keep_their_digits():
-    """1000 rewards of 0.1 with gamma 1: adding them one by one in float32 loses digits."""
+    """Adding 1000 rewards of 0.1 one by one in float32 would lose digits."""
     got = returns_to_go(jnp.full((1, 1000), 0.1), jnp.ones((1, 1000)), gamma=1.0)
     want = float(np.float32(0.1)) * np.arange(1000, 0, -1)
     np.testing.assert_allclose(got[0], want, rtol=1e-6)
@@ -424,7 +426,7 @@ def test_whiten_equals_numpy_in_float64(x, mask):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 2 / 3, 1e4 / 3])
-def test_whiten_gives_exactly_zero_where_all_are_equal(value):
+def test_whiten_gives_exactly_zero_if_all_are_equal(value):
     for count in range(1, 12):
         mask = np.arange(12).reshape(2, 6) < count
         got = whiten(spoilt(np.full((2, 6), value, np.float32), mask), jnp.array(mask))
@@ -432,7 +434,7 @@ def test_whiten_gives_exactly_zero_where_all_are_equal(value):
 
 
 def test_whiten_keeps_the_digits_of_a_small_spread():
-    """1000 + (0, 0, 0, 1/1024), exact in float32; a mean in float32 would not be."""
+    """1000 + (0, 0, 0, 1/1024) is exact in float32, but its mean is not."""
     x = jnp.array([[1000.0, 1000.0, 1000.0, 1000.0 + 2**-10]])
     got = whiten(x, jnp.ones((1, 4)), eps=1e-12)
     np.testing.assert_allclose(got, np.array([[-1, -1, -1, 3]]) / np.sqrt(3), rtol=1e-6)
@@ -443,7 +445,7 @@ def test_whiten_without_policy_tokens_is_zero():
     np.testing.assert_array_equal(got, np.zeros((2, 3)))
 
 
-def test_whiten_does_not_hide_a_nan():
+def test_whiten_keeps_a_nan():
     got = whiten(jnp.array([[NAN, 1.0, 1.0]]), jnp.array([[1, 1, 0]]))
     np.testing.assert_array_equal(got, [[NAN, NAN, 0.0]])
 
@@ -473,7 +475,7 @@ def test_token_arrays_are_widened_and_their_shapes_checked():
     ("kl", "want"),
     [
         (6.0, 0.2),  # on target
-        (6.6, 0.2 * 1.01),  # 10 % above it, 0.1 × 512 / 5120
+        (6.6, 0.2 * 1.01),  # 10% above, 0.1 × 512 / 5120
         (5.7, 0.2 * 0.995),
         (60.0, 0.2 * 1.02),  # clipped at 0.2
         (0.0, 0.2 * 0.98),
@@ -486,20 +488,20 @@ def test_adapted_kl_coef_by_hand(kl, want):
     assert got == pytest.approx(want, rel=1e-12)
 
 
-def test_adapted_kl_coef_settles_where_the_kl_meets_the_target():
-    """A policy whose KL is 1 / coef: the coefficient that gives KL 4 is 1/4."""
+def test_adapted_kl_coef_converges_to_the_target():
+    """With a KL of 1 / coef, the coefficient for KL 4 is 1/4."""
     coef = 3.0
     for _ in range(300):
         coef = adapted_kl_coef(coef, 1 / coef, target=4.0, horizon=1000, episodes=100)
     assert coef == pytest.approx(0.25, rel=1e-6)
 
 
-def test_adapted_kl_coef_does_not_hide_a_nan():
+def test_adapted_kl_coef_keeps_a_nan():
     assert np.isnan(adapted_kl_coef(0.2, NAN, target=6.0, horizon=100, episodes=10))
 
 
 @pytest.mark.parametrize("wrong", [{"target": 0.0}, {"horizon": 0}, {"horizon": 2}])
-def test_adapted_kl_coef_refuses_a_controller_that_could_turn_negative(wrong):
+def test_adapted_kl_coef_refuses_a_horizon_that_could_make_it_negative(wrong):
     settings_ = {"target": 6.0, "horizon": 100, "episodes": 10} | wrong
     with pytest.raises(ValueError, match="must be above 0"):
         adapted_kl_coef(0.2, 1.0, **settings_)

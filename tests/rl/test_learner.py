@@ -1,4 +1,4 @@
-"""The learner's step: what it computes, and all that it must not depend on."""
+"""The learner's step: its results, and their independence of packing, order and mesh."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def constant(rate):
 
 @pytest.fixture(scope="module")
 def make_learner(tiny_config):
-    """Plain gradient descent at rate 1: the change of the parameters is the gradient."""
+    """Builds learners with gradient descent at rate 1, so parameters change by the gradient."""
 
     def make(mesh=None, optimizer=None, schedule=None, **options):
         policy = OptimizerSpec(optimizer or optax.sgd(1.0), schedule or constant(1.0))
@@ -51,7 +51,7 @@ def sgd(make_learner):
 
 @pytest.fixture(scope="module")
 def models(tiny_config):
-    """Two sets of parameters that are near each other."""
+    """Two sets of parameters close to each other."""
 
     @jax.jit
     def make():
@@ -73,7 +73,7 @@ def reference(models):
 
 @pytest.fixture(scope="module")
 def true_logprobs(tiny_config):
-    """`(params, tokens, temperature) -> [n, V]` log-probs by the whole forward, in numpy."""
+    """Returns `(params, tokens, temperature) -> [n, V]` log-probs, without packing, in numpy."""
     graphdef, _ = abstract_model(tiny_config)
 
     @jax.jit
@@ -93,7 +93,7 @@ def true_logprobs(tiny_config):
 
 @pytest.fixture(scope="module")
 def sequences(params0, reference, true_logprobs, weighted):
-    """Ragged, prompts and inserted stretches masked, sampled by a somewhat different policy."""
+    """Ragged sequences with masked prompts and documents, sampled by a similar policy."""
     rng = np.random.default_rng(0)
     made = []
     for number, length in enumerate(LENGTHS):
@@ -114,7 +114,7 @@ def sequences(params0, reference, true_logprobs, weighted):
 
 
 def fresh_state(learner, params):
-    """As `Learner.init`, without its compilation."""
+    """Does the same as `Learner.init` without compilation."""
     state = learner._init_state(jax.tree.map(jnp.copy, params), jax.random.key(0))
     return jax.device_put(state, learner.state_shardings)
 
@@ -126,15 +126,15 @@ def step(learner, params, batch, objective=LOSS, kl_coef=KL):
     return jax.device_get((state.params["policy"], metrics))
 
 
-def spoil(batch, **arrays):
-    """The batch with other arrays in the place of some of its own."""
+def with_arrays(batch, **arrays):
+    """Returns the batch with some arrays replaced."""
     columns = {name: arrays.pop(name) for name in batch.columns if name in arrays}
     return replace(batch, columns=batch.columns | columns, **arrays)
 
 
 @pytest.fixture(scope="module")
 def whole(sgd, params0, sequences):
-    """The batch in one piece: one microbatch, a row for each sequence or two."""
+    """The batch in one microbatch, with the parameters and metrics after its step."""
     batch = pack(sequences, row_tokens=16, rows=8, microbatches=1)
     return batch, *step(sgd, params0, batch)
 
@@ -147,11 +147,11 @@ def assert_close(result, expected, atol=1e-5):
         np.testing.assert_allclose(value, expected[1][name], rtol=1e-5, atol=atol, err_msg=name)
 
 
-# ---- what it computes ----------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------
 
 
 def test_loss_and_metrics_by_hand(whole, sequences, params0, reference, true_logprobs):
-    """Equations in numpy float64, on each sequence alone, without packing or chunks."""
+    """Equations in numpy float64 on separate sequences, without packing or chunks."""
     total = dict.fromkeys(("policy", "entropy", "kl", "clip", "diff"), 0.0)
     worst, right, right_tokens, tokens = 0.0, 0.0, 0, 0
     for s in sequences:
@@ -186,13 +186,13 @@ def test_loss_and_metrics_by_hand(whole, sequences, params0, reference, true_log
         "sampler_logprob_diff_max": worst,
         "correct_loglik": right / right_tokens,
     }
-    assert 0 < mean["clip"] < 1 and mean["kl"] > 0.01  # so that both are put to the test
+    assert 0 < mean["clip"] < 1 and mean["kl"] > 0.01  # so that both are tested
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_gradient_is_that_of_the_reported_loss(sgd, whole, params0):
-    """Half a step each way along the gradient changes the loss by its squared norm."""
+def test_the_gradient_is_that_of_the_reported_loss(sgd, whole, params0):
+    """The central difference of the loss along the gradient is its squared norm."""
     batch, params, metrics = whole
     small = 3e-4
     moved = [
@@ -212,8 +212,7 @@ def test_kl_is_zero_at_the_reference(sgd, whole, params0):
     assert "kl" not in step(sgd, params0, replace(batch, columns=columns))[1]
 
 
-def test_scores_are_the_log_probs_of_each_sequence_alone(sgd, whole, sequences, reference,
-                                                         true_logprobs):  # fmt: skip
+def test_logprobs_equal_those_of_separate_sequences(sgd, whole, sequences, reference):
     batch = whole[0]
     scores = np.asarray(sgd.logprobs(reference, sgd.put(batch), LOSS.temperature))
     for s, got in zip(sequences, batch.unpack(scores), strict=True):
@@ -226,7 +225,7 @@ def test_scores_are_the_log_probs_of_each_sequence_alone(sgd, whole, sequences, 
 
 
 def test_masked_positions_are_never_read(sgd, whole, params0):
-    """Whatever stands at prompt, document and padding positions: the same bits."""
+    """Values at prompt, document and padding positions change no bit."""
     batch, params, metrics = whole
     unread = batch.mask == 0
     assert 0 < unread.sum() < unread.size
@@ -236,15 +235,15 @@ def test_masked_positions_are_never_read(sgd, whole, params0):
     }
     bad["correct"] = np.where(unread, 1.0, batch.columns["correct"]).astype(np.float32)
     bad["targets"] = np.where(unread, 123, batch.targets).astype(np.int32)
-    result = step(sgd, params0, spoil(batch, **bad))
+    result = step(sgd, params0, with_arrays(batch, **bad))
     jax.tree.map(np.testing.assert_array_equal, result, (params, metrics))
-    # And the policy's own positions are read.
-    doubled = spoil(batch, advantages=2 * batch.columns["advantages"])
+    # The policy's positions are read.
+    doubled = with_arrays(batch, advantages=2 * batch.columns["advantages"])
     assert step(sgd, params0, doubled)[1]["loss/policy"] != metrics["loss/policy"]
 
 
 def test_document_tokens_have_exactly_zero_gradient(monkeypatch, make_learner, params0, sequences):
-    """d loss / d hidden at each position: 0.0 where another than the policy wrote the target."""
+    """d loss / d hidden is 0.0 at each position whose target the policy did not write."""
     batch = pack(sequences[:2], row_tokens=24, rows=1, microbatches=1)
     original = learner_module.chunked_logprobs
     seen = []
@@ -274,29 +273,29 @@ def test_document_tokens_have_exactly_zero_gradient(monkeypatch, make_learner, p
     assert np.all(np.abs(gradient[policy] @ direction) > 1e-7)
 
 
-# ---- what it does not depend on ------------------------------------------------------------
+# ---- independence --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "cut",
     [
         dict(row_tokens=16, rows=2, microbatches=4),
-        dict(row_tokens=40, rows=1, microbatches=5),  # the last ones are empty
+        dict(row_tokens=40, rows=1, microbatches=5),  # the last microbatches are empty
     ],
     ids=["microbatches", "long rows"],
 )
-def test_the_cut_of_the_batch(sgd, whole, params0, sequences, cut):
+def test_results_do_not_depend_on_rows_and_microbatches(sgd, whole, params0, sequences, cut):
     assert_close(step(sgd, params0, pack(sequences, **cut)), whole[1:])
 
 
-def test_the_order_of_the_rows(sgd, whole, params0, sequences):
+def test_results_do_not_depend_on_the_order_of_rows(sgd, whole, params0, sequences):
     batch = pack(sequences[::-1], row_tokens=16, rows=8, microbatches=1)
     rows = {k: v[:, ::-1] for k, v in batch.arrays().items() if v.ndim}
     assert not np.array_equal(rows["tokens"], whole[0].tokens)
-    assert_close(step(sgd, params0, spoil(batch, **rows)), whole[1:])
+    assert_close(step(sgd, params0, with_arrays(batch, **rows)), whole[1:])
 
 
-def test_the_mesh(make_learner, whole, params0, sequences):
+def test_results_do_not_depend_on_the_mesh(make_learner, whole, params0, sequences):
     learner = make_learner(mesh=make_mesh(data=2, fsdp=2, tensor=2))
     assert_close(step(learner, params0, whole[0]), whole[1:])
     other = pack(sequences[:2], row_tokens=16, rows=8, microbatches=1)
@@ -321,7 +320,7 @@ def test_the_state_is_donated_and_later_steps_compile_nothing(sgd, whole, params
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params0))
 
 
-def test_warm_up_and_cosine():
+def test_warmup_cosine_by_hand():
     schedule = warmup_cosine(2.0, warmup_steps=4, total_steps=12, final_fraction=0.1)
     np.testing.assert_allclose(
         [schedule(i) for i in (0, 1, 2, 3, 4, 8, 12, 50)],
@@ -329,14 +328,14 @@ def test_warm_up_and_cosine():
         rtol=1e-6,
     )
     np.testing.assert_allclose([constant(0.3)(i) for i in (0, 5, 10, 99)], 0.3, rtol=1e-6)
-    # The paper's: a warm-up of 0.95 of the steps, then constant.
+    # The paper's schedule: a warm-up of 0.95 of the steps, then constant.
     paper = warmup_cosine(1e-6, warmup_steps=193, total_steps=203, final_fraction=1.0)
     rates = [paper(i) for i in (0, 95, 192, 193, 202)]
     np.testing.assert_allclose(rates, [1e-6 / 193, 96e-6 / 193, 1e-6, 1e-6, 1e-6], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("warmup_steps", "last"), [(0, 4), (1, 4), (6, 5)])
-def test_a_warm_up_of_any_length_ends_at_the_peak(warmup_steps, last):
+def test_a_warmup_of_any_length_ends_at_the_peak(warmup_steps, last):
     schedule = warmup_cosine(3.0, warmup_steps=warmup_steps, total_steps=5, final_fraction=0.5)
     rates = [float(schedule(i)) for i in range(12)]
     assert max(rates) == rates[max(warmup_steps - 1, 0)] == rates[warmup_steps] == 3.0
@@ -346,7 +345,7 @@ def test_a_warm_up_of_any_length_ends_at_the_peak(warmup_steps, last):
     assert rates[-1] == pytest.approx(1.5)
 
 
-def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
+def test_sft_follows_the_schedule_and_lowers_the_loss(make_learner, params0, sequences):
     schedule = warmup_cosine(0.02, warmup_steps=2, total_steps=8, final_fraction=1.0)
     learner = make_learner(
         mesh=make_mesh(data=2, fsdp=2, tensor=2),
@@ -362,7 +361,7 @@ def test_sft_learns_at_the_schedules_rate(make_learner, params0, sequences):
         losses.append(float(metrics["loss/total"]))
         np.testing.assert_allclose(losses[-1], held, rtol=1e-5)
     np.testing.assert_allclose(rates, [0.01, 0.02, 0.02, 0.02, 0.02, 0.02], rtol=1e-5)
-    assert losses[2] < losses[1] < losses[0]  # the first update counts
+    assert losses[2] < losses[1] < losses[0]  # the first update has an effect
     assert losses[-1] < losses[0] - 0.5
     assert learner._jitted_sft_step._cache_size() == 1
 
@@ -383,7 +382,7 @@ def test_sft_loss_is_the_weighted_mean(sgd, params0, true_logprobs):
         )
 
 
-def test_the_optimizer_clips_and_spares_norms_and_biases(params0):
+def test_norms_and_biases_are_not_decayed(params0):
     optimizer = adamw(constant(1.0), beta1=0.0, beta2=0.0, weight_decay=0.5, clip_norm=1.0)
     zeros = jax.tree.map(jnp.zeros_like, params0)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params0), params0)
@@ -396,7 +395,7 @@ def test_the_optimizer_clips_and_spares_norms_and_biases(params0):
 
 
 def test_sampler_and_learner_agree(sgd, tiny_config, params0):
-    """Tokens from the real generator: first update's ratios are 1 to numerical tolerance."""
+    """With tokens of the real generator, the first update's ratios are 1 up to rounding."""
     generator = Generator(
         tiny_config,
         stop_table=build_stop_table([b"x"] * 320, []),

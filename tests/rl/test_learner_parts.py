@@ -1,4 +1,4 @@
-"""The learner beyond a plain policy: critics, adapters, other objectives, updates to skip."""
+"""The learner with critics, adapters and other objectives, and its skipped updates."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -55,13 +55,13 @@ HEAD = {
 
 
 def descent(rate):
-    """The first change of the parameters is the gradient times -rate; keeps momentum."""
+    """Gradient descent with momentum, whose first change is the gradient times -rate."""
     schedule = optax.constant_schedule(rate)
     return OptimizerSpec(optax.sgd(schedule, momentum=0.5), schedule)
 
 
 def adam():
-    """First moments in bfloat16."""
+    """AdamW with first moments in bfloat16."""
     schedule = warmup_cosine(0.01, warmup_steps=3, total_steps=9, final_fraction=0.1)
     optimizer = adamw(
         schedule,
@@ -87,7 +87,7 @@ def make_learner(config, kind, policy, critic, mesh=(1, 1, 1)):
 
 @dataclass(frozen=True)
 class Made:
-    """A learner, the state that it begins with, and one in which nothing is zero any more."""
+    """A learner, its start state, and a state without zero parameters."""
 
     learner: Learner
     start: TrainState
@@ -126,7 +126,7 @@ def lively(learner, state):
 
 @pytest.fixture(scope="module")
 def naive_hidden(tiny_config):
-    """`(params, [N, 16] tokens) -> [N, 16, D]`: every sequence in a row of its own."""
+    """Returns `(params, [N, 16] tokens) -> [N, 16, D]` hidden states, one sequence per row."""
     graphdef, _ = abstract_model(tiny_config)
 
     def run(params, tokens):
@@ -147,7 +147,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def naive_logprobs(naive_hidden, tokens):
-    """`params -> [n]` for each sequence, in numpy float64; 0 at its first token."""
+    """Returns `params -> [n]` log-probs per sequence in float64, 0 at its first token."""
 
     def run(params):
         hidden = np.asarray(naive_hidden(params, tokens), np.float64)
@@ -167,7 +167,7 @@ def naive_values(hidden):
 
 @pytest.fixture(scope="module")
 def unweighted(params0, tokens, naive_hidden, naive_logprobs):
-    """Ragged, with inserted stretches; log-probs and values some way from the models' own."""
+    """Ragged sequences with inserted tokens; log-probs and values differ from the models'."""
     rng = np.random.default_rng(5)
     values = naive_values(naive_hidden(params0, tokens))
     sequences = []
@@ -198,7 +198,7 @@ def batch(sequences):
 
 
 def spread(sequences):
-    """Each sequence in a row of its own, in the shape of `SIZES`."""
+    """Packs each sequence into a separate row, in the shape of `SIZES`."""
     arrays = {}
     for name, array in pack(sequences, **SIZES).arrays().items():
         if array.ndim:
@@ -221,7 +221,7 @@ def copy(state):
 
 
 def update(learner, state, batch, objective, kl_coef=KL_COEF):
-    """The next state and the metrics; `state` is kept."""
+    """Returns the next state and the metrics; does not donate `state`."""
     return learner.rl_step(copy(state), learner.put(batch), objective=objective, kl_coef=kl_coef)
 
 
@@ -249,7 +249,9 @@ def descended(params, gradient, rate):
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
-def test_values_are_read_off_hidden_states(made, kind, params0, batch, tokens, naive_hidden):
+def test_values_are_a_linear_head_on_hidden_states(
+    made, kind, params0, batch, tokens, naive_hidden
+):
     learner, start, state = made(kind).learner, made(kind).start, made(kind).lively
     arrays = learner.put(batch)
     head = start.params["critic"]["head"]
@@ -261,7 +263,7 @@ def test_values_are_read_off_hidden_states(made, kind, params0, batch, tokens, n
     for i, length in enumerate(LENGTHS):
         assert got[i][0] == 0.0
         np.testing.assert_allclose(got[i][1:length], want[i, : length - 1], rtol=1e-4, atol=1e-5)
-    # The policy's own layers count where they are shared, and only there.
+    # The policy's layers change the values only with a shared trunk.
     policy = jax.tree.map(lambda p: 1.1 * p, state.params["policy"])
     other = learner.values(replace(state, params=state.params | {"policy": policy}), arrays)
     same = np.array_equal(batch.unpack(np.asarray(other))[0], got[0])
@@ -270,7 +272,7 @@ def test_values_are_read_off_hidden_states(made, kind, params0, batch, tokens, n
 
 @pytest.fixture(scope="module")
 def value_loss_and_gradient(params0, sequences, tokens, naive_hidden):
-    """PPO's value loss and its gradient for (trunk, head), on rows of one sequence each."""
+    """PPO's value loss and its gradients by (trunk, head), with one sequence per row."""
     columns = {}
     for name in ("values", "returns", "weights"):
         columns[name] = np.zeros((len(LENGTHS), LENGTH), np.float32)
@@ -292,7 +294,7 @@ def without_critic(made, batch):
     return step(made("plain").learner, made("plain").start, batch, PPO)
 
 
-def test_a_critic_of_its_own_leaves_the_policy_alone(
+def test_a_separate_critic_does_not_change_the_policy(
     made, params0, batch, without_critic, value_loss_and_gradient
 ):
     learner, state = made("own").learner, made("own").lively
@@ -311,7 +313,7 @@ def test_a_critic_of_its_own_leaves_the_policy_alone(
     np.testing.assert_allclose(metrics["critic/grad_norm"], VALUE * norm, rtol=1e-4)
     assert metrics["critic/learning_rate"] == CRITIC_RATE
     assert max(np.abs(g).max() for g in jax.tree.leaves(trunk)) > 1e-2
-    # Nor does either read the other's columns.
+    # Policy and critic do not read each other's columns.
     returns = step(learner, state, batch.with_columns(returns=batch.columns["returns"] + 1), PPO)
     assert_same_bits(returns[0]["policy"], params["policy"])
     advantages = batch.with_columns(advantages=-batch.columns["advantages"])
@@ -341,7 +343,7 @@ def test_the_loss_is_the_sum_of_its_terms(
     metrics = step(made(kind).learner, made(kind).lively, batch, PPO)[1]
     value_loss = value_loss_and_gradient[0]
     np.testing.assert_allclose(metrics["loss/value"], value_loss, rtol=1e-5)
-    # With weights of a mean over tokens, the entropy term is the figure "entropy".
+    # With token_mean weights, the entropy term is the metric "entropy".
     total = metrics["loss/policy"] - PPO.loss.entropy * metrics["entropy"] + VALUE * value_loss
     np.testing.assert_allclose(metrics["loss/total"], total, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -356,7 +358,7 @@ def test_the_loss_is_the_sum_of_its_terms(
 
 
 def test_a_critic_that_starts_at_zero_moves_its_head_first(made, batch):
-    """No gradient goes through a head of zeros: the trunk stays, the bias goes to the returns."""
+    """A head of zeros passes no gradient, so the trunk stays and the bias moves."""
     params, _ = step(made("own").learner, made("own").start, batch, PPO)
     assert_same_bits(params["critic"]["trunk"], made("own").start.params["critic"]["trunk"])
     assert np.all(params["critic"]["head"]["weight"] != 0)
@@ -365,7 +367,7 @@ def test_a_critic_that_starts_at_zero_moves_its_head_first(made, batch):
 # ---- adapters ------------------------------------------------------------------------------
 
 
-def test_adapters_alone_are_trained(made, params0, batch):
+def test_only_adapters_are_trained(made, params0, batch):
     learner, start = made("lora").learner, made("lora").start
     # (in + out) · rank of each layer: q 16 + 32, v 16 + 16, o 32 + 16, down 32 + 16.
     assert sum(leaf.size for leaf in jax.tree.leaves(start.params)) == 2 * 2 * (48 + 32 + 48 + 48)
@@ -374,14 +376,16 @@ def test_adapters_alone_are_trained(made, params0, batch):
     for name in LORA.targets:
         before, after = start.params["policy"][name], params["policy"][name]
         assert np.any(before["a"]) and not np.any(before["b"])
-        np.testing.assert_array_equal(after["a"], before["a"])  # b is 0, and so its gradient
+        np.testing.assert_array_equal(after["a"], before["a"])  # its gradient is 0 while b is 0
         assert np.abs(after["b"]).max() > 1e-5
     assert metrics["grad_norm"] > 0
     assert_same_bits(learner.base, params0)
 
 
-def test_the_first_gradient_of_adapters_is_the_weights_own(made, batch, without_critic, params0):
-    """W + s·a·b: at b = 0 its gradient is s · aᵀ · dW (arXiv 2106.09685, eq. 3)."""
+def test_the_first_gradient_of_adapters_is_that_of_the_weights(
+    made, batch, without_critic, params0
+):
+    """The gradient of b in W + s·a·b is s · aᵀ · dW (arXiv 2106.09685, eq. 3)."""
     learner, start = made("lora").learner, made("lora").start
     got = step(learner, start, batch, PPO)[0]["policy"]
     for name in LORA.targets:
@@ -397,9 +401,7 @@ def test_the_first_gradient_of_adapters_is_the_weights_own(made, batch, without_
         )
 
 
-def test_the_policy_is_the_base_with_its_adapters_added(
-    made, params0, batch, sequences, naive_logprobs
-):
+def test_the_policy_is_the_base_plus_its_adapters(made, params0, batch, sequences, naive_logprobs):
     learner, state = made("lora").learner, made("lora").lively
     merged = learner.policy(state)
     for path, leaf in nnx.to_flat_state(merged):
@@ -439,7 +441,7 @@ def test_adapters_can_be_fine_tuned(tiny_config, params0, batch):
     assert_same_bits(learner.base, params0)
 
 
-# ---- what an update does not depend on -----------------------------------------------------
+# ---- independence --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -452,7 +454,7 @@ def test_adapters_can_be_fine_tuned(tiny_config, params0, batch):
     ],
     ids=["gspo with llds", "ppo", "ppo, shared trunk", "lora"],
 )
-def test_the_cut_of_the_batch(made, unweighted, weighted, kind, objective, aggregate):
+def test_updates_do_not_depend_on_packing(made, unweighted, weighted, kind, objective, aggregate):
     sequences = weighted(unweighted, aggregate, 12)
     packed, apart = pack(sequences, **SIZES), spread(sequences)
     assert (packed.num_microbatches, apart.num_microbatches) == (1, 2)
@@ -464,7 +466,7 @@ def test_the_cut_of_the_batch(made, unweighted, weighted, kind, objective, aggre
     assert metrics.keys() == other_metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(value, other_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    # The objective's own parts take part.
+    # Clipping, the preserving term and the critic have an effect.
     assert 0 < metrics["clip_fraction"] < 1
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 1e-2
     if objective.loss.llds:
@@ -473,8 +475,8 @@ def test_the_cut_of_the_batch(made, unweighted, weighted, kind, objective, aggre
         assert metrics["loss/value"] > 1e-2
 
 
-def test_the_mesh(made, batch):
-    """Adapters and a critic, sharded: the policy of the one here, the critic of the other."""
+def test_updates_do_not_depend_on_the_mesh(made, batch):
+    """Sharded adapters and a sharded critic equal those of two learners on one device."""
     there = made("lora, own", (2, 2, 2))
     leaves = jax.tree.leaves(there.lively.params)
     assert {len(leaf.sharding.device_set) for leaf in leaves} == {8}
@@ -487,25 +489,25 @@ def test_the_mesh(made, batch):
         want, want_metrics = step(here.learner, here.lively, batch, PPO)
         assert_trees_close(params[name], want[name])
         if kind == "own":
-            figures = {figure for figure in metrics if "critic" in figure or "value" in figure}
+            names = {metric for metric in metrics if "critic" in metric or "value" in metric}
         else:
-            figures = want_metrics.keys() - {"loss/total"}
-        for figure in figures:
+            names = want_metrics.keys() - {"loss/total"}
+        for metric in names:
             np.testing.assert_allclose(
-                metrics[figure], want_metrics[figure], rtol=1e-4, atol=1e-5, err_msg=figure
+                metrics[metric], want_metrics[metric], rtol=1e-4, atol=1e-5, err_msg=metric
             )
 
 
-# ---- updates that are skipped --------------------------------------------------------------
+# ---- skipped updates -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_config, params0, batch):
     """A learner with a critic and AdamW after one update, and its next state.
 
-    Its loss has two more terms, whose inputs `soured` puts into the unused column `ref_logprobs`.
-    One is sqrt(1 - s) - (1 - s), which is 0 for s = 0 and s = 1 and has an infinite derivative at
-    s = 1. The other is a constant.
+    Its loss has two more terms. `with_inputs` puts their inputs into the unused column
+    `ref_logprobs`. One term is sqrt(1 - s) - (1 - s), which is 0 for s = 0 and s = 1 and has an
+    infinite derivative at s = 1. The other is a constant.
     """
     original = learner_module.policy_terms
 
@@ -520,25 +522,25 @@ def trained(tiny_config, params0, batch):
     state = lively(learner, learner.init(params0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner_module, "policy_terms", with_root)
-        state, _ = update(learner, state, soured(batch), PPO)
-    after, metrics = update(learner, state, soured(batch), PPO)
+        state, _ = update(learner, state, with_inputs(batch), PPO)
+    after, metrics = update(learner, state, with_inputs(batch), PPO)
     assert metrics["skipped_updates"] == 0
     assert (int(state.step), int(after.step)) == (1, 2)
     return learner, state, jax.device_get(after)
 
 
-def soured(batch, sour=0.0, added=0.0):
+def with_inputs(batch, sour=0.0, added=0.0):
     column = np.zeros_like(batch.mask)
     column[..., 0], column[..., 1] = sour, added
     return batch.with_columns(ref_logprobs=column)
 
 
 def assert_skipped(trained, new, metrics, batch):
-    """Nothing has moved; the next update is as if nothing had been."""
+    """Checks that the state is unchanged and that the next update is not affected."""
     learner, state, after = trained
     assert metrics["skipped_updates"] == 1
     assert_same_bits(jax.device_get(new), jax.device_get(state))
-    assert_same_bits(jax.device_get(update(learner, new, soured(batch), PPO)[0]), after)
+    assert_same_bits(jax.device_get(update(learner, new, with_inputs(batch), PPO)[0]), after)
 
 
 @pytest.mark.parametrize(
@@ -556,25 +558,25 @@ def test_one_bad_token_skips_the_update(trained, batch, column, value):
     learner, state, _ = trained
     bad = batch.columns[column].copy()
     bad[tuple(np.argwhere(batch.mask > 0)[5])] = value
-    bad_batch = soured(batch).with_columns(**{column: bad})
+    bad_batch = with_inputs(batch).with_columns(**{column: bad})
     new, metrics = update(learner, state, bad_batch, PPO)
     assert not np.isfinite(metrics["loss/total"])
     assert_skipped(trained, new, metrics, batch)
 
 
 def test_a_bad_gradient_of_a_finite_loss_skips_the_update(trained, batch):
-    """The square root of 0: its value is fine, its derivative is not."""
+    """The square root of 0 has a finite value and an infinite derivative."""
     learner, state, _ = trained
-    new, metrics = update(learner, state, soured(batch, sour=1.0), PPO)
+    new, metrics = update(learner, state, with_inputs(batch, sour=1.0), PPO)
     assert np.isfinite(metrics["loss/total"]) and not np.isfinite(metrics["grad_norm"])
-    assert np.isfinite(metrics["critic/grad_norm"])  # and yet the critic waits, too
+    assert np.isfinite(metrics["critic/grad_norm"])  # but the critic is skipped, too
     assert_skipped(trained, new, metrics, batch)
 
 
 @pytest.mark.parametrize("added", [np.nan, np.inf, -np.inf])
 def test_a_bad_loss_with_a_finite_gradient_skips_the_update(trained, batch, added):
     learner, state, _ = trained
-    new, metrics = update(learner, state, soured(batch, added=added), PPO)
+    new, metrics = update(learner, state, with_inputs(batch, added=added), PPO)
     assert np.isfinite(metrics["grad_norm"]) and np.isfinite(metrics["critic/grad_norm"])
     assert not np.isfinite(metrics["loss/total"])
     assert_skipped(trained, new, metrics, batch)
@@ -594,8 +596,8 @@ def test_the_abstract_state_is_that_of_init(made, kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "own", "shared", "lora"])
-def test_moments_are_those_of_what_is_trained(tiny_config, kind):
-    """Two moments for each trained number and nothing else but counts; the first in bfloat16."""
+def test_optimizer_moments_match_the_trained_parameters(tiny_config, kind):
+    """Two moments per trained number, the first in bfloat16, and nothing else but counts."""
     state = make_learner(tiny_config, kind, adam(), adam()).abstract_state()
     assert state.opt_state.keys() == state.params.keys()
     for name, params in state.params.items():
@@ -611,7 +613,7 @@ def test_moments_are_those_of_what_is_trained(tiny_config, kind):
 
 
 def test_first_moments_in_bfloat16_by_hand():
-    """After two equal gradients: (1 - 0.9²)·g to a bfloat16's 8 bits, (1 - 0.99²)·g² exactly."""
+    """Two equal gradients give (1 - 0.9²)·g up to 8 bits of bfloat16, and (1 - 0.99²)·g²."""
     optimizer = adam().optimizer
     params = {"w": jnp.zeros(3)}
     gradient = {"w": jnp.array([3e-1, -2e-1, 1e-3])}

@@ -1,3 +1,5 @@
+"""Chunked log-probs and entropies against naive ones: values, gradients, memory, sharding."""
+
 import functools
 import math
 import re
@@ -29,7 +31,7 @@ def naive(hidden, unembed, targets, temperature=1.0):
 
 
 def gradients(function, hidden, unembed, targets, by_logprob, by_entropy):
-    """Of sum(by_logprob * logprobs + by_entropy * entropy), as to hidden and unembed."""
+    """Gradients of sum(by_logprob * logprobs + by_entropy * entropy) by hidden and unembed."""
 
     def loss(h, u):
         logprobs, entropy = function(h, u, targets)
@@ -46,7 +48,7 @@ def naive_float64(hidden, unembed, targets, temperature):
 
 
 def complex_step(function, x):
-    """Gradient of a real analytic `function` at `x`, exact to float64: Im f(x + ih) / h."""
+    """Returns the gradient of a real analytic function at x in float64: Im f(x + ih) / h."""
     gradient = np.zeros(x.shape)
     for index in np.ndindex(x.shape):
         moved = x.astype(np.complex128)
@@ -56,7 +58,7 @@ def complex_step(function, x):
 
 
 def compiled_gradients(function, *arguments):
-    """The compiled values and gradients, with the entropy among them, from hidden and unembed."""
+    """Compiles values and gradients, including those of the entropy, of hidden and unembed."""
 
     def loss(h, u, t):
         logprobs, entropy = function(h, u, t)
@@ -78,7 +80,7 @@ def test_by_hand():
     p = np.array([1, 2, 5]) / 8
     np.testing.assert_allclose(logprobs, [[np.log(5 / 8)]], rtol=1e-6)
     np.testing.assert_allclose(entropy, [[-(p * np.log(p)).sum()]], rtol=1e-6)
-    # Temperature 1/2 squares the odds: 1, 4, 25 of 30.
+    # Temperature 1/2 squares the odds to 1, 4 and 25 of 30.
     logprobs, _ = chunked_logprobs(hidden, unembed, jnp.array([[1]]), chunk=1, temperature=0.5)
     np.testing.assert_allclose(logprobs, [[np.log(4 / 30)]], rtol=1e-6)
 
@@ -93,8 +95,8 @@ def test_equals_naive(chunk, temperature):
 
 
 def test_gradients_by_hand():
-    # Logits 0 and 2 at temperature 1/2: p = sigmoid(4) of the second token. By its logit x = 2,
-    # log p changes by (1 - p) / temperature, the entropy by -(x / temperature) p (1 - p) / temp.
+    # With logits 0 and 2 at temperature 1/2 the second token has p = sigmoid(4). By its logit x = 2
+    # the derivative of log p is (1 - p) / temp, that of the entropy -(x / temp) p (1 - p) / temp.
     p = 1 / (1 + np.exp(-4))
     hidden, unembed, targets = jnp.ones((1, 1, 1)), jnp.array([[0.0, 2.0]]), jnp.array([[1]])
 
@@ -119,7 +121,7 @@ def test_gradients_by_hand():
     entropy_scale=st.sampled_from([0.0, 0.01, -1.0, 2.0]),
 )
 def test_gradients_equal_naive(batch, length, vocab, chunk, temperature, entropy_scale):
-    # Numbers of numpy: jax would compile its own for each shape.
+    # numpy's random numbers, because jax would compile a program for each shape.
     random = np.random.default_rng(0)
     hidden, unembed = random.normal(size=(batch, length, 4)), random.normal(size=(4, vocab))
     targets = random.integers(0, vocab, (batch, length), np.int32)
@@ -161,7 +163,7 @@ def test_without_entropy_its_cotangent_is_not_used():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_hidden_is_accumulated_in_float32_and_weights_keep_float32_gradients():
+def test_bfloat16_hidden_accumulates_in_float32_and_weights_have_float32_gradients():
     hidden, unembed, targets = inputs(length=32, dtype=jnp.bfloat16)
 
     def total(h, u):
@@ -196,8 +198,8 @@ def test_bfloat16_gradients_are_within_the_rounding_of_their_factors():
         return (by_logprob * logprobs + by_entropy * entropy).sum()
 
     by_logits = complex_step(total, rows @ weights).reshape(-1, vocab)
-    # The rounding to bfloat16 is off by 2^-8 of the number at most. Rounded are the gradient of
-    # the logits and, once more, the result for `hidden`; that for `unembed` is float32.
+    # Rounding to bfloat16 changes a number by at most 2^-8 of it. The gradient of the logits is
+    # rounded, and then the gradient of `hidden`; the gradient of `unembed` is float32.
     factors = [(by_logits, weights.T, 2), (rows.reshape(-1, width).T, by_logits, 1)]
     for gradient, (left, right, roundings) in zip(got, factors, strict=True):
         want = (left @ right).reshape(gradient.shape)
@@ -206,7 +208,7 @@ def test_bfloat16_gradients_are_within_the_rounding_of_their_factors():
         assert bound.max() < 0.01 * np.abs(want).max()
 
 
-def test_the_logits_never_exist():
+def test_the_whole_logits_are_never_in_memory():
     batch, length, width, vocab, chunk = 2, 512, 32, 8192, 32
     arguments = inputs(batch, length, width, vocab)
     elements = batch * length * vocab
@@ -214,13 +216,13 @@ def test_the_logits_never_exist():
         function = functools.partial(chunked_logprobs, chunk=chunk, with_entropy=with_entropy)
         program = compiled_gradients(function, *arguments)
         assert largest_array(program) == batch * chunk * vocab == elements // 16
-        # Three chunks of logits at most (they, shifted, exponentiated), whatever T is; what the
-        # sum of the weights' gradient takes; hidden states and their gradient, in two orders.
+        # At most three chunks of logits for any T (raw, shifted, exponentiated), the buffers of the
+        # sum of the weights' gradient, and hidden states and their gradient in two orders.
         temp_bytes = program.memory_analysis().temp_size_in_bytes
         logits, weights = 3 * batch * chunk * vocab, 2 * width * vocab
         hidden = 4 * batch * length * width
         assert temp_bytes < (logits + weights + hidden) * 4 < elements * 4 / 3
-    # The same measures do see the logits where they exist.
+    # The same measure sees whole logits in the naive program.
     whole = compiled_gradients(naive, *arguments)
     assert largest_array(whole) >= elements
     assert whole.memory_analysis().temp_size_in_bytes >= elements * 4
@@ -228,8 +230,8 @@ def test_the_logits_never_exist():
 
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**16), st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([4, 16]))
-def test_the_mask_leaves_out_results_and_gradients(seed, share, chunk):
-    """As the naive ones where the mask is 1, and 0 elsewhere; whole rows may be empty."""
+def test_masked_positions_have_zero_results_and_gradients(seed, share, chunk):
+    """Results equal the naive ones where the mask is 1; whole rows may be masked."""
     hidden, unembed, targets = inputs(batch=3, length=16)
     rng = np.random.default_rng(seed)
     mask = rng.random((3, 16)) < share
@@ -253,9 +255,9 @@ def test_the_mask_leaves_out_results_and_gradients(seed, share, chunk):
 
 
 def test_chunks_without_a_wanted_position_are_not_computed():
-    """A chunk beyond the mask may hold anything, even what would make the gradient nan."""
+    """Hidden states of masked chunks may hold values that would make the gradient NaN."""
     hidden, unembed, targets = inputs(length=12)
-    mask = jnp.zeros((2, 12)).at[:, 8:].set(1)  # comes first when sorted: one chunk of 4
+    mask = jnp.zeros((2, 12)).at[:, 8:].set(1)  # sorted to the front: one chunk of 4
     spoilt = jnp.where(mask[..., None] > 0, hidden, jnp.nan)
 
     def loss(h, u):
@@ -267,7 +269,7 @@ def test_chunks_without_a_wanted_position_are_not_computed():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_sharded_rows_and_vocabulary_give_the_same_and_stay_sharded():
+def test_sharded_rows_and_vocabulary_give_the_same_result_and_stay_sharded():
     batch, length, width, vocab, chunk = 4, 32, 8, 512, 16
     hidden, unembed, targets = inputs(batch, length, width, vocab)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -278,7 +280,7 @@ def test_sharded_rows_and_vocabulary_give_the_same_and_stay_sharded():
     def function(h, embedding, t):
         return chunked_logprobs(h, embedding.T, t, chunk=chunk)
 
-    # The embedding of tied weights, its vocabulary over `tensor` and its width over `fsdp`.
+    # Tied weights: the embedding's vocabulary is sharded over `tensor`, its width over `fsdp`.
     whole = hidden, unembed.T, targets
     sharded = put(hidden, ROWS), put(unembed.T, "tensor", "fsdp"), put(targets, ROWS)
     program = compiled_gradients(function, *sharded)

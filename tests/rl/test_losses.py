@@ -1,3 +1,5 @@
+"""Losses, KL estimates and weights by hand and against loops in numpy float64."""
+
 import functools
 import itertools
 
@@ -41,7 +43,7 @@ def LLDS(*arrays):
     return likelihood_preserving(*arrays), None
 
 
-# Every function of masked tokens, with one signature: (x, base, advantages or returns, mask).
+# All functions of masked tokens with one signature: (x, base, advantages or returns, mask).
 OF_TOKENS = {
     "clipped_surrogate": PPO,
     "dual_clip": DUAL,
@@ -66,7 +68,7 @@ def logs(*ratios):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_clipped_gradient(function, *arrays):
-    """The function's two results and the gradient of the first's sum by the first argument."""
+    """Returns both results and the gradient of the sum of the first by the first argument."""
 
     def total(first):
         loss, clipped = function(first, *arrays[1:])
@@ -78,7 +80,7 @@ def loss_clipped_gradient(function, *arrays):
 
 @functools.partial(jax.jit, static_argnums=0)
 def results_and_gradients(function, x, base, advantages, mask):
-    """All results, and the gradients of the first's sum by the three arrays of floats."""
+    """Returns all results and the gradients of the sum of the first by the three float arrays."""
 
     def total(*floats):
         results = jax.tree.leaves(function(*floats, mask))
@@ -99,16 +101,16 @@ def assert_close(got, want):
 
 
 def on_grid(shape, low, high):
-    """Multiples of 1/64: their sums are exact in float32, so no comparison hangs on rounding."""
+    """Draws multiples of 1/64, whose float32 sums are exact, so that comparisons do not round."""
     ints = hnp.arrays(np.int32, shape, elements=st.integers(low * 64, high * 64))
     return ints.map(lambda n: (n / 64).astype(np.float32))
 
 
 @st.composite
 def packed_batches(draw):
-    """logprobs, old_logprobs, advantages, mask, segment_ids of ragged packed rows [2, 12].
+    """Draws logprobs, old_logprobs, advantages, mask and segment_ids of ragged rows [2, 12].
 
-    Rows may be empty or full, sequences of one token, policy tokens anywhere in them or nowhere.
+    Rows may be empty or full. Sequences may have one token and any number of policy tokens.
     """
     segment_ids = np.zeros(PACKED, np.int32)
     for row in segment_ids:
@@ -123,7 +125,7 @@ def packed_batches(draw):
 
 
 def ppo_token(ratio, advantage, dual_clip=None):
-    """Loss, clipped and gradient in Python floats, by cases of the advantage's sign."""
+    """Returns loss, clipped and gradient in Python floats, by the sign of the advantage."""
     if advantage >= 0:
         used = min(ratio, 1.3)
     else:
@@ -132,10 +134,10 @@ def ppo_token(ratio, advantage, dual_clip=None):
     return -used * advantage, not free, -ratio * advantage if free else 0.0
 
 
-def test_dual_clip_is_off_or_above_one():
+def test_dual_clip_must_be_zero_or_above_one():
     arrays = (jnp.zeros((1, 2)),) * 3 + (jnp.ones((1, 2)),)
     for wrong in (0.5, 1.0, -2.0, np.nan):
-        with pytest.raises(ValueError, match="dual_clip must be 0"):
+        with pytest.raises(ValueError, match="dual_clip is "):
             clipped_surrogate(*arrays, **CLIP, dual_clip=wrong)
     clipped_surrogate(*arrays, **CLIP, dual_clip=1.5)
 
@@ -153,7 +155,7 @@ def test_clipped_surrogate_by_hand():
 
 
 def test_dual_clip_by_hand():
-    # A < 0: the loss ratio·|A| is at most 3|A|; A > 0: nothing changes.
+    # With A < 0 the loss ratio·|A| is at most 3|A|. With A > 0 nothing changes.
     ratios = [2.0, 5.0, 2.0, 0.5, 5.0]
     advantages = jnp.array([[-1.0, -2.0, 1.0, -1.0, -1.0]])
     mask = jnp.array([[1, 1, 1, 1, 0]])
@@ -167,8 +169,8 @@ def test_dual_clip_by_hand():
 
 
 def test_sequence_surrogate_by_hand():
-    # Ratios 2 and 1/2: the sequence's is 1, though both tokens are out of range. 2 alone: clipped
-    # at 1.3. 4 and 1: 2, which A < 0 leaves alone. 1/4: clipped at 0.8.
+    # Token ratios 2 and 1/2 give the sequence ratio 1, though both are out of range. 2 alone is
+    # clipped at 1.3. 4 and 1 give 2, which A < 0 does not clip. 1/4 is clipped at 0.8.
     ratios = jnp.array([[9.0, 2.0, 0.5, 2.0, 9.0, 9.0], [4.0, 9.0, 1.0, 0.25, 0.25, 9.0]])
     mask = jnp.array([[0, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]])
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 2, 0]])
@@ -199,7 +201,7 @@ def test_sequence_surrogate_has_the_paper_gradient_when_tokens_are_averaged():
 
 
 def test_sequence_surrogate_clamps_the_mean_and_not_its_tokens():
-    # Log-ratios 30 and -30.2: the mean is -0.1. Each held at ±20, it would be 0.
+    # The mean of the log-ratios 30 and -30.2 is -0.1. Clamping each to ±20 would make it 0.
     logprobs = jnp.array([[0.0, -30.2]])
     ones = jnp.ones((1, 2))
     arrays = (logprobs, jnp.array([[-30.0, 0.0]]), ones, ones, ones.astype(int))
@@ -214,7 +216,7 @@ def test_cispo_keeps_the_gradient_of_tokens_out_of_range():
     arrays = (jnp.log(0.25 * ratios), logs(0.25, 0.25, 0.25, 0.25), advantages)
     mask = jnp.array([[1, 1, 1, 0]])
     loss, clipped, gradient = loss_clipped_gradient(CISPO, *arrays, mask)
-    # -weight A and, for the loss, times log(ratio / 4); the weights are 1.1, 1.3, 0.8.
+    # The gradient is -weight A, the loss that times log(ratio / 4); weights are 1.1, 1.3, 0.8.
     want = [[-1.1 * np.log(0.275), 1.3 * np.log(0.5), -1.6 * np.log(0.125), 0.0]]
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_array_equal(clipped, [[False, True, True, False]])
@@ -239,13 +241,14 @@ def test_truncated_importance_weights_by_hand():
     gradients = jax.grad(lambda *x: TRUNCATED(*x, mask).sum(), argnums=(0, 1))(old, sampler)
     for gradient in gradients:
         np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
-    with pytest.raises(ValueError, match="cap must be above 0"):
+    with pytest.raises(ValueError, match="must be above 0"):
         truncated_importance_weights(old, sampler, mask, cap=0.0)
 
 
 def test_likelihood_preserving_by_hand():
-    # Actions' changes: -0.5 + 0.25 < 0: its first token; -0.5 + 0.75 > 0: none; -1 with A < 0:
-    # none. Second row: A = 0 counts as no mistake; an unchanged token has no gradient.
+    # First row: an action with the change -0.5 + 0.25 < 0 has a loss at its first token; one with
+    # -0.5 + 0.75 > 0, or with -1 and A < 0, has none. Second row: A = 0 counts as good; an
+    # unchanged token has no gradient.
     change = np.zeros((2, 9), np.float32)
     change[0] = [-9, -0.5, 0.25, -9, -0.5, 0.75, -9, -1, -9]
     change[1] = [-0.25, 0.0, -9, -9, -9, -9, -9, 0.5, -0.75]
@@ -263,15 +266,15 @@ def test_likelihood_preserving_by_hand():
 
 @settings(deadline=None, max_examples=20)
 @given(floats, signed, masks)
-def test_likelihood_preserving_is_silent_before_the_first_update(logprobs, advantages, mask):
+def test_likelihood_preserving_is_zero_in_the_first_update(logprobs, advantages, mask):
     loss, _, gradient = loss_clipped_gradient(LLDS, logprobs, logprobs, advantages, mask)
     np.testing.assert_array_equal(loss, np.zeros(SHAPE))
     np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
 
 
 def test_value_loss_by_hand():
-    # Away from the return: the larger error counts, free. Towards it and beyond the clip: held at
-    # old ± 0.5. Within the clip: free. Masked: 0.
+    # Away from the return: the larger error, unclipped. Towards it beyond the clip: clipped at
+    # old ± 0.5. Within the clip: unclipped. Masked: 0.
     values = jnp.array([[2.0, 2.0, 1.25, 5.0]])
     old, returns = jnp.ones((1, 4)), jnp.array([[0.0, 3.0, 0.0, 0.0]])
     mask = jnp.array([[1, 1, 1, 0]])
@@ -288,8 +291,8 @@ def test_value_loss_by_hand():
     np.testing.assert_allclose(gradient, [[2.0, -1.0, 1.25, 0.0]], rtol=1e-6)
 
 
-def test_gradient_is_that_of_the_policy_gradient_on_policy_and_stops_at_the_clip():
-    # d(-ratio A)/d logprob = -ratio A; 0 where the clip holds or the mask is 0.
+def test_the_surrogate_has_the_policy_gradient_on_policy_and_none_at_the_clip():
+    # d(-ratio A)/d logprob = -ratio A; 0 where the loss is clipped or the mask is 0.
     advantages = jnp.array([[2.0, -3.0, 1.0, -1.0, 5.0]])
     mask = jnp.array([[True, True, True, True, False]])
 
@@ -393,9 +396,9 @@ def test_kl_estimates_and_weights_equal_numpy_in_float64(logprobs, other, mask):
 
 
 def _packed_and_alone(lengths, arrays):
-    """Two sequences in one row, padded by an empty row, and each alone in its row.
+    """Returns two sequences packed into one row, with an empty row, and in separate rows.
 
-    At a sequence's last token there is nothing to predict, as in packed batches. Padding is nan.
+    A sequence's last token predicts nothing, as in packed batches. Padding is NaN.
     """
     packed = [np.full(PACKED, np.nan, np.float32) for _ in range(3)]
     alone = [np.full(PACKED, np.nan, np.float32) for _ in range(3)]
@@ -421,7 +424,7 @@ def _packed_and_alone(lengths, arrays):
     on_grid((2, 1), -2, 2),
     hnp.arrays(bool, (2, 6)),
 )
-def test_sequences_do_not_feel_that_they_are_packed(lengths, logprobs, old, advantages, mask):
+def test_packing_does_not_change_losses(lengths, logprobs, old, advantages, mask):
     arrays = (logprobs, old, np.repeat(advantages, 6, axis=1), mask)
     packed, alone, places = _packed_and_alone(lengths, arrays)
     for function, count in ((GSPO, 5), (LLDS, 4)):
@@ -453,7 +456,7 @@ def test_k3_equals_numpy_in_float64(logprobs, ref):
 
 
 def test_k1_and_k2_by_hand():
-    # log 2, -log 2 and 0; beyond ±20 held, without a gradient.
+    # Differences log 2, -log 2 and 0; beyond ±20 clamped, without a gradient.
     logprobs, ref = logs(1.0, 0.25, 0.5), logs(0.5, 0.5, 0.5)
     log2 = np.log(2)
     np.testing.assert_allclose(kl_k1(logprobs, ref), [[log2, -log2, 0]], rtol=1e-6)
@@ -467,9 +470,9 @@ def test_k1_and_k2_by_hand():
         np.testing.assert_array_equal(gradient, np.zeros((1, 4)))
 
 
-def test_what_the_kl_estimates_and_their_gradients_expect():
-    """Exactly, over all five tokens: E k1 = E k3 = KL(p || q); the gradients of the means by the
-    logits are 0 (k1), that of KL(p || q) (k2) and that of KL(q || p) (k3)."""
+def test_expectations_of_the_kl_estimates_and_their_gradients():
+    """E k1 = E k3 = KL(p || q), exactly over five tokens. The gradients of the means by the logits
+    are 0 (k1), that of KL(p || q) (k2) and that of KL(q || p) (k3)."""
     logits = jnp.array([[0.3, -1.0, 0.5, 2.0, 0.0]])
     q = jax.nn.log_softmax(jnp.array([[1.0, 0.2, -0.5, 0.4, 0.1]]))
 
@@ -500,7 +503,7 @@ def test_k3_by_hand():
 
 @pytest.mark.parametrize("d", [1e-6, -1e-4, 3e-3, -0.00999, 0.01001])
 def test_k3_keeps_its_digits_near_zero(d):
-    """exp(d) - d - 1 in float32 loses all of them at 1e-4 (k3 = d²/2 + d³/6 + d⁴/24 + …)."""
+    """exp(d) - d - 1 loses all digits in float32 at d = 1e-4 (k3 = d²/2 + d³/6 + d⁴/24 + …)."""
     d = float(np.float32(d))
     want = d**2 / 2 + d**3 / 6 + d**4 / 24
     got = float(kl_k3(jnp.zeros((1, 1)), jnp.full((1, 1), d))[0, 0])
@@ -525,7 +528,7 @@ def test_far_apart_logprobs_stay_finite(sign, name):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", OF_TOKENS)
-def test_masked_positions_are_unread(name, bad):
+def test_masked_positions_are_not_read(name, bad):
     mask = jnp.array([[True, False, True, False]])
     clean = {
         "x": logs(0.4, 0.5, 0.45, 0.3),
@@ -554,7 +557,7 @@ def test_masked_sum():
     assert masked_sum(x, mask) == 5.0
     assert masked_sum(jnp.ones((2, 2)), mask) == 2.0
     np.testing.assert_array_equal(jax.grad(masked_sum)(x, mask), [[1, 0], [0, 1]])
-    # 300 ones in bfloat16 would stop at 256.
+    # A sum of 300 ones in bfloat16 would stop at 256.
     ones = jnp.ones((1, 300), jnp.bfloat16)
     assert masked_sum(ones, jnp.ones((1, 300))) == 300.0
 
@@ -577,7 +580,7 @@ def test_aggregation_weights_without_any_token_are_zero(aggregate):
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_aggregation_weights_are_as_wide_as_the_lengths(aggregate):
+def test_aggregation_weights_keep_the_dtype_of_the_lengths(aggregate):
     function = functools.partial(aggregation_weights, aggregate=aggregate, fixed_tokens=3)
     with jax.enable_x64(True):
         for given_dtype, dtype in (("float64", "float64"), ("int64", "float32")):
@@ -589,7 +592,7 @@ def test_aggregation_weights_are_as_wide_as_the_lengths(aggregate):
 
 @settings(deadline=None, max_examples=40)
 @given(hnp.arrays(np.int32, 5, elements=st.integers(0, 9)), st.data())
-def test_aggregation_weights_equal_means_taken_in_float64(lengths, data):
+def test_aggregation_weights_equal_means_in_float64(lengths, data):
     losses = [data.draw(on_grid(int(n), -2, 2)).astype(np.float64) for n in lengths]
     filled = [x for x in losses if len(x)]
     want = {
@@ -609,10 +612,12 @@ def test_aggregation_weights_can_be_jitted_and_vmapped():
     np.testing.assert_allclose(got, [[1 / 2, 1 / 4], [0, 1 / 4]], rtol=1e-6)
 
 
-def test_aggregation_weights_name_what_is_wrong():
-    with pytest.raises(ValueError, match="token_mean, sequence_mean, fixed_length, not 'mean'"):
+def test_aggregation_weights_refuse_bad_arguments():
+    with pytest.raises(
+        ValueError, match="'mean'; choose one of token_mean, sequence_mean, fixed_length"
+    ):
         aggregation_weights(jnp.ones(2), aggregate="mean")
-    with pytest.raises(ValueError, match="fixed_tokens above 0"):
+    with pytest.raises(ValueError, match="fixed_tokens is "):
         aggregation_weights(jnp.ones(2), aggregate="fixed_length")
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         aggregation_weights(jnp.ones((2, 2)), aggregate="token_mean")

@@ -34,7 +34,7 @@ OBJECTIVES = {
     "all": objective("k2", **SEQUENCE, entropy=0.1, llds=0.4, importance_cap=1.1),
 }
 
-# Packed sequences: row, id in the row, where each begins and ends, and its actions' tokens.
+# Packed sequences: row, id in the row, start, end, and the tokens of each action.
 SEQUENCES = [
     (0, 1, 0, 6, [[1, 2], [4]]),
     (0, 2, 6, 10, [[7, 8]]),
@@ -184,8 +184,8 @@ def one_token(**columns):
 
 
 def test_one_token_by_hand():
-    """ratio 2 clipped to 1.2, importance e^0.5 capped at 1.5, KL k2 of 0.4, entropy 1.5:
-    0.5·(-1.2·2·1.5 - 0.1·1.5 + 0.25·0.08) = -1.865."""
+    """The ratio 2 is clipped to 1.2, the importance weight e^0.5 capped at 1.5. With a k2 KL of
+    0.4²/2 and entropy 1.5 the loss is 0.5·(-1.2·2·1.5 - 0.1·1.5 + 0.25·0.08) = -1.865."""
     old = -1.0
     new = old + np.log(2.0)
     batch = one_token(
@@ -227,7 +227,7 @@ def test_no_kl_in_the_loss_leaves_the_coefficient_unread(batch, left_out):
 
 
 @pytest.mark.parametrize("name", ["clip", "dual clip", "cispo, capped", "llds", "all"])
-def test_masked_columns_are_unread(batch, name):
+def test_masked_tokens_are_not_read(batch, name):
     """Values at other tokens change no bit of the loss, a metric or the gradient."""
     logprobs, entropy, arrays = batch
 
@@ -258,9 +258,9 @@ def test_masked_columns_are_unread(batch, name):
 @pytest.mark.parametrize(
     ("value", "returned", "loss", "gradient", "clipped"),
     [
-        # Clipped to 1.2, further from the return than 1.5 is: 0.5·(1.2 - 3)².
+        # The value is clipped to 1.2, which is further from the return than 1.5: 0.5·(1.2 - 3)².
         (1.5, 3.0, 1.62, 0.0, 1.0),
-        # Beyond the clip on the return's wrong side: 0.5·(1.5 - 1)², which pulls it back.
+        # The value overshot the return, so the unclipped error is larger: 0.5·(1.5 - 1)².
         (1.5, 1.0, 0.125, 0.5, 0.0),
         # Within the clip: 0.5·(1.1 - 3)².
         (1.1, 3.0, 1.805, -1.9, 0.0),
@@ -281,8 +281,7 @@ def test_value_clip_of_one_token(value, returned, loss, gradient, clipped):
     np.testing.assert_allclose(sums["critic/value"], value, rtol=1e-6)
 
 
-def test_value_terms_of_masked_tokens(batch):
-    """The terms read only policy tokens; all others are NaN."""
+def test_value_terms_read_only_policy_tokens(batch):
     mask, weights = np.asarray(batch[2].mask), np.asarray(batch[2].weights, np.float64)
     rng = np.random.default_rng(4)
     values, old, returns = (np.where(mask > 0, rng.normal(size=SHAPE), NAN) for _ in range(3))

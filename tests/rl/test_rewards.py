@@ -1,3 +1,5 @@
+"""Scores and rewards by hand, and properties of the scores."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ def test_normalise_by_hand(text, normal):
 
 
 @pytest.mark.parametrize(
-    "answer, golds, em, f1, cover",
+    "answer, golden_answers, em, f1, cover",
     [
         ("Lima", ["Lima"], 1, 1, 1),
         ("the lima.", ["Lima"], 1, 1, 1),
@@ -45,25 +47,29 @@ def test_normalise_by_hand(text, normal):
         (None, ["Lima"], 0, 0, 0),
     ],
 )
-def test_scores_by_hand(answer, golds, em, f1, cover):
-    assert rewards.exact_match(answer, golds) == em
-    assert rewards.token_f1(answer, golds) == pytest.approx(f1)
-    assert rewards.cover_exact_match(answer, golds) == cover
+def test_scores_by_hand(answer, golden_answers, em, f1, cover):
+    assert rewards.exact_match(answer, golden_answers) == em
+    assert rewards.token_f1(answer, golden_answers) == pytest.approx(f1)
+    assert rewards.cover_exact_match(answer, golden_answers) == cover
 
 
 def test_em_is_equality_and_f1_is_not_em():
-    """A long answer that holds the gold is no exact match, as the released code has it."""
-    answer, golds = "It could be Lima, Quito or La Paz", ["Lima"]
-    assert rewards.exact_match(answer, golds) == 0.0
-    assert rewards.cover_exact_match(answer, golds) == 1.0
-    assert rewards.token_f1(answer, golds) == pytest.approx(2 / 9)  # 8 tokens and 1, 1 shared
-    # By the name that a config and a results table use, too: no name is a copy of another.
-    by_name = {name: rewards.score(name, answer, golds) for name in ("em", "cover_em", "f1")}
+    """An answer that only contains the gold answer is no exact match, unlike in the released code."""
+    answer, golden_answers = "It could be Lima, Quito or La Paz", ["Lima"]
+    assert rewards.exact_match(answer, golden_answers) == 0.0
+    assert rewards.cover_exact_match(answer, golden_answers) == 1.0
+    assert rewards.token_f1(answer, golden_answers) == pytest.approx(
+        2 / 9
+    )  # 1 shared of 8 and 1 tokens
+    # The names of configs and result tables mean the same: no score is a copy of another.
+    by_name = {
+        name: rewards.score(name, answer, golden_answers) for name in ("em", "cover_em", "f1")
+    }
     assert by_name == {"em": 0.0, "cover_em": 1.0, "f1": pytest.approx(2 / 9)}
 
 
 def test_reward_of_a_policy_that_never_answers_is_zero():
-    """The prompt and a document say Beijing, where the released code finds it."""
+    """The prompt and a document contain the answer, where the released code would find it."""
     turns = ["<think>hm</think><search>capital of China</search>", "<think>It must be Beijing"]
     document = prompts.format_documents(["<answer> Beijing </answer>"])
     episode = [prompts.policy_prompt("Capital of China?"), turns[0], document, turns[1]]
@@ -76,12 +82,14 @@ def test_reward_of_a_policy_that_never_answers_is_zero():
 
 
 @given(texts, st.lists(texts, min_size=1, max_size=3))
-def test_the_scores_are_ordered_and_take_the_best_alias(answer, golds):
-    em, f1, cover = (rewards.score(name, answer, golds) for name in ("em", "f1", "cover_em"))
+def test_scores_are_ordered_and_take_the_best_alias(answer, golden_answers):
+    em, f1, cover = (
+        rewards.score(name, answer, golden_answers) for name in ("em", "f1", "cover_em")
+    )
     assert 0 <= em <= f1 <= 1
     assert em <= cover
     for name, value in (("em", em), ("f1", f1), ("cover_em", cover)):
-        assert value == max(rewards.score(name, answer, [gold]) for gold in golds)
+        assert value == max(rewards.score(name, answer, [gold]) for gold in golden_answers)
 
 
 @given(texts, texts)
@@ -114,7 +122,7 @@ def test_format_by_hand(policy_texts, valid):
     assert rewards.format_reward(policy_texts, kinds) == float(valid)
 
 
-def test_a_forced_answer_is_not_in_the_format():
+def test_a_forced_answer_has_no_valid_format():
     assert not rewards.has_valid_format(["<think>a</think> Lima</answer>"], ["answer"])
 
 
@@ -157,7 +165,7 @@ def test_other_papers_rules_by_hand(f1, valid, research, deepresearcher, stage_t
     ("searches", "valid", "reward"),
     [(0, False, 0.0), (1, False, 0.5), (0, True, 0.5), (1, True, 1.0), (4, True, 1.0)],
 )
-def test_the_first_stage_pays_for_a_search_and_for_the_format(searches, valid, reward):
+def test_stage_one_rewards_a_search_and_the_format(searches, valid, reward):
     assert rewards.search_and_format_credit(searches, valid) == reward
 
 
@@ -171,7 +179,7 @@ def _episode_reward(rule, texts, *, searches=1, step=5, name="f1", **changes):
 
 
 def test_an_episodes_reward_by_each_rule():
-    bad = ["<search>q</search>", GOOD[1]]  # both answer "Lima": one of two tokens, F1 2/3
+    bad = ["<search>q</search>", GOOD[1]]  # answers "Lima", one of two tokens: F1 2/3
     wrong = [GOOD[0], "<think>b</think><answer>Quito</answer>"]
     third = pytest.approx(2 / 3)
     rules = ("answer", "research", "deepresearcher", "r1_searcher")
@@ -183,11 +191,11 @@ def test_an_episodes_reward_by_each_rule():
     assert [_episode_reward(rule, wrong) for rule in rules] == [0.0, 0.1, 0.0, 0.0]
     assert [_episode_reward(rule, []) for rule in rules] == [0.0, 0.0, -1.0, -2.0]
     assert _episode_reward("answer", GOOD, name="em", format_weight=0.25) == 0.25
-    with pytest.raises(UserError, match="reward.rule is 'reserch': use one of answer, research"):
+    with pytest.raises(UserError, match="reward.rule is 'reserch'; choose one of answer, research"):
         _episode_reward("reserch", GOOD)
 
 
-def test_the_first_stage_lasts_as_many_steps_as_it_is_told():
+def test_stage_one_lasts_stage_one_steps():
     def reward(step, **parts):
         return _episode_reward("r1_searcher", GOOD, step=step, stage_one_steps=3, **parts)
 

@@ -22,7 +22,7 @@ from zerosearch_jax.training.policy_update import with_weights
 OBJECTIVE = Objective(LossConfig(clip_high=0.3, entropy=0.02), temperature=0.9)
 EIGHT = ((2, 2, 2), (1, 8, 1), (1, 1, 8), (8, 1, 1))
 FEWER = ((1, 1, 1), (2, 2, 1), (1, 1, 4))
-ROWS = 3  # divides by no data axis of these meshes
+ROWS = 3  # not a multiple of the data axes of these meshes
 
 
 def _first_is_fast(meshes):

@@ -117,7 +117,7 @@ def read_rows(path: Path) -> list[dict]:
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a list of rows; remove it or give another --workdir")
     for row in rows:
-        check_format(row["settings"], path.parent)
+        check_format(row.get("settings", {}), path.parent)
     return rows
 
 

@@ -46,13 +46,14 @@ from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import RLConfig, keep_config
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.validate import check
+from zerosearch_jax.training.workdir import check_workdir, keep_config
 
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
@@ -65,6 +66,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
+    check_workdir(workdir)
     check_simulator(config)
     sampler, eval_rows = load_questions(config)
     parts, state = build(config)

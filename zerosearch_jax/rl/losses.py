@@ -1,12 +1,11 @@
-"""The losses of policy-gradient methods, per token: equations and nothing else.
+"""Losses of policy-gradient methods, per token, as pure functions of arrays.
 
-Shapes are `[B, T]`: B rows, T tokens. `mask` is provenance: true (or 1) where the policy itself
-sampled the token. Everywhere else the values are unread: they may be inf or nan, the result is
-exactly 0 there and so is the gradient. Losses come without a denominator, because the learner
-adds numerators and denominators over microbatches and devices before it divides;
-`aggregation_weights` says by what.
+Shapes are `[B, T]`: B rows, T tokens. `mask` is provenance: true (or 1) where the policy sampled
+the token. Values elsewhere are not read and may be inf or NaN; the result and its gradient are
+exactly 0 there. Losses have no denominator, because the learner adds numerators and denominators
+over microbatches and devices before it divides; `aggregation_weights` returns the denominators.
 
-A row may hold several packed sequences. `segment_ids` [B, T] int32 tells them apart: from 1
+A row may hold several packed sequences. `segment_ids` [B, T] int32 distinguishes them: from 1
 within a row, 0 in padding.
 """
 
@@ -16,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 AGGREGATES = ("token_mean", "sequence_mean", "fixed_length")
-"""The means over a batch's tokens that `aggregation_weights` knows."""
+"""Means over the tokens of a batch, see `aggregation_weights`."""
 
 _MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that no exp overflows; a token beyond has
+"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that exp does not overflow. A token beyond has
 left every trust region and gets no gradient."""
 
 
@@ -33,31 +32,32 @@ def clipped_surrogate(
     clip_high: float,
     dual_clip: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """PPO's clipped surrogate as a loss (Schulman et al., arXiv 1707.06347, eq. 7).
+    """Returns PPO's clipped surrogate as a loss (Schulman et al., arXiv 1707.06347, eq. 7).
 
         ratio = exp(logprobs - old_logprobs)
         loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
 
     The dual clip (Ye et al., arXiv 1912.09729, eq. 5) bounds the loss of a token that has become
-    likelier although A < 0, which the clip above leaves open: at most -dual_clip * A.
+    likelier although A < 0. This loss, which the clip above does not bound, is at most
+    -dual_clip * A.
 
     Args:
-      logprobs: [B, T] of the tokens under the policy that is trained.
-      old_logprobs: [B, T] of the same tokens under the policy that sampled them; a constant.
+      logprobs: [B, T] log-probs of the tokens under the policy that is trained.
+      old_logprobs: [B, T] log-probs under the policy that sampled the tokens; a constant.
       advantages: [B, T]; a constant.
       mask: [B, T] bool or 0/1.
       clip_low, clip_high: 0.2 and 0.2 in the paper; a higher `clip_high` is DAPO's clip-higher.
-      dual_clip: a ratio above 1 (3 in its paper); 0: off.
+      dual_clip: above 1 (3 in its paper), or 0 to disable the dual clip.
 
     Returns:
-      loss_per_token [B, T] and clipped [B, T] bool: where a clip holds and stops the gradient.
+      loss_per_token [B, T], and clipped [B, T] bool, where a clip stops the gradient.
 
     Raises:
       ValueError: `dual_clip` is neither 0 nor above 1.
     """
     _assert_same_2d(logprobs, old_logprobs, advantages, mask)
     if dual_clip != 0 and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be 0 (off) or above 1, not {dual_clip}")
+        raise ValueError(f"dual_clip is {dual_clip}; it must be 0 (off) or above 1")
     mask = mask.astype(bool)
     log_ratio = _log_ratio(logprobs, jax.lax.stop_gradient(old_logprobs), mask)
     advantages = _constant(advantages, mask)
@@ -79,31 +79,31 @@ def sequence_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """GSPO's surrogate: one clipped ratio a sequence (Zheng et al., arXiv 2507.18071, eq. 5-7).
+    """Returns GSPO's loss, one ratio per sequence (Zheng et al., arXiv 2507.18071, eq. 5-7).
 
         ratio = exp(mean over the sequence's policy tokens of (logprobs - old_logprobs))
         loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
 
-    Every policy token of a sequence has the sequence's loss, so that their sum divided by their
-    number is the loss of the sequence. The gradient goes through the mean: of that loss, each
-    token gets -ratio * A / length. The paper's variant with an advantage for each token
-    (GSPO-token) is another gradient; here A belongs to the sequence.
+    Every policy token of a sequence has the sequence's loss, so the mean over its policy tokens is
+    the loss of the sequence. The gradient flows through the mean: the log-prob of each token gets
+    -ratio * A / length of that loss. The paper's variant with an advantage per token (GSPO-token)
+    has another gradient; here A belongs to the sequence.
 
     Args:
       logprobs, old_logprobs, mask: as in `clipped_surrogate`.
       advantages: [B, T]; a constant, the same at all tokens of a sequence.
       segment_ids: [B, T] int32, at most T.
-      clip_low, clip_high: 3e-4 and 4e-4 in the paper: a mean varies less than a token.
+      clip_low, clip_high: 3e-4 and 4e-4 in the paper, because a mean varies less than a token.
 
     Returns:
-      loss_per_token [B, T] and clipped [B, T] bool: the policy tokens of clipped sequences.
+      loss_per_token [B, T], and clipped [B, T] bool, the policy tokens of clipped sequences.
     """
     _assert_same_2d(logprobs, old_logprobs, advantages, mask, segment_ids)
     mask = mask.astype(bool)
     difference = jnp.where(mask, logprobs - jax.lax.stop_gradient(old_logprobs), 0.0)
     length = _sum_by_id(mask.astype(difference.dtype), segment_ids)
     mean = _sum_by_id(difference, segment_ids) / jnp.maximum(length, 1.0)
-    # The mean is clamped, not each token, which would make it another mean.
+    # Clamp the mean and not each token, which would change the mean.
     return _clip_objective(jnp.exp(_clamp(mean)), _constant(advantages, mask), clip_low, clip_high)
 
 
@@ -116,20 +116,20 @@ def cispo_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """CISPO: REINFORCE with a clipped importance weight (arXiv 2506.13585, eq. 4-5).
+    """Returns CISPO's loss, REINFORCE with a clipped importance weight (arXiv 2506.13585, eq. 4-5).
 
         loss = -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logprobs
 
-    Unlike the clipped surrogate, a token whose ratio is out of range keeps its gradient; only its
-    weight is bounded. The value of the loss says little; its gradient is what counts.
+    Unlike in the clipped surrogate, a token whose ratio is out of range keeps its gradient; only
+    its weight is bounded. The value of this loss means little; only its gradient matters.
 
     Args:
       logprobs, old_logprobs, advantages, mask: as in `clipped_surrogate`.
-      clip_low: 1 or more is no lower bound, as in the paper.
-      clip_high: the weight stays below 1 + clip_high.
+      clip_low: 1 or more sets no lower bound, as in the paper.
+      clip_high: the weight is at most 1 + clip_high.
 
     Returns:
-      loss_per_token [B, T] and clipped [B, T] bool: where the ratio was out of range.
+      loss_per_token [B, T], and clipped [B, T] bool, where the ratio was out of range.
     """
     _assert_same_2d(logprobs, old_logprobs, advantages, mask)
     mask = mask.astype(bool)
@@ -142,29 +142,29 @@ def cispo_surrogate(
 def truncated_importance_weights(
     old_logprobs: jax.Array, sampler_logprobs: jax.Array, mask: jax.Array, *, cap: float
 ) -> jax.Array:
-    """Weights of tokens that another program sampled than the one that trains on them.
+    """Returns loss weights that correct for the difference between generator and learner.
 
         weight = min(exp(old_logprobs - sampler_logprobs), cap)
 
-    A generator and a learner with the same parameters still differ in precision and kernels; the
-    weights, multiplied with the loss, make up for it (truncated importance sampling; Yao et al.
-    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    With the same parameters, a generator and a learner still differ in precision and kernels.
+    Multiply the loss with these weights (truncated importance sampling; Yao et al. 2025, "Your
+    Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 
     Args:
-      old_logprobs: [B, T] by the learner, with the parameters that sampled.
-      sampler_logprobs: [B, T] by the generator, at sampling.
+      old_logprobs: [B, T] log-probs by the learner, with the parameters that sampled.
+      sampler_logprobs: [B, T] log-probs by the generator, at sampling.
       mask: [B, T] bool or 0/1.
       cap: the largest weight, above 0; 2 in the source.
 
     Returns:
-      [B, T], a constant; 0 where masked out.
+      [B, T], a constant; 0 where the mask is 0.
 
     Raises:
       ValueError: `cap` is not above 0.
     """
     _assert_same_2d(old_logprobs, sampler_logprobs, mask)
     if not cap > 0:
-        raise ValueError(f"cap must be above 0, not {cap}: it is the largest weight")
+        raise ValueError(f"cap, the largest weight, is {cap}; it must be above 0")
     mask = mask.astype(bool)
     weight = jnp.minimum(jnp.exp(_log_ratio(old_logprobs, sampler_logprobs, mask)), cap)
     return _constant(weight, mask)
@@ -173,25 +173,24 @@ def truncated_importance_weights(
 def likelihood_preserving(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """LLDS: holds up the likelihood of actions that were no mistake (arXiv 2512.04220).
+    """Returns LLDS's loss, which preserves the likelihood of good actions (arXiv 2512.04220).
 
         loss = max(0, old_logprobs - logprobs)   in actions with A >= 0 that have become less
                                                  likely as a whole; 0 elsewhere
 
-    An action is a maximal run of policy tokens in a row: one turn of an episode. Documents stand
-    between the turns. Packed sequences are apart without segment ids: at a sequence's last token
-    there is nothing to predict, so its mask is 0. The gate, a comparison of the action's summed
-    log-probs, has no gradient of its own.
+    An action is a maximal run of policy tokens, one turn of an episode; documents separate the
+    turns. Packed sequences need no segment ids, because a sequence's last token predicts nothing
+    and so has mask 0. The comparison of an action's summed log-probs has no gradient.
 
-    When one update a step is made on the sampled batch, old and new policy are the same and the
-    loss is always 0, with its gradient (old log-probs by the learner; with the sampler's own it is
-    their mismatch). It acts from the second update on the same batch on.
+    In the first update on a batch old and new policy are equal, so the loss and its gradient are 0.
+    (With the sampler's log-probs as old ones, the loss is the mismatch between sampler and
+    learner.) The loss acts from the second update on the same batch on.
 
-    Not clamped: the further a token has fallen, the more it needs the gradient, which is constant.
+    It is not clamped, because a token that has fallen far needs its constant gradient most.
 
     Args:
       logprobs, old_logprobs, mask: as in `clipped_surrogate`.
-      advantages: [B, T]; of one sign within an action.
+      advantages: [B, T]; with one sign within an action.
 
     Returns:
       [B, T].
@@ -214,19 +213,19 @@ def value_loss(
     *,
     clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Squared error of a critic, with the value clipping of OpenAI Baselines' ppo2.
+    """Returns a critic's squared error with the value clipping of OpenAI Baselines' ppo2.
 
         loss = 0.5 * max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2)
 
     Args:
-      values: [B, T] of the critic that is trained.
-      old_values: [B, T] of the critic at sampling; a constant.
-      returns: [B, T], what the values are regressed on; a constant.
+      values: [B, T] values of the critic that is trained.
+      old_values: [B, T] values of the critic at sampling; a constant.
+      returns: [B, T] regression targets of the values; a constant.
       mask: [B, T] bool or 0/1.
-      clip: how far a value may move, in units of return; 0: 0.5 * (v - R)^2.
+      clip: largest change of a value, in units of return; 0: no clip, 0.5 * (v - R)^2.
 
     Returns:
-      loss_per_token [B, T] and clipped [B, T] bool: where the clip holds and stops the gradient.
+      loss_per_token [B, T], and clipped [B, T] bool, where the clip stops the gradient.
     """
     _assert_same_2d(values, old_values, returns, mask)
     mask = mask.astype(bool)
@@ -241,51 +240,51 @@ def value_loss(
 
 
 def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The k1 estimate of KL(policy || reference) per token: unbiased, may be negative.
+    """Returns the k1 estimate of KL(policy || reference) per token: unbiased, may be negative.
 
         k1 = logprobs - ref_logprobs
 
-    For metrics, or inside a reward. As a loss it is useless: its gradient is that of the log-prob
-    alone, whose expectation under the policy is 0, whatever the reference. Arguments, clamp and
-    result as in `kl_k3`.
+    Use it in metrics or in a reward. As a loss it has no effect: its gradient is that of the
+    log-prob, whose expectation under the policy is 0 for any reference. Arguments, clamp and
+    result are as in `kl_k3`.
     """
     return _drift(logprobs, ref_logprobs, mask)
 
 
 def kl_k2(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The k2 estimate of KL(policy || reference) per token: biased, never negative.
+    """Returns the k2 estimate of KL(policy || reference) per token: biased, never negative.
 
         k2 = 0.5 * (logprobs - ref_logprobs)^2
 
-    As a loss on tokens of the policy itself its gradient is, in expectation, that of
-    KL(policy || reference). Arguments, clamp and result as in `kl_k3`.
+    As a loss on the policy's tokens, its expected gradient is that of KL(policy || reference).
+    Arguments, clamp and result are as in `kl_k3`.
     """
     return 0.5 * _drift(logprobs, ref_logprobs, mask) ** 2
 
 
 def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The k3 estimate of KL(policy || reference) per token: unbiased, never negative.
+    """Returns the k3 estimate of KL(policy || reference) per token: unbiased, never negative.
 
         d = ref_logprobs - logprobs
         k3 = exp(d) - d - 1
 
-    Schulman, http://joschu.net/blog/kl-approx.html; "low_var_kl" in the released code, which
-    also clamps the result to ±10 (and so drops the gradient of the tokens that have drifted
-    furthest); here only d is clamped, to ±20.
+    Schulman, http://joschu.net/blog/kl-approx.html. The released code ("low_var_kl") also clamps
+    the result to ±10, which drops the gradient of the tokens that have drifted furthest. Here only
+    d is clamped, to ±20.
 
-    As a loss on tokens of the policy itself its gradient is, in expectation, that of
-    KL(reference || policy): the other direction, equal to first order near the reference.
+    As a loss on the policy's tokens, its expected gradient is that of KL(reference || policy), the
+    other direction, which is equal to first order near the reference.
 
     Args:
-      logprobs: [B, T] under the policy that is trained and that sampled the tokens.
-      ref_logprobs: [B, T] under the frozen reference.
-      mask: [B, T] bool or 0/1; give it where the inputs may hold inf or nan. None: all read.
+      logprobs: [B, T] log-probs under the policy that is trained and that sampled the tokens.
+      ref_logprobs: [B, T] log-probs under the frozen reference.
+      mask: [B, T] bool or 0/1; required if the inputs may hold inf or NaN. None: all are read.
 
     Returns:
       [B, T].
     """
     d = -_drift(logprobs, ref_logprobs, mask)
-    # Near 0 the terms of exp(d) - d - 1 cancel and float32 loses the result, even its sign.
+    # Near 0 the terms of exp(d) - d - 1 cancel, and float32 loses even the sign of the result.
     small = jnp.abs(d) < 0.01
     d_small = jnp.where(small, d, 0.0)
     series = d_small**2 * (1 / 2 + d_small * (1 / 6 + d_small / 24))
@@ -296,9 +295,9 @@ KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sum of x [B, T] where mask [B, T]; a scalar in float32 or wider.
+    """Returns the sum of x [B, T] over mask [B, T], a scalar in float32 or wider.
 
-    Divide by `masked_sum(jnp.ones_like(x), mask)` for the mean over the policy's tokens.
+    Divide it by `masked_sum(jnp.ones_like(x), mask)` for the mean over the policy's tokens.
     """
     _assert_same_2d(x, mask)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -306,18 +305,18 @@ def masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def aggregation_weights(lengths: jax.Array, *, aggregate: str, fixed_tokens: int = 0) -> jax.Array:
-    """The weight of each of a sequence's tokens in a batch's loss, sum(weight * loss_per_token).
+    """Returns each sequence's weight per token in a batch's loss, sum(weight * loss_per_token).
 
-        token_mean     1 / sum(lengths)      every token counts the same (DAPO, arXiv 2503.14476)
-        sequence_mean  1 / (n * length)      every sequence does (GRPO, arXiv 2402.03300)
-        fixed_length   1 / (n * fixed_tokens)  (Dr. GRPO, arXiv 2503.20783)
+        token_mean     1 / sum(lengths)        every token counts the same (DAPO, arXiv 2503.14476)
+        sequence_mean  1 / (n * length)        every sequence counts the same (GRPO, 2402.03300)
+        fixed_length   1 / (n * fixed_tokens)  Dr. GRPO, arXiv 2503.20783
 
-    where n is the number of sequences with any policy token.
+    n is the number of sequences with any policy token.
 
     Args:
-      lengths: [N] policy tokens of each sequence of the whole batch; 0 allowed.
+      lengths: [N] policy tokens of each sequence of the whole batch; 0 is allowed.
       aggregate: one of `AGGREGATES`.
-      fixed_tokens: for "fixed_length", a constant such as the most tokens of an episode.
+      fixed_tokens: divisor of "fixed_length", such as the most tokens of an episode.
 
     Returns:
       [N] float32, or float64 for float64 lengths; 0 where the length is 0.
@@ -326,12 +325,12 @@ def aggregation_weights(lengths: jax.Array, *, aggregate: str, fixed_tokens: int
       ValueError: unknown `aggregate`, or "fixed_length" without `fixed_tokens` above 0.
     """
     if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, not {aggregate!r}")
+        raise ValueError(f"aggregate is {aggregate!r}; choose one of {', '.join(AGGREGATES)}")
     if aggregate == "fixed_length" and not fixed_tokens > 0:
-        raise ValueError(f"fixed_length needs fixed_tokens above 0, not {fixed_tokens}")
+        raise ValueError(f"fixed_tokens is {fixed_tokens}; fixed_length needs it above 0")
     lengths = jnp.asarray(lengths)
     if lengths.ndim != 1:
-        raise ValueError(f"lengths must be [sequences], not of shape {lengths.shape}")
+        raise ValueError(f"lengths {lengths.shape} must be [sequences]")
     lengths = lengths.astype(jnp.promote_types(lengths.dtype, jnp.float32))
     filled = lengths > 0
     n = filled.sum().astype(lengths.dtype)
@@ -363,8 +362,8 @@ def _drift(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None)
 
 
 def _log_ratio(logprobs: jax.Array, base_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    # Masked here, before exp: masking only the loss would leave nan in the gradient, where exp
-    # overflows or its input is nan (0 * inf is nan).
+    # Mask before exp. Masking only the loss would leave NaN in the gradient where exp overflows or
+    # its input is NaN, because 0 * inf is NaN.
     return _clamp(jnp.where(mask, logprobs - base_logprobs, 0.0))
 
 
@@ -373,8 +372,8 @@ def _clamp(log_ratio: jax.Array) -> jax.Array:
 
 
 def _sum_by_id(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """At each column the sum of x [B, T] over the columns of its row with its id, 0 to T."""
-    # Row by row, so that rows that are sharded stay where they are.
+    """Replaces x [B, T] by its sum over the columns of the row with the same id, 0 to T."""
+    # Row by row, so that sharded rows need no communication.
     segment_sum = functools.partial(jax.ops.segment_sum, num_segments=x.shape[1] + 1)
     return jnp.take_along_axis(jax.vmap(segment_sum)(x, ids), ids, axis=1)
 
@@ -382,4 +381,4 @@ def _sum_by_id(x: jax.Array, ids: jax.Array) -> jax.Array:
 def _assert_same_2d(*arrays: jax.Array) -> None:
     shapes = [array.shape for array in arrays]
     if len(shapes[0]) != 2 or len(set(shapes)) != 1:
-        raise ValueError(f"losses take arrays of one shape [B, T], not {shapes}")
+        raise ValueError(f"arrays must have one shape [B, T], not {shapes}")

@@ -5,15 +5,9 @@ sections of the RL update are in `rl/config.py` and `rl/optimizer.py`. Checks of
 its `__post_init__`, checks between sections in `training/validate.py`.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
@@ -222,12 +216,12 @@ class RolloutConfig:
     temperature: float
     """Sampling temperature of the policy."""
     stop_on_failure: bool
-    """Stop the run when a search fails after all attempts. False tells the policy instead."""
+    """Stop the run when a search fails after all attempts. False inserts a failure text instead."""
     concurrent_searches: int
     """Batches of searches in flight while the policy decodes. 0 alternates the two."""
     max_rounds: int
-    """Rounds of questions per step. Above 1, sampling goes on until `questions_per_step` groups
-    have rewards that differ (DAPO's dynamic sampling, arXiv 2503.14476 §3.2)."""
+    """Rounds of questions per step. Above 1, sampling continues until `questions_per_step`
+    groups have rewards that differ (DAPO's dynamic sampling, arXiv 2503.14476 §3.2)."""
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -426,23 +420,3 @@ class RLConfig:
 
     def __post_init__(self):
         check_positive(checkpoint_every=self.checkpoint_every)
-
-
-def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
-    """Writes `workdir/config.json` and prints a warning per key that differs from the last run.
-
-    Args:
-      config: the config as nested dicts or as a ConfigDict.
-
-    Raises:
-      UserError: an older version wrote the directory.
-    """
-    path = Path(workdir) / "config.json"
-    now = {"format": FORMAT, **config_flags.plain(config)}
-    now = json.loads(json.dumps(now))  # tuples as the file returns them
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        check_format(before, workdir)
-        for difference in config_flags.differences(before, now):
-            print(f"warning: {workdir} was started with another config.{difference}")
-    write_atomically(path, json.dumps(now, indent=1) + "\n")

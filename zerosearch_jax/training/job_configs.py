@@ -128,7 +128,7 @@ class CollectRolloutConfig:
     """Searches of the collecting agent."""
 
     stop_on_failure: bool
-    """Stop when a search fails after all attempts. False tells the agent instead."""
+    """Stop when a search fails after all attempts. False inserts a failure text instead."""
     concurrent_searches: int
     """Batches of searches in flight while the agent decodes. 0 alternates the two."""
 
