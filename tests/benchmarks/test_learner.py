@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -124,8 +125,8 @@ def test_padding_changes_the_time_alone(config, tiny):
     updater = learner.Updater(tiny, config, "float32")
     alone = [learner.padded(sequence, TOKENS) for sequence in sequences]
     batches = [updater.put(each, TOKENS, 1, 5) for each in (sequences, alone)]
-    assert [int(batch["num_microbatches"]) for batch in batches] == [3, 5]
-    assert [int(batch["segment_ids"].max()) for batch in batches] == [2, 1]
+    assert [int(batch.num_microbatches) for batch in batches] == [3, 5]
+    assert [int(batch.segment_ids.max()) for batch in batches] == [2, 1]
     losses, params = [], []
     for batch in batches:
         updater.state = updater.learner.init(tiny.params)
@@ -167,7 +168,7 @@ def test_flops_are_those_that_xla_counts(config):
     def update(state, reference, batch):
         scores = updater.learner.logprobs(reference, batch)
         return updater.learner.rl_step(
-            state, batch | {"ref_logprobs": scores}, objective=learner.OBJECTIVE, kl_coef=0.1
+            state, replace(batch, ref_logprobs=scores), objective=learner.OBJECTIVE, kl_coef=0.1
         )
 
     counted = jax.jit(update).lower(updater.state, updater.reference, batch).cost_analysis()
@@ -251,7 +252,7 @@ def test_our_steps_learn_from_what_they_sampled(config, tiny, monkeypatch):
 
     def rl_step(self, state, batch, **options):
         state, metrics = original(self, state, batch, **options)
-        seen.append((int(batch["mask"].sum()), float(metrics["sampler_logprob_diff_max"])))
+        seen.append((int(batch.mask.sum()), float(metrics["sampler_logprob_diff_max"])))
         return state, metrics
 
     original = Learner.rl_step
