@@ -54,7 +54,7 @@ def test_scores_by_hand(answer, golden_answers, em, f1, cover):
 
 
 def test_em_is_equality_and_f1_is_not_em():
-    """An answer that only contains the gold answer is no exact match, unlike in the released code."""
+    """Containing the gold answer is no exact match, unlike in the released code."""
     answer, golden_answers = "It could be Lima, Quito or La Paz", ["Lima"]
     assert rewards.exact_match(answer, golden_answers) == 0.0
     assert rewards.cover_exact_match(answer, golden_answers) == 1.0
