@@ -267,7 +267,7 @@ def evaluate(
 
 
 def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
-    """Adapts the KL coefficient to the measured KL; without a target it stays."""
+    """Returns the KL coefficient of the next step, adapted if the config has a target."""
     if not kl.target or not np.isfinite(metrics["kl"]):
         return coef
     return adapted_kl_coef(
@@ -276,7 +276,11 @@ def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes:
 
 
 def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -> dict[str, float]:
-    """Adds the host's share of the step and the policy tokens per second to the step's seconds."""
+    """Adds `host_share` and `tokens_per_sec` to the seconds of a step.
+
+    Args:
+      busy_secs: time in which the devices had work.
+    """
     tokens = sum(t.policy_tokens for t in rollouts.trajectories)
     return seconds | {
         "host_share": 1.0 - min(1.0, busy_secs / seconds["seconds/step"]),
@@ -355,8 +359,7 @@ def export(
 
 def question_to_show(rows: Sequence[QARow], source: str) -> int:
     """Returns the index of the question to print: the embedded world's first with two hops."""
-    two_hop = [i for i, row in enumerate(rows) if source == "world" and ">" in row.id]
-    return two_hop[0] if two_hop else 0
+    return next((i for i, row in enumerate(rows) if source == "world" and ">" in row.id), 0)
 
 
 def show(trajectory: Trajectory, tokenizer) -> str:

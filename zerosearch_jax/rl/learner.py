@@ -27,7 +27,6 @@ from zerosearch_jax.models.transformer import abstract_model, param_shardings
 from zerosearch_jax.models.value_head import init_value_head, values_of
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rl.batch import LearnerBatch
-from zerosearch_jax.rl.config import TRUNKS
 from zerosearch_jax.rl.logprobs import chunked_logprobs
 from zerosearch_jax.rl.objective import Objective, policy_terms, value_terms
 
@@ -90,8 +89,6 @@ class Learner:
         remat: str = "none",
         logprob_chunk: int = 128,
     ):
-        if critic_trunk not in TRUNKS:
-            raise ValueError(f"critic_trunk is {critic_trunk!r}; choose one of {TRUNKS}")
         self.config = config
         self.mesh = mesh
         self.lora = lora

@@ -61,9 +61,9 @@ class PolicyUpdater:
     ) -> tuple[TrainState, dict[str, float]]:
         """Makes all updates of training step `step` (from 0); `state` is donated.
 
-        The episodes are packed once per epoch. The first epoch's minibatches are scored and get
-        the advantages; a later epoch shuffles the episodes into minibatches again, which take
-        their columns from the first.
+        The episodes are packed once per epoch. Log-probs, values and advantages are columns of the
+        first epoch's minibatches, computed before the first update. A later epoch shuffles the
+        episodes into other minibatches and copies these columns.
 
         Args:
           trajectories: Q·G episodes, group by group.
@@ -165,7 +165,7 @@ def with_advantages(
     kl_config: KLConfig,
     kl_coef: float,
 ) -> tuple[Minibatches, dict[str, float]]:
-    """Adds the column `advantages`, and with a critic `returns`.
+    """Adds the column `advantages`, and for "ppo" the column `returns`.
 
     A KL penalty in the reward is subtracted per token ("reinforce_pp", "ppo"), or summed and
     subtracted from the episode's reward (the other estimators).
@@ -245,7 +245,7 @@ def objective_of(config: RLConfig) -> Objective:
 def _inserted_as_sampled(
     minibatches: Minibatches, trajectories: Sequence[Trajectory]
 ) -> Minibatches:
-    """Gives inserted tokens, which have no sampler log-prob, the learner's log-prob."""
+    """Sets the sampler log-probs of inserted tokens, which nothing sampled, to the learner's."""
     old, sampler = (minibatches.column(f"{name}_logprobs") for name in ("old", "sampler"))
     by_policy = np.zeros(sampler.shape, bool)
     for row, trajectory in zip(by_policy, trajectories, strict=True):

@@ -20,12 +20,11 @@ from zerosearch_jax.training.row_sampler import RowSampler
 
 
 class StepRollouts:
-    """Episodes of one step, sampled in one round of questions or, dynamically, in several.
+    """Episodes of one step, from one round of questions or several (dynamic sampling).
 
-    With `rollout.max_rounds` above 1, rounds follow until `questions_per_step` groups have rewards
-    that differ (dynamic sampling, DAPO, arXiv 2503.14476 §3.2). If too few groups qualify, the
-    batch is filled with zero-variance groups, which contribute only KL and entropy gradients, so
-    its shape stays fixed.
+    At most `rollout.max_rounds` rounds are sampled, until `questions_per_step` groups have rewards
+    that differ (DAPO, arXiv 2503.14476 §3.2). If too few groups qualify, the batch is filled with
+    zero-variance groups, which contribute only KL and entropy gradients, so its shape stays fixed.
     """
 
     def __init__(self, config: RLConfig, step: int):
@@ -39,9 +38,8 @@ class StepRollouts:
     def complete(self) -> bool:
         """Whether enough groups have rewards that differ, or all rounds are done."""
         rollout = self._config.rollout
-        if self._rounds < rollout.max_rounds:
-            return rollout.max_rounds > 1 and sum(self._differ()) >= rollout.questions_per_step
-        return True
+        enough = sum(self._differ()) >= rollout.questions_per_step
+        return enough or self._rounds == rollout.max_rounds
 
     def next_round(self, sampler: RowSampler) -> list[Episode]:
         """Returns the episodes of the next round; each round of each step has its own draw."""
@@ -63,14 +61,11 @@ class StepRollouts:
         Returns:
           Q·G episodes, group by group, and their rewards `[Q, G]`.
         """
-        size = self._config.rollout.group_size
-        groups = range(len(self._rewards))
-        if self._config.rollout.max_rounds > 1:
-            differ = self._differ()
-            groups = sorted(groups, key=lambda group: not differ[group])
+        size, differ = self._config.rollout.group_size, self._differ()
+        groups = sorted(range(len(differ)), key=lambda group: not differ[group])
         groups = sorted(groups[: self._config.rollout.questions_per_step])
         episodes = [self.trajectories[group * size + i] for group in groups for i in range(size)]
-        return episodes, self._rewards[list(groups)]
+        return episodes, self._rewards[groups]
 
     def metrics(self) -> dict[str, float]:
         """Returns metrics of all episodes of the step, selected or not."""
