@@ -17,6 +17,12 @@ BASELINES = ("none", "batch_mean", "group_mean")
 TRUNKS = ("own", "shared")
 
 
+def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UserError if `value` is not one of `known`."""
+    if value not in known:
+        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Policy loss: the surrogate, its aggregation over tokens, and extra terms."""
@@ -41,8 +47,8 @@ class LossConfig:
     """Largest weight of truncated importance sampling. 0 disables the weights."""
 
     def __post_init__(self):
-        _check_choice("loss.surrogate", self.surrogate, SURROGATES)
-        _check_choice("loss.aggregate", self.aggregate, AGGREGATES)
+        check_choice("loss.surrogate", self.surrogate, SURROGATES)
+        check_choice("loss.aggregate", self.aggregate, AGGREGATES)
         if self.surrogate == "sequence" and self.aggregate != "sequence_mean":
             raise UserError(
                 "loss.surrogate=sequence (GSPO) has one ratio and one loss per sequence; "
@@ -81,8 +87,8 @@ class KLConfig:
     """Episodes within which an adapted coefficient changes by at most about 20%."""
 
     def __post_init__(self):
-        _check_choice("kl.estimator", self.estimator, tuple(KL_ESTIMATORS))
-        _check_choice("kl.apply_to", self.apply_to, KL_PLACES)
+        check_choice("kl.estimator", self.estimator, tuple(KL_ESTIMATORS))
+        check_choice("kl.apply_to", self.apply_to, KL_PLACES)
         if self.apply_to == "loss" and self.estimator == "k1" and self.coef:
             raise UserError(
                 "kl.estimator=k1 has no effect in the loss, because its expected gradient is 0; "
@@ -113,8 +119,8 @@ class AdvantageConfig:
     """λ of generalized advantage estimation, in [0, 1]. Read by `ppo`."""
 
     def __post_init__(self):
-        _check_choice("advantage.estimator", self.estimator, ESTIMATORS)
-        _check_choice("advantage.baseline", self.baseline, BASELINES)
+        check_choice("advantage.estimator", self.estimator, ESTIMATORS)
+        check_choice("advantage.baseline", self.baseline, BASELINES)
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,4 @@ class CriticConfig:
     """Largest change of a value per step before its loss is clipped. 0 disables the clip."""
 
     def __post_init__(self):
-        _check_choice("critic.trunk", self.trunk, TRUNKS)
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")
+        check_choice("critic.trunk", self.trunk, TRUNKS)

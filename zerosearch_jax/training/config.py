@@ -8,7 +8,13 @@ its `__post_init__`, checks between sections in `training/validate.py`.
 from dataclasses import dataclass
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
+from zerosearch_jax.rl.config import (
+    AdvantageConfig,
+    CriticConfig,
+    KLConfig,
+    LossConfig,
+    check_choice,
+)
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
 
@@ -25,12 +31,6 @@ ENGINES = {
     "none": (),
 }
 """Search engines, and the keys that each needs besides `topk`."""
-
-
-def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises UserError if `value` is not one of `known`."""
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")
 
 
 def check_positive(**values: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.rl.config import check_choice
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.training.config import (
     GeneratorConfig,
@@ -18,7 +19,6 @@ from zerosearch_jax.training.config import (
     MeshConfig,
     PolicyConfig,
     SearchConfig,
-    check_choice,
     check_positive,
 )
 
