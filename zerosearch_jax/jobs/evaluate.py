@@ -1,7 +1,7 @@
 """Evaluates a model greedily: methods × engines × question sets, with 95% intervals.
 
 The job evaluates any Hugging Face directory. The `rl` job evaluates its own policy with
-`evaluation.baselines.evaluate_policy`.
+`evaluation.baselines.run_method`.
 """
 
 import json
@@ -16,8 +16,8 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import (
     WITHOUT_ENGINE,
     check_method,
-    evaluate_policy,
     refiner,
+    run_method,
 )
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import FORMAT, check_format, write_atomically
@@ -79,9 +79,12 @@ def eval_cases(config: EvaluateConfig) -> list[dict]:
     for method in config.methods:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
-            settings = dict(format=FORMAT, seed=config.seed)
-            settings["limits"] = config_flags.plain(config.limits)
-            settings |= {key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS}
+            settings = {
+                "format": FORMAT,
+                "seed": config.seed,
+                "limits": config_flags.plain(config.limits),
+                **{key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS},
+            }
             if engine != "none":
                 settings["engine"] = config_flags.plain(config.engines[engine])
             if method == "search_o1":
@@ -152,13 +155,13 @@ def evaluate_cases(
             model, config.policy.generator, mesh, max_new_tokens=config.refine.max_new_tokens
         )
     for case in cases:
-        trajectories = evaluate_policy(
+        trajectories = run_method(
+            case["method"],
             generator,
             engines[case["engine"]],
             model.tokenizer,
             question_sets[case["set"]],
             limits=limits_of(config.limits),
-            method=case["method"],
             generate=generate,
         )
         yield case, trajectories
