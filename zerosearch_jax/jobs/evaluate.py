@@ -24,7 +24,6 @@ from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
-from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.job_configs import EvaluateConfig
@@ -146,9 +145,10 @@ def evaluate_cases(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
-    engines: dict[str, SearchEngine | None] = {"none": None}
-    for name in {case["engine"] for case in cases} - {"none"}:
-        engines[name] = factory.make_engine(config.engines[name], config.seed, config.mesh)
+    engines = {
+        name: factory.make_engine(config.engines[name], config.seed, config.mesh)
+        for name in {case["engine"] for case in cases} - {"none"}
+    }
     generate = None
     if any(case["method"] == "search_o1" for case in cases):
         generate = refiner(
@@ -158,7 +158,7 @@ def evaluate_cases(
         trajectories = run_method(
             case["method"],
             generator,
-            engines[case["engine"]],
+            engines.get(case["engine"]),
             model.tokenizer,
             question_sets[case["set"]],
             limits=limits_of(config.limits),

@@ -74,10 +74,8 @@ def load_pairs(path: str | Path) -> list[Pair]:
         where = f"{path}: row {number}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object, not {type(row).__name__}")
-        own = "documents" in row
-        pairs.append(
-            _own_pair(where, row) if own else _chat_pair(where, f"{path.stem}/{number}", row)
-        )
+        id_ = f"{path.stem}/{number}"
+        pairs.append(_own_pair(where, row) if "documents" in row else _chat_pair(where, id_, row))
     if not pairs:
         raise UserError(f"{path}: the file holds no pairs; give a file with at least one row")
     return pairs
