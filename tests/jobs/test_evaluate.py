@@ -67,15 +67,15 @@ def test_an_interrupted_evaluation_resumes_with_the_missing_rows(
 ):
     command = _command(markov_model, questions, tmp_path, "--config.data.limit=6", ALL)
     path = tmp_path / "evaluation.json"
-    evaluate_policy, methods_run = evaluate.evaluate_policy, []
+    run_method, methods_run = evaluate.run_method, []
 
-    def interrupted(*arguments, method, **options):
+    def interrupted(method, *arguments, **options):
         methods_run.append(method)
         if len(methods_run) == 3:
             raise KeyboardInterrupt
-        return evaluate_policy(*arguments, method=method, **options)
+        return run_method(method, *arguments, **options)
 
-    monkeypatch.setattr(evaluate, "evaluate_policy", interrupted)
+    monkeypatch.setattr(evaluate, "run_method", interrupted)
     assert main.cli(command) == 130
     first_rows = json.loads(path.read_text())
     assert [(row["method"], row["engine"]) for row in first_rows] == CASES[:2]
@@ -95,7 +95,7 @@ def test_an_interrupted_evaluation_resumes_with_the_missing_rows(
     def fail(*_, **__):
         raise AssertionError("a finished case ran again")
 
-    monkeypatch.setattr(evaluate, "evaluate_policy", fail)
+    monkeypatch.setattr(evaluate, "run_method", fail)
     monkeypatch.setattr(evaluate.factory, "load_model", fail)
     assert main.cli(command) == 0
     assert json.loads(path.read_text()) == rows

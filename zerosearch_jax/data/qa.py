@@ -6,6 +6,7 @@ ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are not changed and ge
 
 import ast
 import csv
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,18 +70,19 @@ def load_qa(
         )
     if not path.is_file():
         raise UserError(f"{source}: no such file; fix the path of the data set")
-    rows = []
-    for row in readers[path.suffix](path, split):
-        rows.append(row)
-        if len(rows) == limit:
-            break
+    try:
+        rows = list(itertools.islice(readers[path.suffix](path, split), limit))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: not a readable table ({error}); fix it") from error
     if not rows:
         raise UserError(f"{source}: the file has no rows; use a file with at least one question")
     return rows
 
 
 def _jsonl(path: Path, split: str) -> Iterator[QARow]:
-    with _opened(path) as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -92,16 +94,23 @@ def _jsonl(path: Path, split: str) -> Iterator[QARow]:
 
 
 def _parquet(path: Path, split: str) -> Iterator[QARow]:
+    for number, raw in enumerate(parquet_rows(path), 1):
+        yield _row(path, number, split, raw)
+
+
+def parquet_rows(path: Path) -> Iterator[dict]:
+    """Yields the rows of a parquet file, one batch in memory at a time.
+
+    Raises:
+      UserError: the file is not a readable parquet file.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches():
-                for raw in batch.to_pylist():
-                    number += 1
-                    yield _row(path, number, split, raw)
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(
             f"{path}: not a readable parquet file ({error}); download or write it again"
@@ -111,7 +120,7 @@ def _parquet(path: Path, split: str) -> Iterator[QARow]:
 def _delimited(path: Path, split: str) -> Iterator[QARow]:
     """Reads DPR rows: a question and a Python list of answers, separated by a tab or a comma."""
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    with _opened(path) as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         for number, fields in enumerate(csv.reader(lines, delimiter=delimiter), 1):
             if not fields:
                 continue
@@ -128,24 +137,6 @@ def _delimited(path: Path, split: str) -> Iterator[QARow]:
                     "write a list such as ['Paris']"
                 ) from error
             yield _row(path, number, split, {"question": fields[0], "golden_answers": answers})
-
-
-class _opened:
-    """Opens a UTF-8 text file; decoding and table errors become UserErrors."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __enter__(self):
-        self._file = open(self._path, encoding="utf-8-sig", newline="")  # noqa: SIM115
-        return self._file
-
-    def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
-        if isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{self._path}: not UTF-8 text ({error}); convert it") from error
-        if isinstance(error, csv.Error):
-            raise UserError(f"{self._path}: not a readable table ({error}); fix it") from error
 
 
 def _row(path: Path, number: int, split: str, raw: object) -> QARow:

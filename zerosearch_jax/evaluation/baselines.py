@@ -90,20 +90,6 @@ def run_method(
     return gather(rollouts.run(part(episodes), jax.random.key(0) if key is None else key))
 
 
-def evaluate_policy(
-    generator: Generator,
-    engine: SearchEngine | None,
-    tokenizer,
-    rows: Sequence[QARow],
-    *,
-    limits: Limits,
-    method: str = "search",
-    generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
-) -> list[Trajectory]:
-    """Runs one greedy episode per row, in order; see `run_method` for arguments and errors."""
-    return run_method(method, generator, engine, tokenizer, rows, limits=limits, generate=generate)
-
-
 def refiner(
     model: factory.Model, config: GeneratorConfig, mesh: jax.sharding.Mesh, *, max_new_tokens: int
 ) -> TextGenerator:

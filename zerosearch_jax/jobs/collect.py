@@ -79,9 +79,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         print_agreement(agreed)
     totals = episode_totals(episodes)
     print_counts(totals, counts)
-    summary = {**totals, "stages": counts, "label_by": config.extract.label_by}
-    summary["agreement"] = agreed
-    write_atomically(workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    chosen = {"stages": counts, "label_by": config.extract.label_by, "agreement": agreed}
+    write_atomically(workdir / "summary.json", json.dumps(totals | chosen, indent=1) + "\n")
     print(f"{len(train)} pairs written to {workdir / 'pairs.jsonl'}, {len(heldout)} held out")
 
 
@@ -106,7 +105,7 @@ def collect_episodes(config: CollectConfig, episodes: Records) -> None:
     if not missing:
         print(f"all {len(episodes)} episodes are collected already")
         return
-    rollouts, model = make_rollouts(config)
+    rollouts = make_rollouts(config)
     first = len(batches) - len(missing)
     with closing(Progress(len(batches), first)) as progress:
         for done, batch in enumerate(missing, first + 1):
@@ -116,15 +115,15 @@ def collect_episodes(config: CollectConfig, episodes: Records) -> None:
             )
             episodes.append(
                 [
-                    episode_record(id_, row, trajectory, rollouts.engine.name, model)
+                    episode_record(id_, row, trajectory, rollouts.engine.name, config.policy.model)
                     for (id_, row), trajectory in zip(batch, trajectories, strict=True)
                 ]
             )
             progress.update(done, episode_metrics(trajectories))
 
 
-def make_rollouts(config: CollectConfig) -> tuple[Rollouts, str]:
-    """Builds the agent's rollouts, with its programs compiled; also returns the model's name."""
+def make_rollouts(config: CollectConfig) -> Rollouts:
+    """Builds the agent's rollouts, with its programs compiled."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
@@ -141,7 +140,7 @@ def make_rollouts(config: CollectConfig) -> tuple[Rollouts, str]:
     )
     print("compiling the policy's programs", flush=True)
     generator.warm_up([sampling])
-    return rollouts, config.policy.model
+    return rollouts
 
 
 def with_unique_ids(rows: Sequence[QARow]) -> list[QARow]:
@@ -167,15 +166,13 @@ def episode_numbers(ids: Iterable[str]) -> dict[str, int]:
 
     The number is a hash of the id. If two ids collide, the later one takes the next free number.
     """
-    numbers: dict[str, int] = {}
-    taken: set[int] = set()
+    id_of: dict[int, str] = {}
     for id_ in ids:
         number = stable_hash(id_) % 2**32
-        while number in taken:
+        while number in id_of:
             number = (number + 1) % 2**32
-        taken.add(number)
-        numbers[id_] = number
-    return numbers
+        id_of[number] = id_
+    return {id_: number for number, id_ in id_of.items()}
 
 
 def episode_record(
@@ -234,8 +231,8 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
       UserError: the records that exist were made with other settings or by an older version.
     """
     path = records.path.with_suffix(".settings.json")
-    settings = {"format": FORMAT, **settings}
-    settings = json.loads(json.dumps(settings))  # Tuples become lists, as in the file.
+    # Tuples become lists, as in the file.
+    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
     if len(records) and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         check_format(kept, path.parent)

@@ -1,7 +1,7 @@
 """Evaluates a model greedily: methods × engines × question sets, with 95% intervals.
 
 The job evaluates any Hugging Face directory. The `rl` job evaluates its own policy with
-`evaluation.baselines.evaluate_policy`.
+`evaluation.baselines.run_method`.
 """
 
 import json
@@ -16,15 +16,14 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import (
     WITHOUT_ENGINE,
     check_method,
-    evaluate_policy,
     refiner,
+    run_method,
 )
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import FORMAT, check_format, write_atomically
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
-from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.job_configs import EvaluateConfig
@@ -79,9 +78,12 @@ def eval_cases(config: EvaluateConfig) -> list[dict]:
     for method in config.methods:
         check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
-            settings = dict(format=FORMAT, seed=config.seed)
-            settings["limits"] = config_flags.plain(config.limits)
-            settings |= {key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS}
+            settings = {
+                "format": FORMAT,
+                "seed": config.seed,
+                "limits": config_flags.plain(config.limits),
+                **{key: getattr(config.policy.generator, key) for key in OUTPUT_SETTINGS},
+            }
             if engine != "none":
                 settings["engine"] = config_flags.plain(config.engines[engine])
             if method == "search_o1":
@@ -143,22 +145,23 @@ def evaluate_cases(
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
-    engines: dict[str, SearchEngine | None] = {"none": None}
-    for name in {case["engine"] for case in cases} - {"none"}:
-        engines[name] = factory.make_engine(config.engines[name], config.seed, config.mesh)
+    engines = {
+        name: factory.make_engine(config.engines[name], config.seed, config.mesh)
+        for name in {case["engine"] for case in cases} - {"none"}
+    }
     generate = None
     if any(case["method"] == "search_o1" for case in cases):
         generate = refiner(
             model, config.policy.generator, mesh, max_new_tokens=config.refine.max_new_tokens
         )
     for case in cases:
-        trajectories = evaluate_policy(
+        trajectories = run_method(
+            case["method"],
             generator,
-            engines[case["engine"]],
+            engines.get(case["engine"]),
             model.tokenizer,
             question_sets[case["set"]],
             limits=limits_of(config.limits),
-            method=case["method"],
             generate=generate,
         )
         yield case, trajectories

@@ -15,24 +15,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import evaluate_policy
+from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
-from zerosearch_jax.models.lora import save_adapters
-from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.advantages import adapted_kl_coef
-from zerosearch_jax.rl.config import KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -52,6 +48,7 @@ from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
+from zerosearch_jax.training.train_state import export, resume
 from zerosearch_jax.training.validate import check
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
@@ -70,17 +67,22 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     check_simulator(config)
     sampler, eval_rows = load_questions(config)
     parts, state = build(config)
-    policy, generator, learner = parts.policy, parts.generator, parts.learner
+    policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state, first, kl_coef, skipped = resume(checkpoints, learner, state, config.kl)
+    kept = {"kl_coef": kl.coef, "skipped_in_a_row": 0}
+    state, first, kept = resume(checkpoints, learner, state, kept)
+    kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
         keep_config(raw, workdir)
-    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, skipped)
+    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
     update_policy = PolicyUpdater(learner, policy.params, config, nonfinite, parts.clock)
-    watch = watch_since_start(config, workdir, first)
+    watch = CollapseWatch(window=config.watch.window)
+    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
+        watch.update(row)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
     profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
+    last_step = max(1, config.rl.steps - 1)
     parts.clock.take()
 
     with (
@@ -90,7 +92,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         for step in range(first, config.rl.steps):
             done = step + 1
             with profiler.step(done):
-                p_noisy = step_noise(config, step)
+                # From p_s in the first step to p_e in the last.
+                p_noisy = noise_probability(step, last_step, **asdict(config.curriculum))
                 with timer.section("weights"):
                     generator.load(learner.policy(state))
                 with timer.section("rollout"):
@@ -102,7 +105,14 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 metrics |= episode_metrics(rollouts.trajectories) | rollouts.metrics()
                 metrics |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
                 metrics["weights_bytes"] = generator.weight_bytes
-                kl_coef = next_kl_coef(config.kl, kl_coef, metrics, len(trajectories))
+                if kl.target and np.isfinite(metrics["kl"]):
+                    kl_coef = adapted_kl_coef(
+                        kl_coef,
+                        metrics["kl"],
+                        target=kl.target,
+                        horizon=kl.horizon,
+                        episodes=len(trajectories),
+                    )
 
                 if done % config.eval.every == 0:
                     with timer.section("eval"):
@@ -126,7 +136,11 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
             if stopping:
-                raise_collapse(done, workdir)
+                raise UserError(
+                    f"stopped after step {done} by config.watch.stop; its checkpoint is in "
+                    f"{workdir}, earlier metrics in metrics.jsonl. To continue anyway: "
+                    "--config.watch.stop=False"
+                )
 
     conclude(config, workdir, parts, state, began)
 
@@ -199,38 +213,6 @@ def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
     return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
 
 
-def resume(
-    checkpoints: Checkpoints, learner: Learner, state: TrainState, kl: KLConfig
-) -> tuple[TrainState, int, float, int]:
-    """Restores the newest checkpoint, if there is one.
-
-    Returns:
-      state: the restored state, or the given one.
-      first: steps already done.
-      kl_coef: the KL coefficient of the next step, which may have adapted.
-      skipped: updates skipped in a row.
-    """
-    first = checkpoints.latest_step() or 0
-    if not first:
-        return state, 0, kl.coef, 0
-    state, kept = checkpoints.restore(first, learner.abstract_state())
-    print(f"resuming after step {first}")
-    return state, first, kept["kl_coef"] if kl.target else kl.coef, kept["skipped_in_a_row"]
-
-
-def watch_since_start(config: RLConfig, workdir: Path, first: int) -> CollapseWatch:
-    """Returns a collapse watch that has seen the `first` steps before a resume."""
-    watch = CollapseWatch(window=config.watch.window)
-    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
-        watch.update(row)
-    return watch
-
-
-def step_noise(config: RLConfig, step: int) -> float:
-    """Returns the probability that a search of this step is noisy, from p_s to p_e."""
-    return noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
-
-
 def collect(
     config: RLConfig,
     step: int,
@@ -256,22 +238,13 @@ def evaluate(
     config: RLConfig, parts: Parts, rows: Sequence[QARow], method: str = "search"
 ) -> list[Trajectory]:
     """Runs greedy episodes of the loaded policy with the evaluation engine."""
-    return evaluate_policy(
+    return run_method(
+        method,
         parts.generator,
         parts.eval_engine,
         parts.policy.tokenizer,
         rows,
         limits=limits_of(config.rollout),
-        method=method,
-    )
-
-
-def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
-    """Returns the KL coefficient of the next step, adapted if the config has a target."""
-    if not kl.target or not np.isfinite(metrics["kl"]):
-        return coef
-    return adapted_kl_coef(
-        coef, metrics["kl"], target=kl.target, horizon=kl.horizon, episodes=episodes
     )
 
 
@@ -288,14 +261,6 @@ def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -
     }
 
 
-def raise_collapse(done: int, workdir: Path) -> None:
-    """Raises the UserError that ends a collapsing run after step `done`, from 1."""
-    raise UserError(
-        f"stopped after step {done} by config.watch.stop; its checkpoint is in {workdir}, earlier "
-        "metrics in metrics.jsonl. To continue anyway: --config.watch.stop=False"
-    )
-
-
 def conclude(
     config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
 ) -> None:
@@ -308,8 +273,10 @@ def conclude(
     Args:
       began: `time.monotonic()` at the run's start.
     """
-    policy, trained_params = parts.policy, parts.learner.policy(state)
-    export(config, workdir, parts, state, trained_params)
+    policy = parts.policy
+    trained_params = export(
+        workdir / "policy", parts.learner, state, policy.tokenizer, config.policy.model
+    )
     rows = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
     parts.generator.load(policy.params)
     episodes = {"base": evaluate(config, parts, rows)}
@@ -328,7 +295,9 @@ def conclude(
         for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
     (workdir / "answers.jsonl").write_text("".join(lines))
-    shown = question_to_show(rows, config.data.eval_source)
+    # The embedded world's first question with two hops, or the first question of another source.
+    two_hops = (i for i, row in enumerate(rows) if ">" in row.id)
+    shown = next(two_hops, 0) if config.data.eval_source == "world" else 0
     for name in ("base", "trained"):
         print(f"\n---- {name} policy: {rows[shown].id}, gold {rows[shown].golden_answers[0]!r}")
         print(show(episodes[name][shown], policy.tokenizer))
@@ -341,25 +310,6 @@ def conclude(
     }
     write_atomically(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
     print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
-
-
-def export(
-    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, trained_params: nnx.State
-) -> None:
-    """Writes the trained policy as a model directory, and its adapters under LoRA."""
-    policy, lora = parts.policy, parts.learner.lora
-    if lora is not None:
-        adapters = state.params["policy"]
-        save_adapters(workdir / "adapters", adapters, lora, policy.config, config.policy.model)
-    eos = policy.tokenizer.eos_token_id
-    save_params(workdir / "policy", trained_params, policy.config, eos_token_id=eos)
-    if jax.process_index() == 0:
-        policy.tokenizer.save_pretrained(workdir / "policy")
-
-
-def question_to_show(rows: Sequence[QARow], source: str) -> int:
-    """Returns the index of the question to print: the embedded world's first with two hops."""
-    return next((i for i, row in enumerate(rows) if source == "world" and ">" in row.id), 0)
 
 
 def show(trajectory: Trajectory, tokenizer) -> str:

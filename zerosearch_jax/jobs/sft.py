@@ -25,9 +25,7 @@ from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, from_hf
-from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.transformer import init_params
-from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
@@ -40,6 +38,7 @@ from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
+from zerosearch_jax.training.train_state import export, resume
 
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
@@ -61,9 +60,13 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
     examples_digest = digest(train)
-    state, first, kept = resume(
-        checkpoints, learner, learner.init(params, config.seed), examples_digest, workdir
-    )
+    kept = {"skipped_in_a_row": 0, "examples": examples_digest}
+    state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
+    if kept["examples"] != examples_digest:
+        raise UserError(
+            f"{workdir} was trained on other examples than config.data now gives; give another "
+            "--workdir, or remove it to start over"
+        )
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -104,7 +107,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 nonfinite.raise_error(step)
     if best:
         state = best.restore_into(state)
-    export(config, workdir, learner, state, model_config, tokenizer)
+    export(workdir / "model", learner, state, tokenizer, config.init)
+    print(f"model written to {workdir / 'model'}")
 
 
 def load_data(
@@ -112,67 +116,30 @@ def load_data(
 ) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
     """Loads the tokenizer and the training and held-out sequences.
 
-    Held-out sequences come from `config.data.validation` or, if that is empty, are the last
-    training examples.
-    """
-    examples = load_examples(config)
-    tokenizer = make_tokenizer(config, examples, workdir)
-    fitting = fitting_sequences(examples, tokenizer, config)
-    if not config.data.validation:
-        return tokenizer, *split(fitting, config.data.validation_examples)
-    held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
-    return tokenizer, fitting, fitting_sequences(held_out, tokenizer, config)
-
-
-def resume(
-    checkpoints: Checkpoints,
-    learner: Learner,
-    state: TrainState,
-    examples_digest: str,
-    workdir: Path,
-) -> tuple[TrainState, int, dict]:
-    """Restores the newest checkpoint, if there is one.
-
-    Args:
-      state: returned unchanged without a checkpoint.
-      examples_digest: `digest` of the training examples.
-
-    Returns:
-      The state, the number of finished steps, and the checkpoint's metadata.
+    The tokenizer is that of `config.init`, or trained on the examples if that is empty. Held-out
+    sequences come from `config.data.validation` or, if that is empty, are the last training
+    examples.
 
     Raises:
-      UserError: the checkpoint was trained on other examples.
+      UserError: without a validation file, the training or the held-out part would be empty.
     """
-    first = checkpoints.latest_step() or 0
-    if not first:
-        return state, 0, {"skipped_in_a_row": 0}
-    state, kept = checkpoints.restore(first, learner.abstract_state())
-    if kept["examples"] != examples_digest:
+    examples = load_examples(config)
+    if config.init:
+        tokenizer = load_tokenizer(config.init)
+    else:
+        texts = (segment.text for example in examples for segment in example)
+        tokenizer = train_tokenizer(texts, config.vocab_size, workdir / "model")
+    sequences = fitting_sequences(examples, tokenizer, config)
+    if config.data.validation:
+        held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
+        return tokenizer, sequences, fitting_sequences(held_out, tokenizer, config)
+    count = config.data.validation_examples
+    if not 0 < count < len(sequences):
         raise UserError(
-            f"{workdir} was trained on other examples than config.data now gives; give another "
-            "--workdir, or remove it to start over"
+            f"config.data.validation_examples={count} must be above 0 and below the "
+            f"number of examples, {len(sequences)}"
         )
-    print(f"resuming after step {first}")
-    return state, first, kept
-
-
-def export(
-    config: SFTConfig,
-    workdir: Path,
-    learner: Learner,
-    state: TrainState,
-    model_config: ModelConfig,
-    tokenizer,
-) -> None:
-    """Writes `workdir/model`, with any adapters merged, and the adapters to `workdir/adapters`."""
-    if learner.lora is not None:
-        save_adapters(
-            workdir / "adapters", state.params["policy"], learner.lora, model_config, config.init
-        )
-    params = learner.policy(state)
-    save_params(workdir / "model", params, model_config, eos_token_id=tokenizer.eos_token_id)
-    tokenizer.save_pretrained(workdir / "model")
-    print(f"model written to {workdir / 'model'}")
+    return tokenizer, sequences[:-count], sequences[-count:]
 
 
 def digest(sequences: Sequence[TokenSequence]) -> str:
@@ -277,14 +244,6 @@ def fitting_sequences(
     return fitting
 
 
-def make_tokenizer(config: SFTConfig, examples: list[list[Segment]], workdir: Path):
-    """Loads the tokenizer of `config.init`, or trains one on the examples if that is empty."""
-    if config.init:
-        return load_tokenizer(config.init)
-    texts = (segment.text for example in examples for segment in example)
-    return train_tokenizer(texts, config.vocab_size, workdir / "model")
-
-
 def initial_model(
     config: SFTConfig, tokenizer, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, nnx.State]:
@@ -294,22 +253,6 @@ def initial_model(
         return model.config, model.params
     model_config = from_hf(config.model | {"vocab_size": len(tokenizer)})
     return model_config, init_params(model_config, config.seed)
-
-
-def split(
-    sequences: list[TokenSequence], validation_examples: int
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """Splits off the last examples for validation.
-
-    Raises:
-      UserError: one of the parts would be empty.
-    """
-    if not 0 < validation_examples < len(sequences):
-        raise UserError(
-            f"config.data.validation_examples={validation_examples} must be above 0 and below the "
-            f"number of examples, {len(sequences)}"
-        )
-    return sequences[:-validation_examples], sequences[-validation_examples:]
 
 
 def batch_of(

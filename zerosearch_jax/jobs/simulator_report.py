@@ -76,10 +76,8 @@ def held_out(path: str, limit: int, seed: int) -> list[Pair]:
     Only the last search can find the answer; earlier ones of a multi-hop question find bridges.
 
     Raises:
-      UserError: no last search is useful, or `limit` is below 1.
+      UserError: no last search is useful.
     """
-    if limit < 1:
-        raise UserError(f"config.limit={limit}: it must be at least 1")
     pairs = [pair for pair in load_pairs(path) if pair.last]
     if not any(pair.label == "useful" for pair in pairs):
         raise UserError(
@@ -248,15 +246,16 @@ def example_rows(pairs: Sequence[Pair], documents: Mapping[str, Documents]) -> l
 
 def markdown(report: Mapping) -> str:
     """Renders the report as Markdown."""
-    parts = ["# Simulator report"]
-    parts.append(f"Reader: `{report['reader']}`. Held-out searches: `{report['pairs']}`.")
-    parts += [
+    simulators = [
         f"- {name}: `{simulator['model']}`, form {simulator['form']}, temperature "
         f"{simulator['temperature']}, sha256 {simulator['weights'][:12]}"
         for name, simulator in report["simulators"].items()
     ]
-    parts.append(_table(report["rows"]))
-    parts.append(
+    parts = [
+        "# Simulator report",
+        f"Reader: `{report['reader']}`. Held-out searches: `{report['pairs']}`.",
+        *simulators,
+        _table(report["rows"]),
         "- label: the requested kind of documents; queries: the label of the engine's own "
         "documents for the same searches.\n"
         "- reader_em: exact match of a fixed reader that answers from the documents, with its 95% "
@@ -265,8 +264,8 @@ def markdown(report: Mapping) -> str:
         "match on them only repeats the labels.\n"
         "- *none*: the reader sees that nothing was found.\n"
         "- *jsd*: Jensen-Shannon divergence from the engine's documents for the same searches, of "
-        "words and of lengths."
-    )
+        "words and of lengths.",
+    ]
     for name, rows in report["examples"].items():
         lines = [{key: _cell(text) for key, text in row.items()} for row in rows]
         parts += [f"## Examples: {name}", _table(lines)]

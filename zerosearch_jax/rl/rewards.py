@@ -10,10 +10,11 @@ them by a rule, ZeroSearch's or another paper's. The rules of other papers follo
 these papers, with our format check `has_valid_format` in place of their tags and prompts.
 """
 
+import operator
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zerosearch_jax.errors import UserError
 
@@ -33,10 +34,7 @@ def normalise(text: str) -> str:
 
 def exact_match(answer: str | None, golden_answers: Sequence[str]) -> float:
     """Returns 1.0 if the normalised answer *equals* a normalised gold answer, else 0.0."""
-    _check(golden_answers)
-    if answer is None:
-        return 0.0
-    return float(normalise(answer) in {normalise(gold) for gold in golden_answers})
+    return _best(operator.eq, answer, golden_answers)
 
 
 def token_f1(answer: str | None, golden_answers: Sequence[str]) -> float:
@@ -48,10 +46,7 @@ def token_f1(answer: str | None, golden_answers: Sequence[str]) -> float:
     tokens. This is the reward of ZeroSearch (arXiv 2505.04588). If either has no token after
     normalisation, the score is 1.0 if both have none and 0.0 otherwise, as in SQuAD 2.
     """
-    _check(golden_answers)
-    if answer is None:
-        return 0.0
-    return max(_f1(normalise(answer).split(), normalise(gold).split()) for gold in golden_answers)
+    return _best(_f1, answer, golden_answers)
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:
@@ -67,11 +62,7 @@ def cover_exact_match(answer: str | None, golden_answers: Sequence[str]) -> floa
     The released ZeroSearch code calls containment "EM" and tests for a substring, so that "party"
     contains "art"; here it does not. Containment rewards long answers; do not report it as EM.
     """
-    _check(golden_answers)
-    if answer is None:
-        return 0.0
-    tokens = normalise(answer).split()
-    return float(any(_covers(tokens, normalise(gold).split()) for gold in golden_answers))
+    return _best(_covers, answer, golden_answers)
 
 
 def _covers(tokens: list[str], gold: list[str]) -> bool:
@@ -79,6 +70,22 @@ def _covers(tokens: list[str], gold: list[str]) -> bool:
         return not tokens
     starts = range(len(tokens) - len(gold) + 1)
     return any(tokens[i : i + len(gold)] == gold for i in starts)
+
+
+def _best(
+    compare: Callable[[list[str], list[str]], float],
+    answer: str | None,
+    golden_answers: Sequence[str],
+) -> float:
+    """Returns the best `compare(answer, gold)` of normalised tokens; 0 without an answer."""
+    if isinstance(golden_answers, str):
+        raise TypeError("golden_answers is one string; pass a sequence of strings")
+    if not golden_answers:
+        raise UserError("a question has no gold answer; fill golden_answers or drop the row")
+    if answer is None:
+        return 0.0
+    tokens = normalise(answer).split()
+    return float(max(compare(tokens, normalise(gold).split()) for gold in golden_answers))
 
 
 def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> bool:
@@ -93,18 +100,13 @@ def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -
       ValueError: the lengths differ.
     """
     turns = list(zip(policy_texts, action_kinds, strict=True))
-    if not turns:
-        return False
     valid = ["search"] * (len(turns) - 1) + ["answer"]
     return list(action_kinds) == valid and all(_thinks_first(*turn) for turn in turns)
 
 
 def _thinks_first(text: str, kind: str) -> bool:
     match = _THINK_FIRST.match(text)
-    if match is None:
-        return False
-    thought, rest = match.groups()
-    return bool(thought.strip()) and f"<{kind}>" in rest
+    return match is not None and bool(match[1].strip()) and f"<{kind}>" in match[2]
 
 
 def format_reward(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> float:
@@ -146,9 +148,7 @@ def f1_or_format_credit(f1: float, valid: bool) -> float:
 
     r = F1 if F1 > 0; else 0.1 if the format is valid; else 0
     """
-    if f1 > 0:
-        return f1
-    return 0.1 if valid else 0.0
+    return f1 if f1 > 0 else 0.1 * valid
 
 
 def f1_or_format_penalty(f1: float, valid: bool) -> float:
@@ -216,10 +216,3 @@ def episode_reward(
             return search_and_format_credit(searches, valid)
         return f1_minus_format_penalty(f1, valid)
     raise UserError(f"reward.rule is {rule!r}; choose one of {', '.join(RULES)}")
-
-
-def _check(golden_answers: Sequence[str]) -> None:
-    if isinstance(golden_answers, str):
-        raise TypeError("golden_answers is one string; pass a sequence of strings")
-    if not golden_answers:
-        raise UserError("a question has no gold answer; fill golden_answers or drop the row")

@@ -79,8 +79,7 @@ def weights_sha256(directory: str | Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # adds the file to the same hash
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.scripted_agent import Segment
+from zerosearch_jax.data.qa import parquet_rows
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.text import prompts
@@ -73,7 +74,8 @@ def load_pairs(path: str | Path) -> list[Pair]:
         where = f"{path}: row {number}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object, not {type(row).__name__}")
-        pairs.append(_own_pair(where, row) if "documents" in row else _chat_pair(path, number, row))
+        id_ = f"{path.stem}/{number}"
+        pairs.append(_own_pair(where, row) if "documents" in row else _chat_pair(where, id_, row))
     if not pairs:
         raise UserError(f"{path}: the file holds no pairs; give a file with at least one row")
     return pairs
@@ -212,7 +214,7 @@ def _count_labels(pairs: Collection[Pair]) -> dict[str, int]:
 
 
 def _rows(path: Path) -> Iterator[object]:
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": parquet_rows}
     if path.suffix not in readers:
         raise UserError(f"{path}: not a file of pairs; give a file ending in {', '.join(readers)}")
     if not path.is_file():
@@ -242,18 +244,6 @@ def _json_list(path: Path) -> Iterator[object]:
     yield from rows
 
 
-def _parquet(path: Path) -> Iterator[object]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({error})") from error
-
-
 def _own_pair(where: str, row: Mapping) -> Pair:
     for key in _TEXT_KEYS:
         if not isinstance(row.get(key), str) or not row[key]:
@@ -267,17 +257,15 @@ def _own_pair(where: str, row: Mapping) -> Pair:
         raise UserError(f"{where}: key 'golden_answers' is empty; give at least one")
     if not isinstance(row.get("last"), bool):
         raise UserError(f"{where}: key 'last' must be true or false")
-    texts = {key: row[key] for key in _TEXT_KEYS}
     return Pair(
-        **texts,
+        **{key: row[key] for key in _TEXT_KEYS},
         documents=tuple(row["documents"]),
         golden_answers=tuple(row["golden_answers"]),
         last=row["last"],
     )
 
 
-def _chat_pair(path: Path, number: int, row: Mapping) -> Pair:
-    where = f"{path}: row {number}"
+def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
     key = next((key for key in ("messages", "conversations", "prompt") if key in row), None)
     if key is None:
         raise UserError(
@@ -305,7 +293,7 @@ def _chat_pair(path: Path, number: int, row: Mapping) -> Pair:
     if not documents:
         raise UserError(f"{where}: key {answer_key!r}: the answer holds no document 'Doc 1: …'")
     return Pair(
-        id=f"{path.stem}/{number}",
+        id=id_,
         query=match["query"],
         documents=tuple(documents),
         question=match["question"],

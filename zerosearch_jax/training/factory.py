@@ -122,14 +122,12 @@ def make_engine(
     Raises:
       UserError: an unknown web search service, or one without an API key in the environment.
     """
-    if config.engine == "bm25":
-        return BM25Engine(load_passages(config.corpus), topk=config.topk)
+    if config.engine in ("bm25", "noisy_bm25"):
+        engine = BM25Engine(load_passages(config.corpus), topk=config.topk)
+        return engine if config.engine == "bm25" else NoisyEngine(engine, config.noise, seed)
     if config.engine == "simulated":
         texts = make_texts(config, seed, mesh, clock)
         return SimulatedEngine(texts, form=config.simulator.form, topk=config.topk)
-    if config.engine == "noisy_bm25":
-        engine = BM25Engine(load_passages(config.corpus), topk=config.topk)
-        return NoisyEngine(engine, config.noise, seed)
     if config.engine == "retriever":
         return RetrieverEngine(
             json_client(config.remote, config.remote.url),

@@ -32,8 +32,8 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     Raises:
       UserError: an older version wrote the directory.
     """
-    now = {"format": FORMAT, **config_flags.plain(config)}
-    now = json.loads(json.dumps(now))  # tuples as the file returns them
+    # Tuples become lists, as in the file.
+    now = json.loads(json.dumps({"format": FORMAT, **config_flags.plain(config)}))
     before = check_workdir(workdir)
     if before is not None:
         for difference in config_flags.differences(before, now):
