@@ -419,7 +419,7 @@ def test_watch_stop_ends_a_run_at_an_alarm(rl_config, tmp_path, monkeypatch, cap
             return "WARNING: alarm" if len(seen) == 2 else None
 
     monkeypatch.setattr(rl, "CollapseWatch", Alarming)
-    with pytest.raises(UserError, match="stopped after step 2 by config.watch.stop.*stop=False"):
+    with pytest.raises(UserError, match="stopped after step 2.*config.watch.stop=False"):
         rl.run(config, str(tmp_path))
     assert "step 2: WARNING: alarm" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.advantages import adapted_kl_coef
+from zerosearch_jax.rl.config import KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -57,7 +59,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     """Trains, evaluates and writes `workdir/summary.json`; resumes from `workdir`'s checkpoint.
 
     Args:
-      profile_steps: steps, from 1, whose profiler traces go to `workdir/profile`.
+      profile_steps: numbers of the steps to profile, counted from 1; traces go to
+        `workdir/profile`.
     """
     began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
@@ -82,7 +85,6 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         watch.update(row)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
     profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
-    last_step = max(1, config.rl.steps - 1)
     parts.clock.take()
 
     with (
@@ -92,8 +94,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         for step in range(first, config.rl.steps):
             done = step + 1
             with profiler.step(done):
-                # From p_s in the first step to p_e in the last.
-                p_noisy = noise_probability(step, last_step, **asdict(config.curriculum))
+                p_noisy = step_noise(config, step)
                 with timer.section("weights"):
                     generator.load(learner.policy(state))
                 with timer.section("rollout"):
@@ -105,14 +106,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 metrics |= episode_metrics(rollouts.trajectories) | rollouts.metrics()
                 metrics |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
                 metrics["weights_bytes"] = generator.weight_bytes
-                if kl.target and np.isfinite(metrics["kl"]):
-                    kl_coef = adapted_kl_coef(
-                        kl_coef,
-                        metrics["kl"],
-                        target=kl.target,
-                        horizon=kl.horizon,
-                        episodes=len(trajectories),
-                    )
+                kl_coef = next_kl_coef(kl, kl_coef, metrics, len(trajectories))
 
                 if done % config.eval.every == 0:
                     with timer.section("eval"):
@@ -122,7 +116,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                     recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
 
                 metrics |= speed(timer.pop(), parts.clock.take(), rollouts) | watch.update(metrics)
-                # Before the checkpoint: a run killed between the two writes this row again.
+                # Metrics are written first: a run killed before its checkpoint repeats the step
+                # and replaces this row.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
@@ -136,11 +131,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
             if stopping:
-                raise UserError(
-                    f"stopped after step {done} by config.watch.stop; its checkpoint is in "
-                    f"{workdir}, earlier metrics in metrics.jsonl. To continue anyway: "
-                    "--config.watch.stop=False"
-                )
+                raise_collapse(done, workdir)
 
     conclude(config, workdir, parts, state, began)
 
@@ -172,7 +163,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     clock = DeviceClock()
     print("compiling the programs of the simulator and the policy", flush=True)
     engine = eval_engine = None
-    if config.rollout.max_turns:  # otherwise a search ends an episode without an answer
+    if config.rollout.max_turns:  # with max_turns=0 a search ends the episode: no engine is needed
         engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
         eval_engine = factory.make_engine(config.eval.search, config.seed, config.mesh)
     generator = factory.make_generator(
@@ -194,7 +185,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
 
 
 def check_simulator(config: RLConfig) -> None:
-    """Raises UserError if the simulator's report, where the config names one, fails its gate."""
+    """Raises UserError if the config names a report of the simulator that fails its thresholds."""
     simulator = config.search.simulator
     if config.search.engine == "simulated" and simulator.gate.report:
         gate.check(
@@ -206,11 +197,16 @@ def check_simulator(config: RLConfig) -> None:
 
 
 def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
-    """Returns the sampler of training questions and the questions of evaluations in training."""
+    """Returns a sampler of training questions, and the questions of evaluations during training."""
     data, size = config.data, config.rollout.questions_per_step
     rows = load_qa(data.source, data.train_split, data.train_limit)
     sampler = RowSampler(rows, size, config.seed, "config.rollout.questions_per_step")
     return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
+
+
+def step_noise(config: RLConfig, step: int) -> float:
+    """Returns the noise probability of a step, from `curriculum.start` to `curriculum.end`."""
+    return noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
 
 
 def collect(
@@ -248,6 +244,15 @@ def evaluate(
     )
 
 
+def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
+    """Returns the KL coefficient of the next step: adapted to `kl.target`, or `coef` without one."""
+    if not kl.target or not np.isfinite(metrics["kl"]):
+        return coef
+    return adapted_kl_coef(
+        coef, metrics["kl"], target=kl.target, horizon=kl.horizon, episodes=episodes
+    )
+
+
 def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -> dict[str, float]:
     """Adds `host_share` and `tokens_per_sec` to the seconds of a step.
 
@@ -261,13 +266,21 @@ def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -
     }
 
 
+def raise_collapse(done: int, workdir: Path) -> NoReturn:
+    """Raises the UserError that ends a collapsing run after step `done`, counted from 1."""
+    raise UserError(
+        f"stopped after step {done}: it shows a collapse, and config.watch.stop is set; the "
+        f"checkpoint and metrics.jsonl are in {workdir}. To continue: --config.watch.stop=False"
+    )
+
+
 def conclude(
     config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
 ) -> None:
-    """Exports the trained policy and evaluates it, the base policy and no search.
+    """Exports the trained policy; evaluates it with and without search, and the base policy.
 
     Prints a table and an episode of each policy. Writes `policy/`, `adapters/` under LoRA,
-    `answers.jsonl` (each policy's answer to each question, for paired comparisons) and, last,
+    `answers.jsonl` (every answer to each question, for paired comparisons) and, last,
     `summary.json`.
 
     Args:
@@ -295,7 +308,7 @@ def conclude(
         for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
     (workdir / "answers.jsonl").write_text("".join(lines))
-    # The embedded world's first question with two hops, or the first question of another source.
+    # Show the first two-hop question of the embedded world; of other sources the first question.
     two_hops = (i for i, row in enumerate(rows) if ">" in row.id)
     shown = next(two_hops, 0) if config.data.eval_source == "world" else 0
     for name in ("base", "trained"):
@@ -313,5 +326,5 @@ def conclude(
 
 
 def show(trajectory: Trajectory, tokenizer) -> str:
-    """Renders an episode for people, with inserted text behind a margin."""
+    """Renders an episode as readable text; inserted lines begin with `│`."""
     return render_segments(trajectory.segments(tokenizer), color=False)
