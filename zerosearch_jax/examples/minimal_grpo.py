@@ -73,7 +73,7 @@ def make_batch(trajectories: list[Trajectory], advantages: np.ndarray) -> Batch:
 
 @partial(jax.jit, static_argnames="graphdef")
 def loss_and_grads(params, reference, batch: Batch, policy_tokens, *, graphdef):
-    """Returns GRPO's loss of some rows and its gradient, both divided by `policy_tokens`."""
+    """Returns the loss of some rows and its gradient, per policy token of the whole batch."""
 
     def logprobs(params):  # [B, T]; 0 where the mask is False
         model = nnx.merge(graphdef, params)

@@ -245,7 +245,7 @@ def evaluate(
 
 
 def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
-    """Returns the KL coefficient of the next step: adapted to `kl.target`, or `coef` without one."""
+    """Returns the next KL coefficient: adapted to `kl.target`, or `coef` without a target."""
     if not kl.target or not np.isfinite(metrics["kl"]):
         return coef
     return adapted_kl_coef(

@@ -10,9 +10,9 @@
 |              |                                            | then `whiten`                     |
 
 `mask` is provenance: true (or 1) where the policy sampled the token. Only these positions are time
-steps. Text that the environment inserts between two of them belongs to the transition: it is not
-discounted, its values are not read (they may be inf or NaN), and the result there is exactly 0.
-A NaN that is read reaches every result that depends on it.
+steps. Inserted text is part of the transition between two policy tokens and adds no discount. Array
+entries there are not read (they may be inf or NaN), and the result there is exactly 0. A NaN that
+is read reaches every result that depends on it.
 """
 
 import jax
@@ -26,9 +26,9 @@ def group_advantages(
 
         A_g = (r_g - mean(r)) / (std(r) + eps)
 
-    The standard deviation is the unbiased one (divided by G - 1), as in the released code. Two
-    special cases:
-      * the advantage in a group of one is its reward, as in the released code;
+    The standard deviation is the unbiased one (divided by G - 1), as in ZeroSearch's released code.
+    Two special cases:
+      * the advantage in a group of one is its reward, as in that code;
       * a group with equal rewards gets exactly 0, not rounding error divided by eps.
 
     Args:
@@ -75,7 +75,7 @@ def baseline_advantages(rewards: jax.Array, *, baseline: str) -> jax.Array:
       rewards: [Q, G] float; G episodes of each of Q questions.
       baseline: "none", b = 0; "batch_mean", the mean of all Q * G rewards; "group_mean", the
         mean of the question's G rewards, G at least 2. The means include the sequence's own
-        reward. If all their rewards are equal, the advantages are exactly 0.
+        reward. If all rewards of a mean are equal, the advantages are exactly 0.
 
     Returns:
       [Q, G] float32, or float64 for float64 rewards.
@@ -215,8 +215,8 @@ def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: int, epis
         error = clip(kl / target - 1, -0.2, 0.2)
         coef * (1 + error * episodes / horizon)
 
-    The paper's constant K (0.1) is written as episodes / horizon, so that the speed does not
-    depend on the episodes per step. A NaN kl gives NaN.
+    The paper's constant K (0.1) becomes episodes / horizon, so the coefficient changes equally fast
+    per episode for any number of episodes per step. A NaN kl gives NaN.
 
     Args:
       coef: coefficient of this step.
@@ -235,7 +235,7 @@ def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: int, epis
             f"target is {target} and horizon is {horizon}; the target must be above 0 and the "
             f"horizon above a fifth of the step's {episodes} episodes"
         )
-    error = min(max(kl / target - 1.0, -0.2), 0.2)  # error first, so that min and max keep a NaN
+    error = min(max(kl / target - 1.0, -0.2), 0.2)  # the NaN first: max and min return it
     return coef * (1.0 + error * episodes / horizon)
 
 
@@ -275,8 +275,8 @@ def _token_arrays(mask: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
 def _discounted_sums(x: jax.Array, mask: jax.Array, discount: float) -> jax.Array:
     """Returns sum_l discount^l * x_{t+l} at each policy token t, 0 elsewhere.
 
-    t counts policy tokens. Each position maps the sum y after it to factor * y + term: a policy
-    token to discount * y + x, any other to y. An associative scan combines these maps in log T
+    t counts policy tokens. Position t turns the sum y of later positions into factor * y + term: at
+    a policy token discount * y + x, elsewhere y. An associative scan combines these maps in log T
     steps.
     """
     factors = jnp.where(mask, discount, 1.0).astype(x.dtype)

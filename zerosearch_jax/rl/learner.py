@@ -46,10 +46,11 @@ class TrainState:
     """Trainable parameters and optimizer states.
 
     Attributes:
-      params: "policy" holds the stacked float32 parameters, or only the adapters under LoRA.
+      params: "policy" holds the float32 parameters, with layers stacked on the first axis, or only
+        the adapters under LoRA.
         "critic", if there is one, holds the value head and, with `critic_trunk="own"`, a model.
       opt_state: optimizer state under the same names.
-      step: `[]` int32, updates done; skipped updates do not count.
+      step: `[]` int32, number of optimizer updates; skipped updates do not count.
     """
 
     params: dict[str, Any]
@@ -68,9 +69,9 @@ class Learner:
       policy: optimizer and schedule of the policy.
       critic: optimizer and schedule of the critic; None trains no critic.
       critic_trunk: "own" trains a second model that starts as a copy of the policy; "shared" puts
-        a value head on the policy's hidden states, whose loss also trains them.
-      lora: None trains all parameters. Otherwise adapters are trained on frozen parameters, which
-        `base` holds in `compute_dtype` and which are also the reference policy.
+        a value head on the policy, so that the value loss also trains the policy's layers.
+      lora: None trains all parameters. Otherwise only adapters are trained. `base` holds the frozen
+        parameters in `compute_dtype`; they are also the reference policy.
       compute_dtype: dtype of activations; trained parameters are float32.
       remat: a key of `models.transformer.REMAT_POLICIES`.
       logprob_chunk: positions whose logits exist at once, in tokens.
@@ -115,10 +116,10 @@ class Learner:
         )
 
     def init(self, params: nnx.State, seed: int = 0) -> TrainState:
-        """Returns a fresh state from stacked float32 parameters, which are not donated.
+        """Returns a fresh state from float32 parameters with stacked layers, which are not donated.
 
         Args:
-          seed: seed of the adapters' random half.
+          seed: seed of the LoRA matrices that start random; the others start at 0.
         """
         if self.lora:
             cast = jax.jit(
@@ -152,8 +153,9 @@ class Learner:
     def put(self, batch: PackedBatch) -> LearnerBatch:
         """Puts a host batch onto the mesh, its rows sharded over the data axes.
 
-        Empty rows are added if R is not a multiple of the product of these axes. Every process
-        passes the whole batch and puts the part of its own devices.
+        The arrays are `[M, R, T]`: microbatches, rows, tokens. Empty rows are added if R is not a
+        multiple of the number of data shards. Every process passes the whole batch and copies the
+        part of its own devices.
         """
         return LearnerBatch(**{name: self._put(array) for name, array in batch.arrays().items()})
 
@@ -326,7 +328,9 @@ class Learner:
         params: dict,
         batch: LearnerBatch,
     ) -> tuple[dict, Metrics]:
-        """Sums gradients and metrics of `numerators` over the microbatches in use.
+        """Sums gradients and metrics of `numerators` over the first `num_microbatches`.
+
+        The other microbatches are padding.
 
         A metric whose name ends in "_max" is the maximum; all others are sums.
         """
@@ -392,7 +396,7 @@ class Learner:
 
         grads, sums = self._accumulate(numerators, state.params, batch)
         state, metrics = self._update(state, grads, sums["loss/total"])
-        # NaN if the batch has no correct token; callers drop NaNs.
+        # NaN if no episode of the batch is correct; callers drop NaNs.
         metrics["correct_loglik"] = sums.pop("correct_loglik") / sums.pop("correct_tokens")
         tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
         for name, value in sums.items():

@@ -2,8 +2,8 @@
 
 Shapes are `[B, T]`: B rows, T tokens. `mask` is provenance: true (or 1) where the policy sampled
 the token. Values elsewhere are not read and may be inf or NaN; the result and its gradient are
-exactly 0 there. Losses have no denominator, because the learner adds numerators and denominators
-over microbatches and devices before it divides; `aggregation_weights` returns the denominators.
+exactly 0 there. Losses are not averaged. `aggregation_weights` gives each token its weight in the
+mean over the whole batch; the learner sums weighted losses over microbatches and devices.
 
 A row may hold several packed sequences. `segment_ids` [B, T] int32 distinguishes them: from 1
 within a row, 0 in padding.
@@ -18,8 +18,8 @@ AGGREGATES = ("token_mean", "sequence_mean", "fixed_length")
 """Means over the tokens of a batch, see `aggregation_weights`."""
 
 _MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that exp does not overflow. A token beyond has
-left every trust region and gets no gradient."""
+"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that exp does not overflow. A token with a
+larger ratio gets no gradient through its ratio."""
 
 
 def clipped_surrogate(
@@ -85,9 +85,9 @@ def sequence_surrogate(
         loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
 
     Every policy token of a sequence has the sequence's loss, so the mean over its policy tokens is
-    the loss of the sequence. The gradient flows through the mean: the log-prob of each token gets
-    -ratio * A / length of that loss. The paper's variant with an advantage per token (GSPO-token)
-    has another gradient; here A belongs to the sequence.
+    the loss of the sequence. The gradient flows through the mean: the gradient of the sequence's
+    loss with respect to each token's log-prob is -ratio * A / length. The paper's variant with an
+    advantage per token (GSPO-token) has another gradient; here A belongs to the sequence.
 
     Args:
       logprobs, old_logprobs, mask: as in `clipped_surrogate`.
@@ -179,14 +179,16 @@ def likelihood_preserving(
                                                  likely as a whole; 0 elsewhere
 
     An action is a maximal run of policy tokens, one turn of an episode; documents separate the
-    turns. Packed sequences need no segment ids, because a sequence's last token predicts nothing
-    and so has mask 0. The comparison of an action's summed log-probs has no gradient.
+    turns. Packed sequences need no segment ids: the last token of a sequence predicts nothing, so
+    its mask is 0 and separates it from the next sequence. The comparison of an action's summed
+    log-probs has no gradient.
 
-    In the first update on a batch old and new policy are equal, so the loss and its gradient are 0.
-    (With the sampler's log-probs as old ones, the loss is the mismatch between sampler and
-    learner.) The loss acts from the second update on the same batch on.
+    In a step's first update old and new policy are equal, so the loss and its gradient are 0. (With
+    the sampler's log-probs as old ones, the loss is the mismatch between sampler and learner.) The
+    loss is active from the step's second update.
 
-    It is not clamped, because a token that has fallen far needs its constant gradient most.
+    The log-ratio is not clamped here: the gradient is constant, and tokens that have lost the most
+    probability need it most.
 
     Args:
       logprobs, old_logprobs, mask: as in `clipped_surrogate`.
@@ -268,9 +270,9 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None =
         d = ref_logprobs - logprobs
         k3 = exp(d) - d - 1
 
-    Schulman, http://joschu.net/blog/kl-approx.html. The released code ("low_var_kl") also clamps
-    the result to ±10, which drops the gradient of the tokens that have drifted furthest. Here only
-    d is clamped, to ±20.
+    Schulman, http://joschu.net/blog/kl-approx.html. ZeroSearch's released code ("low_var_kl") also
+    clamps the result to ±10, so a token with a larger value has no gradient. Here only d is
+    clamped, to ±20, so that exp does not overflow.
 
     As a loss on the policy's tokens, its expected gradient is that of KL(reference || policy), the
     other direction, which is equal to first order near the reference.
@@ -316,7 +318,8 @@ def aggregation_weights(lengths: jax.Array, *, aggregate: str, fixed_tokens: int
     Args:
       lengths: [N] policy tokens of each sequence of the whole batch; 0 is allowed.
       aggregate: one of `AGGREGATES`.
-      fixed_tokens: divisor of "fixed_length", such as the most tokens of an episode.
+      fixed_tokens: divisor of "fixed_length", such as the maximum number of policy tokens in an
+        episode.
 
     Returns:
       [N] float32, or float64 for float64 lengths; 0 where the length is 0.
@@ -372,7 +375,7 @@ def _clamp(log_ratio: jax.Array) -> jax.Array:
 
 
 def _sum_by_id(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Replaces x [B, T] by its sum over the columns of the row with the same id, 0 to T."""
+    """Replaces each entry of x [B, T] by the sum, within its row, over all columns with its id."""
     # Row by row, so that sharded rows need no communication.
     segment_sum = functools.partial(jax.ops.segment_sum, num_segments=x.shape[1] + 1)
     return jnp.take_along_axis(jax.vmap(segment_sum)(x, ids), ids, axis=1)

@@ -24,7 +24,8 @@ from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 
-# Later updates of a step differ from the sampler on purpose, so only the first one counts.
+# After a step's first update the policy differs from the sampler by design, so these metrics come
+# from the first update only.
 FIRST_UPDATE_METRICS = ("sampler_logprob_diff_mean", "sampler_logprob_diff_max")
 
 
@@ -70,7 +71,7 @@ class PolicyUpdater:
           rewards: `[Q, G]` rewards of these episodes.
 
         Returns:
-          The state, and metrics: means over the step's finite updates.
+          The state, and the step's metrics (see `combine`).
         """
         rl, loss = self._config.rl, self._config.loss
         sequences = sequences_of(trajectories, rl.overlong, document_mask=rl.document_mask)
@@ -110,7 +111,7 @@ class PolicyUpdater:
         )
 
     def _score(self, state: TrainState, batch: PackedBatch) -> PackedBatch:
-        """Adds the log-probs and values of the current models that the config needs."""
+        """Adds the columns that the config needs: old log-probs, reference log-probs, values."""
         config, learner, temperature = self._config, self._learner, self._objective.temperature
         scores: dict[str, Callable[..., jax.Array]] = {}
         if config.rl.old_logprobs == "learner":
@@ -134,9 +135,9 @@ def sequences_of(
     """Returns token ids and log-probs as sampled, with provenance as the mask.
 
     Args:
-      overlong: "keep", or "mask", which excludes episodes that ran out of tokens from the loss
-        (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Their rewards still count in their
-        groups.
+      overlong: "keep", or "mask", which excludes an episode from the loss if it ended because it
+        ran out of tokens (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Its reward still
+        counts in its group.
       document_mask: False also trains on text inserted after the prompt. It only serves to show
         the effect of the mask (Search-R1's ablation, arXiv 2503.09516 §5).
     """
@@ -225,7 +226,7 @@ def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Returns a step's metrics from its updates' metrics.
 
     Skipped updates are added up, names that end in "_max" take the maximum, all others the mean.
-    Values that are not finite are dropped, such as `correct_loglik` without a correct token.
+    Values that are not finite are dropped, such as `correct_loglik` without a correct episode.
     `FIRST_UPDATE_METRICS` come from the first update alone.
     """
     metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
@@ -245,7 +246,7 @@ def objective_of(config: RLConfig) -> Objective:
 def _inserted_as_sampled(
     minibatches: Minibatches, trajectories: Sequence[Trajectory]
 ) -> Minibatches:
-    """Sets the sampler log-probs of inserted tokens, which nothing sampled, to the learner's."""
+    """Copies `old_logprobs` to `sampler_logprobs` of inserted tokens, which no policy sampled."""
     old, sampler = (minibatches.column(f"{name}_logprobs") for name in ("old", "sampler"))
     by_policy = np.zeros(sampler.shape, bool)
     for row, trajectory in zip(by_policy, trajectories, strict=True):
