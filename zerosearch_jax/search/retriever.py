@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, answer_all
 
@@ -30,10 +30,7 @@ class RetrieverEngine:
                 f"retriever: dialect is {dialect!r}; choose search_r1 (one batch of queries) or "
                 "zerosearch (one request per query)"
             )
-        if topk < 1 or workers < 1:
-            raise UserError(
-                f"retriever: topk is {topk}, workers {workers}; both must be at least 1"
-            )
+        check_positive("retriever", topk=topk, workers=workers)
         self.client = client
         self.topk = topk
         self.dialect = dialect
@@ -48,11 +45,10 @@ class RetrieverEngine:
         try:
             found = self._ask_batch([request.query for request in requests])
         except SearchFailed as failure:
-            return [SearchResult(request.key, (), failure.reason) for request in requests]
-        hits = {request.key: hits for request, hits in zip(requests, found, strict=True)}
+            return [SearchResult(request.key, (), str(failure)) for request in requests]
         return [
-            answer(request, lambda request: self._batch_documents(hits[request.key]))
-            for request in requests
+            answer(request, lambda _, hits=hits: self._batch_documents(hits))
+            for request, hits in zip(requests, found, strict=True)
         ]
 
     def _ask_batch(self, queries: list[str]) -> list[object]:
