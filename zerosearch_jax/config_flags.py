@@ -15,6 +15,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -278,11 +279,11 @@ def _name_of(hint: Any) -> str:
 def field_docs(cls: type) -> dict[str, str]:
     """Returns the documentation of each field: the string literal right below it."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    docs = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return docs
+    return {
+        field.target.id: " ".join(ast.literal_eval(below.value).split())
+        for field, below in pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
 def describe(section: Any, path: str = "config") -> str:
@@ -333,8 +334,7 @@ def _files_next_to(path: str | Path) -> str:
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
     """The flag library's message on one line, with the type of the key's value."""
     message = " ".join(str(error).split()).removeprefix("flag ")
-    if match := re.match(r"--config\.([^=]+)=", message):
-        value = dict(_entries(known)).get(match[1])
-        if value is not None:
-            message += f"; the value must be of type {type(value).__name__}, such as {value!r}"
+    match = re.match(r"--config\.([^=]+)=", message)
+    if match and (value := dict(_entries(known)).get(match[1])) is not None:
+        message += f"; the value must be of type {type(value).__name__}, such as {value!r}"
     return message

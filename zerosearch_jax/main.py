@@ -56,8 +56,6 @@ CONFIGS = {
     "bench/mfu": "benchmarks.config.MFUBenchConfig",
 }
 """Job, or job/suite: the dataclass of its config."""
-DISTRIBUTED_JOBS = ("rl",)
-PROFILED_JOBS = ("rl", "sft")
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -90,7 +88,7 @@ def _run(argv: Sequence[str]) -> None:
     if describe.value:
         print(config_flags.describe(config_flags.typed(config_class(config), config)))
         return
-    for flag, jobs in ((multi_process, DISTRIBUTED_JOBS), (profile, PROFILED_JOBS)):
+    for flag, jobs in ((multi_process, ("rl",)), (profile, ("rl", "sft"))):
         if flag.value and config.job not in jobs:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}

@@ -1,10 +1,13 @@
 """Client of passage retrieval servers, in the dialects of Search-R1 and ZeroSearch."""
 
+import re
 from collections.abc import Sequence
 
 from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, answer_all
+
+_QUOTED_LINE = re.compile(r'\A[^\S\n]*"([^\n]+)"[^\S\n]*\n')
 
 
 class RetrieverEngine:
@@ -95,8 +98,4 @@ def plain(contents: str) -> str:
 
     Contents without a quoted first line are returned unchanged.
     """
-    title, line_break, text = contents.partition("\n")
-    title = title.strip()
-    if not line_break or len(title) < 3 or title[0] != '"' or title[-1] != '"':
-        return contents
-    return f"{title[1:-1]}: {text}"
+    return _QUOTED_LINE.sub(r"\1: ", contents)

@@ -88,9 +88,11 @@ _PROMPTED_AIM = {
 }
 _PROMPTED_ONLY = "You must directly output the English documents and not output any other texts.\n"
 
-_EXAMPLE_QUESTION = "Which river flows through the capital of Hungary?"
-_EXAMPLE_ANSWER = "Danube"
-_EXAMPLE_QUERY = "river in Budapest"
+_EXAMPLE = {
+    "question": "Which river flows through the capital of Hungary?",
+    "answer": "Danube",
+    "query": "river in Budapest",
+}
 _EXAMPLE_DOCUMENTS = {
     "useful": (
         "Budapest, the capital of Hungary, lies on both banks of the Danube. Nine bridges inside "
@@ -232,9 +234,7 @@ def simulator_prompt(
     request = _simulator_request(question, answer, query, kind, prompted=form == "prompted")
     if form == "finetuned":
         return head + request
-    example = _simulator_request(
-        _EXAMPLE_QUESTION, _EXAMPLE_ANSWER, _EXAMPLE_QUERY, kind, prompted=True
-    )
+    example = _simulator_request(**_EXAMPLE, kind=kind, prompted=True)
     documents = format_documents(_EXAMPLE_DOCUMENTS[kind][:topk])
     return f"{head}Here is an example.\n\n{example}\n{documents}\n\nNow your turn.\n\n{request}"
 
