@@ -1,4 +1,4 @@
-"""The error for bad input, and a check that raises it. Imports nothing of the package."""
+"""The error for bad input, and a check that raises it."""
 
 
 class UserError(Exception):
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 def check_positive(where: str = "", **values: int) -> None:
-    """Raises UserError for a value below 1. The message names `where`, if given, and the key."""
+    """Raises UserError for a value below 1. `where` precedes the key in the message."""
     for key, value in values.items():
         if value < 1:
-            raise UserError(f"{where and where + ': '}{key}={value} must be at least 1")
+            raise UserError(f"{where}{key}={value} must be at least 1")

@@ -45,7 +45,7 @@ class BM25Engine:
         """
         if not passages:
             raise UserError("BM25 engine: the corpus is empty; give at least one passage")
-        check_positive("BM25 engine", topk=topk)
+        check_positive("BM25 engine: ", topk=topk)
         self.topk = topk
         self._passages = tuple(passages)
         self._vocabulary: dict[str, int] = {}

@@ -36,7 +36,7 @@ class ChatClient:
         seed: int,
     ):
         """Raises UserError for max_tokens or workers below 1."""
-        check_positive("chat", max_tokens=max_tokens, workers=workers)
+        check_positive("chat: ", max_tokens=max_tokens, workers=workers)
         self.client = client
         self.model = model
         self.temperature = temperature

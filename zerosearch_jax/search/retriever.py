@@ -33,7 +33,7 @@ class RetrieverEngine:
                 f"retriever: dialect is {dialect!r}; choose search_r1 (one batch of queries) or "
                 "zerosearch (one request per query)"
             )
-        check_positive("retriever", topk=topk, workers=workers)
+        check_positive("retriever: ", topk=topk, workers=workers)
         self.client = client
         self.topk = topk
         self.dialect = dialect

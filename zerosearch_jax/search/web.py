@@ -92,7 +92,7 @@ class WebEngine:
             raise UserError(
                 f"web: the API key for {provider} is empty or has spaces or line breaks around it"
             )
-        check_positive("web", topk=topk, workers=workers)
+        check_positive("web: ", topk=topk, workers=workers)
         self.client = client
         self.provider = provider
         self.topk = topk
