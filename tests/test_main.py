@@ -122,8 +122,11 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--config=configs/gpro.py"], "no file configs/gpro.py; there are configs/grpo.py"),
-        (["--config=configs"], "there is no file configs"),
+        (
+            ["--config=configs/gpro.py"],
+            "=configs/gpro.py: there is no such Python file; there are configs/grpo.py",
+        ),
+        (["--config=configs"], "--config=configs: there is no such Python file"),
         (["--config=configs/grpo.py:huge"], "unknown preset 'huge'; there are: tiny"),
         (["--config=configs/grpo.py:odd"], "odd is no preset"),
         ([], "--config=configs/grpo.py; there are configs/grpo.py"),

@@ -15,25 +15,27 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from tabulate import tabulate
 
 from zerosearch_jax.errors import UserError
 
 T = TypeVar("T")
 
-_OPTIMIZER = "learning_rate warmup_steps schedule_steps final_fraction beta1 beta2 weight_decay"
-_LOSS = "surrogate clip_low clip_high dual_clip aggregate fixed_tokens entropy llds importance_cap"
+_MOVED = {
+    "optimizer": "learning_rate warmup_steps schedule_steps final_fraction beta1 beta2 "
+    "weight_decay clip_norm moment_dtype",
+    "advantage": "estimator baseline normalize_std gamma gae_lambda",
+    "loss": "surrogate clip_low clip_high dual_clip aggregate fixed_tokens entropy llds "
+    "importance_cap",
+}
 RENAMED_KEYS = {
-    **{f"rl.{key}": f"optimizer.{key}" for key in f"{_OPTIMIZER} clip_norm moment_dtype".split()},
-    **{
-        f"rl.{key}": f"advantage.{key}"
-        for key in ("estimator", "baseline", "normalize_std", "gamma", "gae_lambda")
-    },
-    **{f"rl.{key}": f"loss.{key}" for key in _LOSS.split()},
+    **{f"rl.{key}": f"{section}.{key}" for section, keys in _MOVED.items() for key in keys.split()},
     "rl.kl": "kl.coef",
     "rl.kl_estimator": "kl.estimator",
     "rl.kl_in": "kl.apply_to",
@@ -45,12 +47,16 @@ RENAMED_KEYS = {
     "data.habits": "data.behaviours",
     "judge": "labeling",
 }
-"""Old key or section: its new name. A key below a renamed section moves with it."""
+"""Old key or section: its new name. A key below a renamed section moves with it.
+
+A key with an entry precedes its section.
+"""
 RENAMED_NAMES = {"burst_tokens": "chunk_tokens"}
 """Old last part of a key, in any section: its new name."""
 
 # A suggestion that is less similar than this would confuse more than it helps.
 _NEAR_ENOUGH = 0.5
+_COLUMN_WIDTHS = (None, None, 32, 44)  # name, type, value, documentation
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
@@ -60,11 +66,12 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
       UserError: no or unknown config file, unknown preset, unknown or renamed key, unknown flag,
         or a value of the wrong type.
     """
-    config = load(config_argument(argv))
+    spec, rest = split_config(argv)
+    config = load(spec)
     known = config.to_dict()
-    for key in _override_keys(argv):
-        check_key(key, known)
-    rest = _without_config(argv)
+    for argument in rest:
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            check_key(match[1], known)
     try:
         overridden = config_flags.DEFINE_config_dict(
             "config", config, flag_values=flag_values, sys_argv=rest
@@ -87,7 +94,7 @@ def load(spec: str) -> ConfigDict:
       UserError: the file does not exist, or its `get_config` refuses the preset.
     """
     path, _, preset = spec.partition(":")
-    module = _module(path, spec)
+    module = load_module(path)
     try:
         return module.get_config(preset) if preset else module.get_config()
     except ValueError as error:
@@ -96,13 +103,7 @@ def load(spec: str) -> ConfigDict:
 
 def presets(path: str | Path) -> tuple[str, ...]:
     """Returns the names of the presets of a config file, "" (the default) left out."""
-    return tuple(filter(None, getattr(_module(str(path), str(path)), "PRESETS", ())))
-
-
-def summary(path: str | Path) -> str:
-    """Returns the first line of a config file's docstring."""
-    doc = ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or ""
-    return doc.partition("\n")[0]
+    return tuple(filter(None, getattr(load_module(path), "PRESETS", ())))
 
 
 def choose(options: Mapping[str, T], preset: str, path: str) -> T:
@@ -119,12 +120,11 @@ def choose(options: Mapping[str, T], preset: str, path: str) -> T:
     return options[preset]
 
 
-def _module(path: str, spec: str) -> types.ModuleType:
-    if not Path(path).is_file():
-        raise UserError(f"--config={spec}: there is no file {path}{_files_next_to(path)}")
+def load_module(path: str | Path) -> types.ModuleType:
+    """Executes a config file and returns its module; UserError if there is no such file."""
     module_spec = importlib.util.spec_from_file_location("zerosearch_config", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config={spec}: {path} is not a Python file")
+    if module_spec is None or module_spec.loader is None or not Path(path).is_file():
+        raise UserError(f"--config={path}: there is no such Python file{_files_next_to(path)}")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
@@ -138,32 +138,27 @@ def check_key(key: str, config: Mapping[str, Any]) -> None:
 
     The message names the new key if `key` was renamed, else the nearest one.
     """
-    node: Any = config
-    for part in key.split("."):
-        name = part.partition("[")[0]  # the override syntax can index a tuple: engines[0]
-        if not isinstance(node, Mapping) or name not in node:
-            if new := renamed(key):
-                raise UserError(f"--config.{key}: this key was renamed; use --config.{new}")
-            raise UserError(f"--config.{key}: there is no such key{_suggestion(key, config)}")
-        node = node[name]
+    name = re.sub(r"\[[^.]*", "", key)  # the override syntax can index a tuple: engines[0]
+    if name not in dict(_entries(config)):
+        if new := renamed(key):
+            raise UserError(f"--config.{key}: this key was renamed; use --config.{new}")
+        raise UserError(f"--config.{key}: there is no such key{_suggestion(key, config)}")
 
 
 def renamed(key: str) -> str | None:
     """Returns the current name of a key that an older version had, or None."""
     section, dot, name = key.rpartition(".")
     if name in RENAMED_NAMES:
-        section = renamed(section) or section
-        return f"{section}{dot}{RENAMED_NAMES[name]}"
-    parts = key.split(".")
-    for count in range(len(parts), 0, -1):
-        if new := RENAMED_KEYS.get(".".join(parts[:count])):
-            return ".".join([new, *parts[count:]])
+        return f"{renamed(section) or section}{dot}{RENAMED_NAMES[name]}"
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
     return None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lists the keys that differ between two configs read from JSON: "kl.coef: 0.01 → 0.1"."""
-    were, are = dict(_leaves(before)), dict(_leaves(now))
+    were, are = _leaves(before), _leaves(now)
     return [
         f"{key}: {were.get(key, 'absent')!r} → {are.get(key, 'absent')!r}"
         for key in dict.fromkeys([*were, *are])
@@ -172,7 +167,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(key: str, config: Mapping[str, Any]) -> str:
-    paths = {path: path for path, _ in _leaves(config)}
+    paths = {path: path for path in _leaves(config)}
     # A misspelt old name is near the old name, and its new name is the suggestion.
     paths |= {old: new for old, new in RENAMED_KEYS.items() if new in paths}
     last = key.rpartition(".")[2]
@@ -189,12 +184,16 @@ def _suggestion(key: str, config: Mapping[str, Any]) -> str:
     return f"; the sections are {', '.join(config)}"
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _entries(config) if not isinstance(value, Mapping)}
+
+
+def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every section and every key below it, by its full name, with its value."""
     for name, value in config.items():
+        yield f"{prefix}{name}", value
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+            yield from _entries(value, f"{prefix}{name}.")
 
 
 # Typed sections.
@@ -280,79 +279,54 @@ def _name_of(hint: Any) -> str:
 def field_docs(cls: type) -> dict[str, str]:
     """Returns the documentation of each field: the string literal right below it."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    docs = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(ast.literal_eval(below.value).split())
-    return docs
+    return {
+        field.target.id: " ".join(ast.literal_eval(below.value).split())
+        for field, below in pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
 
 
-def describe(section: Any, path: str = "config", width: int = 100) -> str:
+def describe(section: Any, path: str = "config") -> str:
     """Returns a table of a typed section: every key with its type, value and documentation.
 
     Nested sections follow the keys of their parent. Absent sections are left out.
     """
-    hints, docs = typing.get_type_hints(type(section)), field_docs(type(section))
-    rows, nested = [], []
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
+    docs, rows, nested = field_docs(type(section)), [], []
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
         if dataclasses.is_dataclass(value):
-            nested.append((field.name, value))
+            nested.append((name, value))
         elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
-            nested += [(f"{field.name}.{name}", one) for name, one in value.items()]
-        elif field.name in docs:
-            rows.append((field.name, _name_of(hints[field.name]), repr(value), docs[field.name]))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    widths[2] = min(widths[2], 24)  # a long value has a line to itself
-    indent = sum(widths) + 8
-    lines = [f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"]
-    for *cells, doc in rows:
-        start = "  " + "  ".join(f"{cell:{w}}" for cell, w in zip(cells, widths, strict=True))
-        below = [" " * indent + line for line in textwrap.wrap(doc, max(width - indent, 40))]
-        if len(start) > indent - 2:
-            lines += [start, *below]
-        else:
-            lines += [f"{start}  {below[0].lstrip()}", *below[1:]]
-    tables = [describe(value, f"{path}.{name}", width) for name, value in nested]
-    return "\n\n".join(["\n".join(lines), *tables])
+            nested += [(f"{name}.{key}", one) for key, one in value.items()]
+        elif name in docs:
+            rows.append((name, _name_of(hint), repr(value), docs[name]))
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=_COLUMN_WIDTHS)
+    title = f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"
+    below = [describe(value, f"{path}.{name}") for name, value in nested]
+    return "\n\n".join([f"{title}\n{textwrap.indent(table, '  ')}".rstrip(), *below])
 
 
 # The command line.
 
 
-def config_argument(argv: Sequence[str]) -> str:
-    """Returns the value of `--config` in `argv`, `path.py[:preset]`; UserError if there is none."""
-    position = _config_position(argv)
-    if position is None:
-        listed = _files_next_to("configs/x.py")
-        raise UserError(f"no config is given; use --config=configs/grpo.py{listed}")
-    _, equals, value = argv[position].partition("=")
-    return value if equals else argv[position + 1]
+def split_config(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the value of the first `--config` in `argv`, `path.py[:preset]`, and the other flags.
+
+    Raises:
+      UserError: there is no `--config`.
+    """
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            if equals:
+                return value, [*argv[:i], *argv[i + 1 :]]
+            if i + 1 < len(argv):
+                return argv[i + 1], [*argv[:i], *argv[i + 2 :]]
+    listed = _files_next_to("configs/x.py")
+    raise UserError(f"no config is given; use --config=configs/grpo.py{listed}")
 
 
-def _config_position(argv: Sequence[str]) -> int | None:
-    for position, argument in enumerate(argv):
-        if re.match(r"--?config=", argument):
-            return position
-        if re.fullmatch(r"--?config", argument) and position + 1 < len(argv):
-            return position
-    return None
-
-
-def _without_config(argv: Sequence[str]) -> list[str]:
-    position = _config_position(argv)
-    assert position is not None
-    width = 1 if "=" in argv[position] else 2
-    return [*argv[:position], *argv[position + width :]]
-
-
-def _override_keys(argv: Sequence[str]) -> Iterator[str]:
-    for argument in argv:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            yield match[1]
-
-
-def _files_next_to(path: str) -> str:
+def _files_next_to(path: str | Path) -> str:
     found = sorted(str(file) for file in Path(path).parent.glob("*.py"))
     return f"; there are {', '.join(found)}" if found else ""
 
@@ -360,10 +334,7 @@ def _files_next_to(path: str) -> str:
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
     """The flag library's message on one line, with the type of the key's value."""
     message = " ".join(str(error).split()).removeprefix("flag ")
-    if match := re.match(r"--config\.([^=]+)=", message):
-        value: Any = known
-        for part in match[1].split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            message += f"; the value must be of type {type(value).__name__}, such as {value!r}"
+    match = re.match(r"--config\.([^=]+)=", message)
+    if match and (value := dict(_entries(known)).get(match[1])) is not None:
+        message += f"; the value must be of type {type(value).__name__}, such as {value!r}"
     return message

@@ -1,4 +1,4 @@
-"""The error for bad input. It knows nothing of the rest of the package."""
+"""The error for bad input, and a check that raises it."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
     The message is one line that names the thing and says how to fix it. `main` prints it without
     a traceback and exits with status 2.
     """
+
+
+def check_positive(where: str = "", **values: int) -> None:
+    """Raises UserError for a value below 1. `where` precedes the key in the message."""
+    for key, value in values.items():
+        if value < 1:
+            raise UserError(f"{where}{key}={value} must be at least 1")

@@ -56,8 +56,6 @@ CONFIGS = {
     "bench/mfu": "benchmarks.config.MFUBenchConfig",
 }
 """Job, or job/suite: the dataclass of its config."""
-DISTRIBUTED_JOBS = ("rl",)
-PROFILED_JOBS = ("rl", "sft")
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -81,7 +79,7 @@ def _run(argv: Sequence[str]) -> None:
     # Local flag values instead of absl's global ones: `cli` can run twice in a process.
     values = flags.FlagValues()
     workdir = flags.DEFINE_string("workdir", "", "directory of results", flag_values=values)
-    distributed = flags.DEFINE_bool("distributed", False, "one of several", flag_values=values)
+    multi_process = flags.DEFINE_bool("distributed", False, "one of several", flag_values=values)
     describe = flags.DEFINE_bool("describe", False, "print the config", flag_values=values)
     profile = flags.DEFINE_string("profile", "", "steps to trace", flag_values=values)
     config = config_flags.parse(values, argv)
@@ -90,30 +88,23 @@ def _run(argv: Sequence[str]) -> None:
     if describe.value:
         print(config_flags.describe(config_flags.typed(config_class(config), config)))
         return
-    if distributed.value and config.job not in DISTRIBUTED_JOBS:
-        raise UserError(f"--distributed is not for config.job={config.job}; leave it out")
-    options = {}
-    if profile.value:
-        if config.job not in PROFILED_JOBS:
-            raise UserError(f"--profile is not for config.job={config.job}; leave it out")
-        options["profile_steps"] = profile_steps(profile.value)
-    directory = workdir.value or default_workdir(config_flags.config_argument(argv))
-    _run_job(config, directory, distributed.value, options)
-
-
-def _run_job(config: ConfigDict, workdir: str, multi_process: bool, options: dict) -> None:
+    for flag, jobs in ((multi_process, ("rl",)), (profile, ("rl", "sft"))):
+        if flag.value and config.job not in jobs:
+            raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
+    options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
+    directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
     import jax  # imported late, so that a misspelt flag is refused at once
 
     from zerosearch_jax.parallel import distributed
 
-    if multi_process:
+    if multi_process.value:
         distributed.initialize()
     # A resumed or repeated run reads the programs that an earlier run compiled.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
-    job = partial(module.run, config, workdir, **options)
-    if multi_process:
+    job = partial(module.run, config, directory, **options)
+    if multi_process.value:
         distributed.run(job)
     else:
         job()
@@ -147,7 +138,8 @@ def _list_configs(directory: Path) -> str:
     """Every config file of the directory with its presets and its first line."""
     lines = []
     for path in sorted(directory.glob("*.py")):
-        lines.append(f"  {str(path):28} {config_flags.summary(path)}")
+        doc = config_flags.load_module(path).__doc__ or ""
+        lines.append(f"  {str(path):28} {doc.partition(chr(10))[0]}")
         if names := config_flags.presets(path):
             lines.append(f"  {'':28} presets: {', '.join(names)}")
     return "\n".join([f"Config files in {directory}:", *lines])

@@ -1,5 +1,8 @@
 """Tests of the multi-turn scheduler with a policy that samples scripted turns."""
 
+import signal
+import socket
+import threading
 import time
 
 import jax
@@ -12,6 +15,7 @@ from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchResult
+from zerosearch_jax.search.http_client import JsonClient, answer_all
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, token_bytes
 
@@ -494,3 +498,28 @@ def test_a_group_stays_on_one_replica(tiny_tokenizer):
     trajectories, _ = run(tiny_tokenizer, script, policy=policy, episodes=episodes)
     assert replicas == {0: {0}, 1: {1}, 2: {0}, 3: {1}}
     assert [t.episode for t in trajectories] == episodes
+
+
+@pytest.mark.parametrize("concurrent_searches", [0, 1])
+def test_ctrl_c_does_not_wait_for_a_search_that_hangs(tiny_tokenizer, concurrent_searches):
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+
+    class HangingEngine:
+        name = "hanging"
+
+        def __init__(self, url):
+            self.client = JsonClient(url, timeout_secs=60, attempts=1, backoff_secs=0)
+
+        def search(self, requests):
+            timer.start()
+            return answer_all(requests, lambda request: self.client.post("/x", {}), workers=1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, but never replies
+        engine = HangingEngine(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_tokenizer, {10: [search("Chad"), ANSWER]}, engine,
+                concurrent_searches=concurrent_searches)  # fmt: skip
+    assert time.monotonic() - began < 10
+    timer.join()

@@ -45,7 +45,7 @@ def test_results_are_independent_of_the_batch(engine):
 def test_good_queries_find_the_answer_of_the_hop(world, engine):
     """Measured: 99.7 % of the hops of the test questions."""
     hops = [hop for q in write_questions(world, "test", 0) for hop in q.hops]
-    ranked = engine.ranked_batch([hop.query for hop in hops], 3)
+    ranked = [engine.ranked(hop.query, 3) for hop in hops]
     hits = [any(mentions(p.text, hop.answer) for p in found)
             for hop, found in zip(hops, ranked, strict=True)]  # fmt: skip
     assert len(hops) > 1000
@@ -55,7 +55,7 @@ def test_good_queries_find_the_answer_of_the_hop(world, engine):
 def test_bare_name_is_a_poor_query(world, engine):
     """Measured: 54 %. If it were high, a policy could not learn anything about queries."""
     hops = [q.hops[-1] for q in write_questions(world, "test", 0)]
-    ranked = engine.ranked_batch([hop.subject for hop in hops], 3)
+    ranked = [engine.ranked(hop.subject, 3) for hop in hops]
     hits = [any(mentions(p.text, hop.answer) for p in found)
             for hop, found in zip(hops, ranked, strict=True)]  # fmt: skip
     assert sum(hits) / len(hits) <= 0.65
@@ -85,5 +85,5 @@ def test_case_accents_and_punctuation_do_not_matter():
 def test_empty_corpus_and_bad_topk_are_refused():
     with pytest.raises(UserError, match="corpus is empty"):
         BM25Engine([])
-    with pytest.raises(UserError, match="topk is 0"):
+    with pytest.raises(UserError, match="topk=0"):
         BM25Engine([passage(0, "a fox")], topk=0)

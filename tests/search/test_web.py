@@ -193,7 +193,7 @@ def test_bad_key_provider_and_topk_are_refused():
         assert not key.strip() or f"{key!r}" not in str(error.value)
     with pytest.raises(UserError, match="provider is 'bing'"):
         web("http://127.0.0.1", "bing")
-    with pytest.raises(UserError, match="topk is 0"):
+    with pytest.raises(UserError, match="topk=0"):
         web("http://127.0.0.1", "serper", topk=0)
 
 
@@ -243,7 +243,7 @@ def test_latest_recording_of_a_query_counts():
 def test_recording_without_results_is_refused():
     with pytest.raises(UserError, match="recorded_web: no result"):
         recorded([ROWS[2]])
-    with pytest.raises(UserError, match="topk is 0"):
+    with pytest.raises(UserError, match="topk=0"):
         recorded(topk=0)
 
 

@@ -25,6 +25,7 @@ from zerosearch_jax.generate.generator import (
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
+from zerosearch_jax.search.http_client import closed_on_interrupt
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
@@ -91,8 +92,8 @@ class SchedulerState:
             while queue and free:
                 # A slot whose cache already holds this prompt saves its prefill.
                 question = queue[0].episode.question
-                holding = [slot for slot in free if self._last_question.get(slot) == question]
-                slot = holding[0] if holding else free[0]
+                holding = (slot for slot in free if self._last_question.get(slot) == question)
+                slot = next(holding, free[0])
                 free.remove(slot)
                 self._last_question[slot] = question
                 new[slot] = queue.popleft()
@@ -171,7 +172,7 @@ class Rollouts:
           One trajectory per episode, in order.
         """
         state = SchedulerState(self.generator, episodes)
-        with ThreadPoolExecutor(max(1, self.concurrent_searches)) as pool:
+        with ThreadPoolExecutor(max(1, self.concurrent_searches)) as pool, closed_on_interrupt():
             while state.queued or state.active:
                 self._start_episodes(state)
                 for slot, generation in self._decode(state, key).items():
@@ -308,17 +309,15 @@ class Rollouts:
         """Returns the engine's results by request key, exactly one per request."""
         with nullcontext() if self.concurrent_searches else self.searching():
             answered = self.engine.search(requests)
-        results = {result.key: result for result in answered}
-        keys = {request.key for request in requests}
-        if results.keys() != keys or len(answered) != len(requests):
+        if sorted(result.key for result in answered) != sorted(r.key for r in requests):
             raise ValueError(f"engine {self.engine.name} must answer each request exactly once")
-        failed = [result for result in results.values() if result.failure]
+        failed = [result for result in answered if result.failure]
         if failed and self.stop_on_failure:
             raise UserError(
                 f"{len(failed)} of {len(requests)} searches failed ({failed[0].failure}); fix the "
                 "engine, or set config.rollout.stop_on_failure=False to continue without documents"
             )
-        return results
+        return {result.key: result for result in answered}
 
     def _observation(self, result: SearchResult) -> list[int]:
         """Returns the information block's tokens; a long text is cut before the closing tag."""
@@ -329,8 +328,8 @@ class Rollouts:
         block = encode(self.tokenizer, prompts.information_block(text))
         if len(block) <= self.limits.observation_tokens:
             return block
-        opening, closing = prompts.information_block("\0").split("\0")
-        opening, closing = encode(self.tokenizer, opening), encode(self.tokenizer, closing)
+        tags = prompts.information_block("\0").split("\0")
+        opening, closing = (encode(self.tokenizer, tag) for tag in tags)
         text_tokens = self.limits.observation_tokens - len(opening) - len(closing)
         if text_tokens < 0:
             raise UserError(

@@ -68,13 +68,14 @@ class Trajectory:
         self._append(tokens, True, logprobs)
 
     def _append(self, tokens: Sequence[int], by_policy: bool, logprobs: Sequence[float]) -> None:
+        if len(tokens) != len(logprobs):
+            raise ValueError(
+                f"tokens and logprobs must have one length, not {len(tokens)} and {len(logprobs)}"
+            )
         self.tokens.extend(tokens)
         self.by_policy.extend([by_policy] * len(tokens))
         self.logprobs.extend(logprobs)
         self.turn_of.extend([len(self.turns)] * len(tokens))
-        lengths = {len(x) for x in (self.tokens, self.by_policy, self.logprobs, self.turn_of)}
-        if len(lengths) != 1:
-            raise ValueError(f"tokens and logprobs must have one length; lists now have {lengths}")
 
     @property
     def answer(self) -> str | None:

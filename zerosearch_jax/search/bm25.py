@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.text.matching import words
 
@@ -45,8 +45,7 @@ class BM25Engine:
         """
         if not passages:
             raise UserError("BM25 engine: the corpus is empty; give at least one passage")
-        if topk < 1:
-            raise UserError(f"BM25 engine: topk is {topk}; it must be at least 1")
+        check_positive("BM25 engine: ", topk=topk)
         self.topk = topk
         self._passages = tuple(passages)
         self._vocabulary: dict[str, int] = {}
@@ -62,10 +61,9 @@ class BM25Engine:
 
         A result has no documents if no word of its query is in the corpus.
         """
-        ranked = self.ranked_batch([r.query for r in requests], self.topk)
         return [
-            SearchResult(r.key, tuple(p.text for p in passages))
-            for r, passages in zip(requests, ranked, strict=True)
+            SearchResult(r.key, tuple(p.text for p in self.ranked(r.query, self.topk)))
+            for r in requests
         ]
 
     def ranked(self, query: str, n: int) -> list[Passage]:
@@ -76,7 +74,3 @@ class BM25Engine:
         scores = self._index.get_scores_from_ids(ids)  # [passages]
         best = np.argsort(-scores, kind="stable")[:n]
         return [self._passages[i] for i in best if scores[i] > 0]
-
-    def ranked_batch(self, queries: Sequence[str], n: int) -> list[list[Passage]]:
-        """Returns `ranked` of each query, in order."""
-        return [self.ranked(query, n) for query in queries]

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import check_positive
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, closed_on_interrupt
 
 _PATH = "/v1/chat/completions"
@@ -36,10 +36,7 @@ class ChatClient:
         seed: int,
     ):
         """Raises UserError for max_tokens or workers below 1."""
-        if max_tokens < 1 or workers < 1:
-            raise UserError(
-                f"chat: max_tokens is {max_tokens}, workers {workers}; both must be at least 1"
-            )
+        check_positive("chat: ", max_tokens=max_tokens, workers=workers)
         self.client = client
         self.model = model
         self.temperature = temperature
@@ -56,15 +53,10 @@ class ChatClient:
         A prompt is the user turn; the system turn is empty.
         """
         with ThreadPoolExecutor(self.workers) as pool, closed_on_interrupt():
-            return list(pool.map(self._text_or_failure, zip(prompts, keys, strict=True)))
+            return list(pool.map(self._complete, zip(prompts, keys, strict=True)))
 
-    def _text_or_failure(self, request: tuple[str, tuple[int, int]]) -> str | SearchFailed:
-        try:
-            return self._complete(*request)
-        except SearchFailed as failure:
-            return failure
-
-    def _complete(self, prompt: str, key: tuple[int, int]) -> str:
+    def _complete(self, request: tuple[str, tuple[int, int]]) -> str | SearchFailed:
+        prompt, key = request
         payload = {
             "model": self.model,
             "messages": [
@@ -76,13 +68,16 @@ class ChatClient:
             "max_tokens": self.max_tokens,
             "seed": request_seed(self.seed, key),
         }
-        reply = self.client.post(_PATH, payload)
+        try:
+            reply = self.client.post(_PATH, payload)
+        except SearchFailed as failure:
+            return failure
         try:
             text = reply["choices"][0]["message"]["content"]
         except (TypeError, KeyError, IndexError):
             text = None
         if not isinstance(text, str):
-            raise SearchFailed(f'POST {_PATH}: the reply has no text "choices[0].message.content"')
+            return SearchFailed(f'POST {_PATH}: the reply has no text "choices[0].message.content"')
         return text
 
 

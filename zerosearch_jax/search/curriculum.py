@@ -31,8 +31,8 @@ def noise_probability(
         raise UserError(f"curriculum: total_steps is {total_steps}; it must be at least 1")
     if not 0 <= step <= total_steps:
         raise UserError(f"curriculum: step {step} is outside [0, total_steps={total_steps}]")
-    _check_probability("start", start)
-    _check_probability("end", end)
+    check_probability("curriculum: start", start)
+    check_probability("curriculum: end", end)
     if not (base > 0 and math.isfinite(base)):
         raise UserError(f"curriculum: base is {base}; it must be a finite number above 0")
     progress = step / total_steps
@@ -52,12 +52,13 @@ def draw_noisy(seed: int, step: int, episode: int, turn: int, probability: float
     Raises:
       UserError: `probability` is not in [0, 1].
     """
-    _check_probability("probability", probability)
+    check_probability("curriculum: probability", probability)
     key = f"noise/{int(seed)}/{int(step)}/{int(episode)}/{int(turn)}".encode()
     bits = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
     return (bits >> 11) * 2.0**-53 < probability
 
 
-def _check_probability(name: str, value: float) -> None:
+def check_probability(name: str, value: float) -> None:
+    """Raises UserError for a value outside [0, 1]."""
     if not 0 <= value <= 1:
-        raise UserError(f"curriculum: {name} is {value}; a probability must be in [0, 1]")
+        raise UserError(f"{name} is {value}; it must be in [0, 1]")

@@ -37,11 +37,7 @@ _TRANSIENT = (
 
 
 class SearchFailed(Exception):
-    """One search failed after its retries; `reason` is a short phrase."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    """One search failed after its retries; the message is a short phrase."""
 
 
 class _Reply(NamedTuple):
@@ -149,7 +145,10 @@ class JsonClient:
                 self._sleep(self.backoff_secs * 2 ** (attempt - 1))
             reply = self._run(method, path, arguments)
             if not reply.trouble:
-                return _parsed(f"{method} {path}", reply.content)
+                try:
+                    return json.loads(reply.content)
+                except ValueError as error:
+                    raise SearchFailed(f"{method} {path}: the reply is not JSON") from error
             if not reply.transient:
                 break
         tries = f" in {attempt + 1} tries" if reply.transient else ""
@@ -182,8 +181,9 @@ class JsonClient:
                 async for piece in response.aiter_bytes():
                     content += piece
                     if len(content) > self.max_reply_bytes:
-                        limit = self.max_reply_bytes
-                        return _Reply(trouble=f"the reply is larger than {limit} bytes")
+                        return _Reply(
+                            trouble=f"the reply is larger than {self.max_reply_bytes} bytes"
+                        )
         except TimeoutError:
             return _Reply(trouble="Timeout", transient=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -223,19 +223,12 @@ def _disconnect(http: httpx.AsyncClient, loop: asyncio.AbstractEventLoop) -> Non
     asyncio.run_coroutine_threadsafe(http.aclose(), loop)
 
 
-def _parsed(request: str, content: bytes) -> object:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise SearchFailed(f"{request}: the reply is not JSON") from error
-
-
 def answer(request: SearchRequest, ask: Callable[[SearchRequest], Iterable[str]]) -> SearchResult:
     """Returns the documents that `ask` finds, or the reason of its `SearchFailed`."""
     try:
         return SearchResult(request.key, tuple(ask(request)))
     except SearchFailed as failure:
-        return SearchResult(request.key, (), failure.reason)
+        return SearchResult(request.key, (), str(failure))
 
 
 def answer_all(

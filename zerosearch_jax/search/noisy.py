@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 
-from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
-from zerosearch_jax.search.curriculum import draw_noisy
+from zerosearch_jax.search.curriculum import check_probability, draw_noisy
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.text.matching import mentions
 
@@ -32,8 +31,7 @@ class NoisyEngine:
 
     def __init__(self, engine: BM25Engine, share: float, seed: int):
         """Raises UserError for a share outside [0, 1]."""
-        if not 0 <= share <= 1:
-            raise UserError(f"noisy engine: share is {share}; it must be in [0, 1]")
+        check_probability("noisy engine: share", share)
         self.engine = engine
         self.share = share
         self.seed = seed

@@ -1,10 +1,13 @@
 """Client of passage retrieval servers, in the dialects of Search-R1 and ZeroSearch."""
 
+import re
 from collections.abc import Sequence
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, answer_all
+
+_QUOTED_LINE = re.compile(r'\A[^\S\n]*"([^\n]+)"[^\S\n]*\n')
 
 
 class RetrieverEngine:
@@ -30,10 +33,7 @@ class RetrieverEngine:
                 f"retriever: dialect is {dialect!r}; choose search_r1 (one batch of queries) or "
                 "zerosearch (one request per query)"
             )
-        if topk < 1 or workers < 1:
-            raise UserError(
-                f"retriever: topk is {topk}, workers {workers}; both must be at least 1"
-            )
+        check_positive("retriever: ", topk=topk, workers=workers)
         self.client = client
         self.topk = topk
         self.dialect = dialect
@@ -48,11 +48,10 @@ class RetrieverEngine:
         try:
             found = self._ask_batch([request.query for request in requests])
         except SearchFailed as failure:
-            return [SearchResult(request.key, (), failure.reason) for request in requests]
-        hits = {request.key: hits for request, hits in zip(requests, found, strict=True)}
+            return [SearchResult(request.key, (), str(failure)) for request in requests]
         return [
-            answer(request, lambda request: self._batch_documents(hits[request.key]))
-            for request in requests
+            answer(request, lambda _, hits=hits: self._batch_documents(hits))
+            for request, hits in zip(requests, found, strict=True)
         ]
 
     def _ask_batch(self, queries: list[str]) -> list[object]:
@@ -99,8 +98,4 @@ def plain(contents: str) -> str:
 
     Contents without a quoted first line are returned unchanged.
     """
-    title, line_break, text = contents.partition("\n")
-    title = title.strip()
-    if not line_break or len(title) < 3 or title[0] != '"' or title[-1] != '"':
-        return contents
-    return f"{title[1:-1]}: {text}"
+    return _QUOTED_LINE.sub(r"\1: ", contents)

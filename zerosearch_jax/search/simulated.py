@@ -45,7 +45,7 @@ class SimulatedEngine:
         ]
         texts = self.generate(prompts, [request.key for request in requests])
         return [
-            SearchResult(request.key, (), text.reason)
+            SearchResult(request.key, (), str(text))
             if isinstance(text, SearchFailed)
             else SearchResult(request.key, tuple(cut_documents(text, self.topk)))
             for request, text in zip(requests, texts, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
@@ -92,8 +92,7 @@ class WebEngine:
             raise UserError(
                 f"web: the API key for {provider} is empty or has spaces or line breaks around it"
             )
-        if topk < 1 or workers < 1:
-            raise UserError(f"web: topk is {topk}, workers {workers}; both must be at least 1")
+        check_positive("web: ", topk=topk, workers=workers)
         self.client = client
         self.provider = provider
         self.topk = topk

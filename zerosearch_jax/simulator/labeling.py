@@ -91,7 +91,7 @@ def model_labels(complete: Complete, searches: Sequence[Search]) -> list[str | N
     for reply in replies:
         if isinstance(reply, SearchFailed):
             raise UserError(
-                f"the labeler's server (config.labeling.url) failed: {reply.reason}; fix it and "
+                f"the labeler's server (config.labeling.url) failed: {reply}; fix it and "
                 "repeat the command, which keeps all earlier labels"
             )
     labels = {True: "useful", False: "noisy", None: None}

@@ -55,14 +55,11 @@ def parse_action(text: str, open_tag: str = "") -> Action:
         raise ValueError(f'open_tag is {open_tag!r}: use "", "search" or "answer"')
     opened, start = open_tag, 0
     for tag in _TAG.finditer(text):
-        closing, name = tag.group(1) == "/", tag.group(2)
-        if not closing:
-            opened, start = name, tag.end()
-        elif name == opened:
+        closing, name = tag.groups()
+        if closing:
             content = text[start : tag.start()].strip()
-            return Action(name, content) if content else INVALID
-        else:
-            return INVALID
+            return Action(name, content) if content and name == opened else INVALID
+        opened, start = name, tag.end()
     return INVALID
 
 

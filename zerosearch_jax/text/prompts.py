@@ -88,9 +88,11 @@ _PROMPTED_AIM = {
 }
 _PROMPTED_ONLY = "You must directly output the English documents and not output any other texts.\n"
 
-_EXAMPLE_QUESTION = "Which river flows through the capital of Hungary?"
-_EXAMPLE_ANSWER = "Danube"
-_EXAMPLE_QUERY = "river in Budapest"
+_EXAMPLE = {
+    "question": "Which river flows through the capital of Hungary?",
+    "answer": "Danube",
+    "query": "river in Budapest",
+}
 _EXAMPLE_DOCUMENTS = {
     "useful": (
         "Budapest, the capital of Hungary, lies on both banks of the Danube. Nine bridges inside "
@@ -152,12 +154,11 @@ def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
 
 def labeling_prompt(question: str, golden_answers: Sequence[str], documents: Sequence[str]) -> str:
     """Returns the labeller's user turn, with at most the first five gold answers."""
-    fields = {
-        "question": _one_line(question),
-        "answer": " or ".join(golden_answers[:_MAX_ALIASES]),
-        "documents": format_documents(documents),
-    }
-    return _LABELING.format_map(fields)
+    return _LABELING.format(
+        question=_one_line(question),
+        answer=" or ".join(golden_answers[:_MAX_ALIASES]),
+        documents=format_documents(documents),
+    )
 
 
 def parse_verdict(text: str) -> bool | None:
@@ -233,9 +234,7 @@ def simulator_prompt(
     request = _simulator_request(question, answer, query, kind, prompted=form == "prompted")
     if form == "finetuned":
         return head + request
-    example = _simulator_request(
-        _EXAMPLE_QUESTION, _EXAMPLE_ANSWER, _EXAMPLE_QUERY, kind, prompted=True
-    )
+    example = _simulator_request(**_EXAMPLE, kind=kind, prompted=True)
     documents = format_documents(_EXAMPLE_DOCUMENTS[kind][:topk])
     return f"{head}Here is an example.\n\n{example}\n{documents}\n\nNow your turn.\n\n{request}"
 
@@ -255,16 +254,12 @@ def cut_documents(text: str, topk: int) -> list[str]:
     document ends before `Doc {topk+1}`, or where the numbers start again because a model repeats
     itself. Returns [] if the text contains no document.
     """
-    headers = list(_DOCUMENT_HEADER.finditer(text))
-    documents = []
-    last_number = 0
-    for i, header in enumerate(headers):
-        number = int(header.group(1))
+    # The text before the first header, then the number and the text of each document.
+    _, *pieces = _DOCUMENT_HEADER.split(text)
+    documents, last_number = [], 0
+    for number, document in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
         if not last_number < number <= topk:
             break
         last_number = number
-        end = headers[i + 1].start() if i + 1 < len(headers) else len(text)
-        document = " ".join(text[header.end() : end].split())
-        if document:
-            documents.append(document)
-    return documents
+        documents.append(" ".join(document.split()))
+    return [document for document in documents if document]

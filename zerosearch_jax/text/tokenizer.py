@@ -4,11 +4,11 @@ A thin layer over `transformers` and `tokenizers`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from zerosearch_jax.errors import UserError
 
@@ -85,10 +85,7 @@ def encode_prompt(
     ids = []
     for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         by_user = len(head) <= start < len(text) - len(tail)
-        if by_user and token_id in special:
-            ids += encode(tokenizer, text[start:end])
-        else:
-            ids.append(token_id)
+        ids += encode(tokenizer, text[start:end]) if by_user and token_id in special else [token_id]
     return ids
 
 
@@ -159,7 +156,7 @@ def _piece_reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """Returns the function from a piece of this kind of vocabulary to its bytes."""
     decoder = str(tokenizer.backend_tokenizer.decoder)
     if "ByteLevel" in decoder:
-        table = _byte_level_table()
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
         # The caller handles added tokens, so every piece consists of the 256 characters.
         return lambda piece: bytes(table[character] for character in piece)
     if "ByteFallback" in decoder or "Metaspace" in decoder:
@@ -174,15 +171,3 @@ def _sentencepiece_bytes(piece: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
-
-
-@lru_cache
-def _byte_level_table() -> dict[str, int]:
-    """Returns the map from character to byte of byte-level BPE (GPT-2, Radford et al. 2019).
-
-    Printable Latin-1 characters map to their own byte; the other bytes are numbered from U+0100.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -7,7 +7,7 @@ its `__post_init__`, checks between sections in `training/validate.py`.
 
 from dataclasses import dataclass
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.rl.config import (
     AdvantageConfig,
     CriticConfig,
@@ -31,13 +31,6 @@ ENGINES = {
     "none": (),
 }
 """Search engines, and the keys that each needs besides `topk`."""
-
-
-def check_positive(**values: int) -> None:
-    """Raises UserError for a value below 1."""
-    for key, value in values.items():
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
 
 
 @dataclass(frozen=True)

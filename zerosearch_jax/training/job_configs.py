@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.rl.config import check_choice
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.training.config import (
@@ -19,7 +19,6 @@ from zerosearch_jax.training.config import (
     MeshConfig,
     PolicyConfig,
     SearchConfig,
-    check_positive,
 )
 
 EXAMPLE_KEYS = {
