@@ -417,13 +417,8 @@ def param_shardings(
 
 def split_layers(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Splits training parameters into non-layer and stacked layer parameters `[L, ...]`."""
-    rest, layers = {}, {}
-    for path, leaf in nnx.to_flat_state(params):
-        if path[0] == "layers":
-            layers[path[1:]] = leaf
-        else:
-            rest[path] = leaf
-    return nnx.from_flat_state(rest), nnx.from_flat_state(layers)
+    rest, layers = nnx.split_state(params, lambda path, _: path[0] != "layers", ...)
+    return rest, layers["layers"]
 
 
 def join_layers(rest: nnx.State, layers: Iterable[nnx.State]) -> nnx.State:
