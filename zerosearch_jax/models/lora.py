@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import atomic_path, write_json
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import SUMMED_AXES
+from zerosearch_jax.models.layers import LinearOperator
 from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
 from zerosearch_jax.models.weights import NAMES, save_tensors
 from zerosearch_jax.parallel import mesh as mesh_lib
@@ -67,7 +67,7 @@ class LoRA:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(LinearOperator):
     """The weight `base + scale · a b`, whose sum is never formed (paper eq. 3).
 
     It replaces the array `base` in a tree of parameters. Stacked layers add a leading axis to all
@@ -84,12 +84,6 @@ class LowRank:
     a: jax.Array
     b: jax.Array
     scale: float
-
-    def __getitem__(self, index: EllipsisType) -> "LowRank":
-        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
-        if index is not ...:
-            raise IndexError("adapted weights can only be read whole: use weight[...]")
-        return self
 
     def product(self, rows: jax.Array) -> jax.Array:
         """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`.
