@@ -4,8 +4,8 @@ It knows nothing of the contents of a state or of the metadata.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from zerosearch_jax.files import FORMAT, check_format
 _SEPARATOR = "/"
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them.
 
     A checkpoint appears under its name only when it is complete, because Orbax writes to a
@@ -45,11 +45,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        kept = {
-            "format": FORMAT,
-            "leaves": _shapes(state),
-            "user": dict(metadata),
-        }
+        kept = {"format": FORMAT, "leaves": _shapes(state), "user": dict(metadata)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -94,20 +90,9 @@ class Checkpoints:
         state = jax.tree.unflatten(tree, [restored[name] for name in abstract])
         return state, saved.metadata["user"]
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in sorted(saved.keys() | wanted.keys()):

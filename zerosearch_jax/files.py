@@ -3,6 +3,7 @@
 A reader finds the old file or the new one, never a partial one.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Replaces the content of `path`; text is encoded as UTF-8."""
     with atomic_path(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Replaces the content of `path` by indented JSON."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:

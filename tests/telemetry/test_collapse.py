@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.telemetry.collapse import ALARM_AT, SIGNALS, CollapseWatch, earlier_rows
-from zerosearch_jax.telemetry.recorder import Recorder
+from zerosearch_jax.telemetry.collapse import ALARM_AT, SIGNALS, CollapseWatch
+from zerosearch_jax.telemetry.recorder import Recorder, earlier_rows
 
 NAN = float("nan")
 

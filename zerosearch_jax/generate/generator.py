@@ -102,7 +102,6 @@ class Generator:
                 f"max_tokens={max_tokens} is beyond the model's {config.max_positions} positions; "
                 "lower the generator's max_tokens"
             )
-        self.config = config
         self.slots = slots
         self.replicas = mesh.shape["data"] * mesh.shape["fsdp"]
         self.max_tokens = max_tokens
@@ -124,8 +123,8 @@ class Generator:
             raise UserError(f"the generator's decode_rows={tuple(sizes)} must all be at least 1")
         self._decode_rows = sorted({min(n, most) for n in sizes})
         self._chunk_tokens = min(chunk_tokens, max_tokens)
-        step = window_tokens
-        self._windows = [min(end, max_tokens) for end in range(step, max_tokens + step, step)]
+        ends = range(window_tokens, max_tokens + window_tokens, window_tokens)
+        self._windows = [min(end, max_tokens) for end in ends]
         self._load_weights = WeightLoader(config, mesh, dtype=dtype, int8_weights=int8_weights)
         self._whole = mesh_lib.replicated(mesh)
         self._by_row = mesh_lib.sharding_of_rows(mesh)
@@ -164,14 +163,13 @@ class Generator:
 
     def warm_up(self, samplings: Sequence[Sampling]) -> None:
         """Compiles every program that later calls can need; leaves the slots unchanged."""
-        no_slots: list[list[int]] = [[] for _ in range(self.replicas)]
         for size in self._buckets:
-            self._prefill(no_slots, [], size)
+            self._prefill({}, {}, size)
         for window in self._windows:
-            self._copy(no_slots, window)
+            self._copy({}, {}, window)
             for rows in self._decode_rows:
                 for sampling in samplings:
-                    self._decode(no_slots, rows, window, jax.random.key(0), sampling, 1)
+                    self._decode([], rows, window, jax.random.key(0), sampling, 1)
         self.drain()
 
     def start(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -185,12 +183,11 @@ class Generator:
         wanted = {s: tuple(p[:-1]) for s, p in zip(slots, prompts, strict=True)}
         for prompt in wanted.values():
             self._check_fits(0, len(prompt))
-        plan = plan_prompts(wanted, self._prompts, self.replica_of)
+        prefills, source_of = plan_prompts(wanted, self._prompts, self.replica_of)
         self._length[list(wanted)] = 0
         self._prompts |= wanted
-        self._copy_prompts(plan.copies)
-        self._append(plan.prefills, [list(wanted[slot]) for slot in plan.prefills])
-        self._copy_prompts(plan.late_copies)
+        self._append({slot: wanted[slot] for slot in prefills})
+        self._copy_prompts(source_of)
         for slot, prompt in zip(slots, prompts, strict=True):
             self._length[slot] = len(prompt) - 1
             self._pending[slot] = prompt[-1]
@@ -201,10 +198,8 @@ class Generator:
         Raises:
           UserError: the tokens do not fit a slot.
         """
-        rows = [
-            [int(self._pending[slot]), *new[:-1]] for slot, new in zip(slots, tokens, strict=True)
-        ]
-        self._append(slots, rows)
+        pairs = zip(slots, tokens, strict=True)
+        self._append({slot: [int(self._pending[slot]), *new[:-1]] for slot, new in pairs})
         self._pending[list(slots)] = [new[-1] for new in tokens]
 
     def free_tokens(self, slot: int) -> int:
@@ -253,26 +248,27 @@ class Generator:
             full, self._full = self._full, {}
             return full
         slots = sorted(self._decoding, key=lambda slot: self._window(self._length[slot]))
-        waiting = self._layout.by_replica([(slot, slot) for slot in slots])
+        waiting = self._layout.by_replica(slots)
         groups = [queue[: self._decode_rows[-1]] for queue in waiting]
         most = max(map(len, groups))
         if not most:
             return {}
         if groups != waiting:
             min_finished_fraction = min(min_finished_fraction, MIN_FINISHED_FRACTION)
-        min_finished = self._min_finished(most, min_finished_fraction)
+        # Fewer stops end the chunk if a smaller program can then hold the other rows.
+        smaller = max((n for n in self._decode_rows if n < most), default=0)
+        min_finished = min(math.ceil(min_finished_fraction * most), most - smaller)
         rows = next(n for n in self._decode_rows if n >= most)
-        longest = max(int(self._length[slot]) for group in groups for slot in group)
-        window = self._window(longest)
-        row_of, result = self._decode(groups, rows, window, key, sampling, min_finished)
+        window = max(self._window(self._length[slot]) for group in groups for slot in group)
+        slot_at, result = self._decode(groups, rows, window, key, sampling, min_finished)
         result = jax.device_get(result)
         self.drain()
-        return self._take_result(row_of, result)
+        return self._take_result(slot_at, result)
 
-    def _take_result(self, row_of: dict[int, int], result: DecodeResult) -> dict[int, Generation]:
+    def _take_result(self, slot_at: dict[int, int], result: DecodeResult) -> dict[int, Generation]:
         """Adds the sampled tokens to the decoded slots; returns the generations that ended."""
         stopped = {}
-        for slot, row in row_of.items():
+        for row, slot in slot_at.items():
             decoding, n = self._decoding[slot], int(result.count[row])
             decoding.tokens += result.tokens[row, :n].tolist()
             decoding.logprobs += result.logprobs[row, :n].tolist()
@@ -327,14 +323,6 @@ class Generator:
         jax.block_until_ready(self._cache)
         self.clock.drained()
 
-    def _min_finished(self, rows: int, fraction: float) -> int:
-        """Returns how many of `rows` must stop to end a chunk.
-
-        That is `fraction` of them, or fewer if a smaller program can then hold the others.
-        """
-        smaller = [n for n in self._decode_rows if n < rows]
-        return min(math.ceil(fraction * rows), rows - max(smaller, default=0))
-
     def _window(self, tokens: int) -> int:
         """Returns the smallest window that covers the first `tokens` tokens of the cache."""
         return next(window for window in self._windows if window >= tokens)
@@ -346,82 +334,76 @@ class Generator:
                 f"{self.max_tokens}; raise the generator's max_tokens or shorten the input"
             )
 
-    def _append(self, slots: Sequence[int], rows: list[list[int]]) -> None:
-        """Writes rows of tokens behind the slots' cached ones, in bucketed chunks."""
-        for slot, row in zip(slots, rows, strict=True):
+    def _append(self, rows: dict[int, Sequence[int]]) -> None:
+        """Writes each slot's row of tokens behind its cached ones, in bucketed chunks."""
+        for slot, row in rows.items():
             self._check_fits(int(self._length[slot]), len(row))
         # Rows of similar length share a program, so that little of a bucket is padding.
-        order = sorted((i for i in range(len(rows)) if rows[i]), key=lambda i: len(rows[i]))
-        for groups in self._layout.batches([(slots[i], i) for i in order], self._prefill_rows):
-            group_rows = {i: rows[i] for group in groups for i in group}
-            group_slots = [[slots[i] for i in group] for group in groups]
-            for size, chunks in cut_to_buckets(group_rows, self._buckets):
-                self._prefill(group_slots, [[chunks[i] for i in group] for group in groups], size)
-                for i, chunk in chunks.items():
-                    self._length[slots[i]] += len(chunk)
-                    self.prefilled_tokens += len(chunk)
+        order = sorted((slot for slot in rows if rows[slot]), key=lambda slot: len(rows[slot]))
+        for slot_at in self._layout.batches(order, self._prefill_rows):
+            batch = {slot: rows[slot] for slot in slot_at.values()}
+            for size, chunks in cut_to_buckets(batch, self._buckets):
+                self._prefill(slot_at, chunks, size)
 
-    def _copy_prompts(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies cached prompts between slots of one replica; `pairs` are (source, target)."""
-        by_source = [(source, (source, target)) for source, target in pairs]
-        for groups in self._layout.batches(by_source, self._prefill_rows):
-            longest = max(len(self._prompts[source]) for group in groups for source, _ in group)
+    def _copy_prompts(self, source_of: dict[int, int]) -> None:
+        """Copies cached prompts between slots of one replica; `source_of` is target -> source."""
+        for targets in self._layout.batches(source_of, self._prefill_rows):
+            sources = {row: source_of[slot] for row, slot in targets.items()}
+            longest = max(len(self._prompts[slot]) for slot in sources.values())
             if longest:
-                self._copy(groups, self._window(longest))
+                self._copy(targets, sources, self._window(longest))
 
     def _put_rows(self, tree: Any) -> Any:
         """Moves arrays to the device, split by row over the replicas."""
         self.clock.started()
         return jax.device_put(tree, self._by_row)
 
-    def _prefill(self, slots, chunks, size: int) -> None:
-        """Prefills each replica's `chunks` of at most `size` tokens behind its `slots`' cache."""
-        shape = (self.replicas, self._prefill_rows)
-        tokens = np.zeros((*shape, size), np.int32)
-        starts = np.zeros(shape, np.int32)
-        for replica, rows in enumerate(chunks):
-            for i, row in enumerate(rows):
-                tokens[replica, i, : len(row)] = row
-                starts[replica, i] = self._length[slots[replica][i]]
-        cache_rows = self._layout.cache_rows(slots, self._prefill_rows)
-        chunk = PrefillChunk(cache_rows, starts.ravel(), tokens.reshape(-1, size))
+    def _prefill(
+        self, slot_at: dict[int, int], chunks: dict[int, Sequence[int]], size: int
+    ) -> None:
+        """Prefills each row's slot with its chunk of at most `size` tokens."""
+        rows = self._prefill_rows
+        tokens = np.zeros((self.replicas * rows, size), np.int32)
+        starts = np.zeros(len(tokens), np.int32)
+        for row, slot in slot_at.items():
+            chunk = chunks[slot]
+            tokens[row, : len(chunk)] = chunk
+            starts[row] = self._length[slot]
+            self._length[slot] += len(chunk)
+            self.prefilled_tokens += len(chunk)
+        chunk = PrefillChunk(self._layout.cache_rows(slot_at, rows), starts, tokens)
         self._cache = kernels.prefill(
             self._params, self._cache, self._put_rows(chunk), **self._static
         )
 
-    def _copy(self, pairs, window: int) -> None:
-        """Copies the first `window` tokens between each replica's (source, target) slots."""
-        rows = self._prefill_rows
-        sources, targets = (
-            self._layout.cache_rows([[pair[side] for pair in group] for group in pairs], rows)
-            for side in (0, 1)
-        )
+    def _copy(self, targets: dict[int, int], sources: dict[int, int], window: int) -> None:
+        """Copies the first `window` tokens of each row's source slot to its target slot."""
+        index = [self._layout.cache_rows(side, self._prefill_rows) for side in (targets, sources)]
         self._cache = kernels.copy_rows(
-            self._cache, *self._put_rows((targets, sources)), window=window, mesh=self.mesh
+            self._cache, *self._put_rows(index), window=window, mesh=self.mesh
         )
 
     def _decode(self, groups, rows: int, window: int, key, sampling: Sampling, min_finished: int):
         """Dispatches the decode program of `rows` rows per replica for each replica's slots.
 
         Returns:
-          The row of each slot, and a `DecodeResult` on the device.
+          The slot of each row, and a `DecodeResult` on the device.
         """
         all_rows = rows == self._layout.slots_per_replica
-        size = self.replicas * rows
-        cache_rows = self._layout.cache_rows(groups, rows)
         if all_rows:
-            cache_rows = np.tile(np.arange(rows, dtype=np.int32), self.replicas)
+            # A program with a row for every slot reads the cache in place, without a gather.
+            slot_at = {slot: slot for group in groups for slot in group}
+        else:
+            slot_at = self._layout.slot_at(groups, rows)
+        size = self.replicas * rows
         vectors = [np.zeros(size, np.int32) for _ in range(4)]
-        state = DecodeState(cache_rows, *vectors, stream=np.zeros((size, 2), np.uint32))
-        row_of = {}
-        for replica, group in enumerate(groups):
-            for i, slot in enumerate(group):
-                # A program with a row for every slot reads the cache in place, without a gather.
-                row_of[slot] = row = replica * rows + (slot % rows if all_rows else i)
-                decoding = self._decoding[slot]
-                state.length[row], state.pending[row] = self._length[slot], self._pending[slot]
-                state.limit[row], state.stop_state[row] = decoding.limit, decoding.stop_state
-                state.stream[row] = decoding.stream
+        stream = np.zeros((size, 2), np.uint32)
+        state = DecodeState(self._layout.cache_rows(slot_at, rows), *vectors, stream=stream)
+        for row, slot in slot_at.items():
+            decoding = self._decoding[slot]
+            state.length[row], state.pending[row] = self._length[slot], self._pending[slot]
+            state.limit[row], state.stop_state[row] = decoding.limit, decoding.stop_state
+            state.stream[row] = decoding.stream
         shared = jax.device_put((key, np.int32(min_finished)), self._whole)
         self._cache, result = kernels.decode(
             self._params,
@@ -434,12 +416,10 @@ class Generator:
             all_rows=all_rows,
             **self._static,
         )
-        return row_of, result
+        return slot_at, result
 
 
 def slots_by_replica(generator: Generator) -> list[list[int]]:
     """Returns the slots of each replica of a generator."""
-    slots: list[list[int]] = [[] for _ in range(generator.replicas)]
-    for slot in range(generator.slots):
-        slots[generator.replica_of(slot)].append(slot)
-    return slots
+    layout = SlotLayout(generator.replicas, generator.slots // generator.replicas)
+    return layout.by_replica(range(generator.slots))

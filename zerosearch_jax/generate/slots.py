@@ -1,8 +1,7 @@
 """Host-side bookkeeping of a generator's slots: split over replicas, shared prompts, chunks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -34,57 +33,53 @@ class SlotLayout:
         """Returns the replica that holds a slot."""
         return slot // self.slots_per_replica
 
-    def by_replica(self, items: Sequence[tuple[int, Any]]) -> list[list[Any]]:
-        """Groups `(slot, item)` pairs: one list of items per replica, in the given order."""
-        groups: list[list[Any]] = [[] for _ in range(self.replicas)]
-        for slot, item in items:
-            groups[self.replica_of(slot)].append(item)
+    def by_replica(self, slots: Iterable[int]) -> list[list[int]]:
+        """Groups slots: one list per replica, in the given order."""
+        groups: list[list[int]] = [[] for _ in range(self.replicas)]
+        for slot in slots:
+            groups[self.replica_of(slot)].append(slot)
         return groups
 
-    def batches(self, items: Sequence[tuple[int, Any]], size: int) -> Iterator[list[list[Any]]]:
-        """Yields the groups of `by_replica` in batches of at most `size` items per replica."""
-        groups = self.by_replica(items)
-        for start in range(0, max(map(len, groups)), size):
-            yield [group[start : start + size] for group in groups]
+    def slot_at(self, groups: Sequence[Sequence[int]], rows: int) -> dict[int, int]:
+        """Maps the rows of a program, `rows` per replica, to each replica's group of slots."""
+        return {
+            replica * rows + i: slot
+            for replica, group in enumerate(groups)
+            for i, slot in enumerate(group)
+        }
 
-    def cache_rows(self, groups: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-        """Returns the cache row within its replica of each slot, `[replicas * rows]` int32.
+    def batches(self, slots: Iterable[int], rows: int) -> Iterator[dict[int, int]]:
+        """Yields `slot_at` of batches of at most `rows` slots per replica."""
+        groups = self.by_replica(slots)
+        for start in range(0, max(map(len, groups)), rows):
+            yield self.slot_at([group[start : start + rows] for group in groups], rows)
 
-        Args:
-          groups: at most `rows` slots per replica. Unused rows get indices past the cache's end.
+    def cache_rows(self, slot_at: Mapping[int, int], rows: int) -> np.ndarray:
+        """Returns each row's cache row within its replica, `[replicas * rows]` int32.
+
+        Unused rows get indices past the cache's end.
         """
-        first, size = self.slots_per_replica, self.replicas
-        index = np.tile(np.arange(first, first + rows), (size, 1))
-        for replica, group in enumerate(groups):
-            index[replica, : len(group)] = [slot % self.slots_per_replica for slot in group]
-        return index.ravel().astype(np.int32)
-
-
-@dataclass(frozen=True)
-class PromptPlan:
-    """How slots get their prompts. Slots that hold theirs already are in no list.
-
-    Attributes:
-      copies: `(source, target)` slots; the source holds the prompt now.
-      prefills: slots whose prompt is computed.
-      late_copies: `(source, target)` slots; the source is one of `prefills`.
-    """
-
-    copies: list[tuple[int, int]]
-    prefills: list[int]
-    late_copies: list[tuple[int, int]]
+        past_end = np.arange(rows, dtype=np.int32) + self.slots_per_replica
+        index = np.tile(past_end, self.replicas)
+        for row, slot in slot_at.items():
+            index[row] = slot % self.slots_per_replica
+        return index
 
 
 def plan_prompts(
     wanted: Mapping[int, tuple[int, ...]],
     held: Mapping[int, tuple[int, ...]],
     replica_of: Callable[[int], int],
-) -> PromptPlan:
+) -> tuple[list[int], dict[int, int]]:
     """Plans the prefill of prompts so that each replica computes a prompt once.
 
     Args:
       wanted: slot -> prompt that it starts with now.
       held: slot -> prompt that its cache begins with.
+
+    Returns:
+      The slots whose prompt is computed; and target -> source, the slots that are copied then.
+      Slots that hold their prompt already are in neither.
     """
     # A slot can be copied from if it keeps its prompt or is not started now.
     sources = {
@@ -92,23 +87,21 @@ def plan_prompts(
         for slot, prompt in held.items()
         if wanted.get(slot, prompt) == prompt
     }
-    plan = PromptPlan([], [], [])
+    prefills, source_of = [], {}
     for slot, prompt in wanted.items():
         if held.get(slot) == prompt:
             continue
         source = sources.setdefault((replica_of(slot), prompt), slot)
         if source == slot:
-            plan.prefills.append(slot)
-        elif source in plan.prefills:
-            plan.late_copies.append((source, slot))
+            prefills.append(slot)
         else:
-            plan.copies.append((source, slot))
-    return plan
+            source_of[slot] = source
+    return prefills, source_of
 
 
 def cut_to_buckets(
-    rows: dict[int, list[int]], buckets: Sequence[int]
-) -> Iterator[tuple[int, dict[int, list[int]]]]:
+    rows: dict[int, Sequence[int]], buckets: Sequence[int]
+) -> Iterator[tuple[int, dict[int, Sequence[int]]]]:
     """Cuts rows of tokens into chunks; yields each chunk's bucket size and its part of each row.
 
     Args:

@@ -43,16 +43,15 @@ def _byte_automaton(patterns: list[bytes]) -> np.ndarray:
     if any(not pattern for pattern in patterns):
         raise ValueError("a stop string is empty; every stop string needs at least one byte")
     children: list[dict[int, int]] = [{}]
-    ends = {0: False}
+    ends = set()
     for pattern in patterns:
         state = 0
         for byte in pattern:
             if byte not in children[state]:
                 children[state][byte] = len(children)
-                ends[len(children)] = False
                 children.append({})
             state = children[state][byte]
-        ends[state] = True
+        ends.add(state)
     accept = len(children)
     step = np.zeros((accept + 1, 256), np.int16)
     step[accept] = accept
@@ -67,7 +66,7 @@ def _byte_automaton(patterns: list[bytes]) -> np.ndarray:
             if state:
                 fail[child] = int(step[fail[state], byte])
             # Falling back inside a longer stop string can complete a shorter one.
-            if ends[child] or fail[child] == accept:
+            if child in ends or fail[child] == accept:
                 step[state, byte] = accept
             else:
                 step[state, byte] = child

@@ -37,10 +37,10 @@ from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.curriculum import noise_probability
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.simulator import gate
-from zerosearch_jax.telemetry.collapse import CollapseWatch, earlier_rows
+from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
-from zerosearch_jax.telemetry.recorder import Recorder
+from zerosearch_jax.telemetry.recorder import Recorder, earlier_rows
 from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory

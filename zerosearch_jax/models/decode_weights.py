@@ -7,13 +7,14 @@ Reading these bytes dominates the decode time on accelerators. Activations are n
 
 import math
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from zerosearch_jax.models.layers import LinearOperator
 
 # Axes that the product with a parameter sums over. Parameters that are not listed stay unchanged.
 SUMMED_AXES = {
@@ -32,7 +33,7 @@ WEIGHT_PARTS = 8  # parts of the weight that a CPU multiplies with a single row
 
 
 @dataclass(frozen=True)
-class OutputMajor:
+class OutputMajor(LinearOperator):
     """A weight with its output axes first, in floating point or int8.
 
     Attributes:
@@ -44,12 +45,6 @@ class OutputMajor:
     values: jax.Array
     scale: jax.Array | None
     out_axes: int
-
-    def __getitem__(self, index: EllipsisType) -> "OutputMajor":
-        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
-        if index is not ...:
-            raise IndexError("decode weights can only be read whole: use weight[...]")
-        return self
 
     def product(self, rows: jax.Array, dtype=None) -> jax.Array:
         """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`.

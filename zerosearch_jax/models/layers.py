@@ -4,7 +4,8 @@
 """
 
 import math
-from typing import Protocol
+from types import EllipsisType
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from zerosearch_jax.models.config import RopeScaling
 
 class LinearOperator(Protocol):
     """A weight that is not one plain array: `decode_weights.OutputMajor`, `lora.LowRank`."""
+
+    def __getitem__(self, index: EllipsisType) -> Self:
+        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
+        if index is not ...:
+            raise IndexError("these weights can only be read whole: use weight[...]")
+        return self
 
     def product(self, rows: jax.Array) -> jax.Array:
         """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`."""

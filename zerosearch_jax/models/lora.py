@@ -4,27 +4,26 @@ The base weights are frozen and exist once: the policy is the base with adapters
 the base alone.
 """
 
-import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.experimental import multihost_utils
-from safetensors.numpy import save_file
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import atomic_path, write_atomically
+from zerosearch_jax.files import atomic_path, write_json
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import SUMMED_AXES
+from zerosearch_jax.models.layers import LinearOperator
 from zerosearch_jax.models.transformer import PARAM_AXES, abstract_model
-from zerosearch_jax.models.weights import NAMES
+from zerosearch_jax.models.weights import NAMES, save_tensors
 from zerosearch_jax.parallel import mesh as mesh_lib
+from zerosearch_jax.parallel.processes import to_host
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,7 +67,7 @@ class LoRA:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(LinearOperator):
     """The weight `base + scale · a b`, whose sum is never formed (paper eq. 3).
 
     It replaces the array `base` in a tree of parameters. Stacked layers add a leading axis to all
@@ -85,12 +84,6 @@ class LowRank:
     a: jax.Array
     b: jax.Array
     scale: float
-
-    def __getitem__(self, index: EllipsisType) -> "LowRank":
-        """Returns the weight itself for `weight[...]`, the way `nnx.Variable` reads a value."""
-        if index is not ...:
-            raise IndexError("adapted weights can only be read whole: use weight[...]")
-        return self
 
     def product(self, rows: jax.Array) -> jax.Array:
         """Multiplies `rows` `[R, in]` by the weight; returns `[R, *out]`.
@@ -130,13 +123,11 @@ def init_adapters(config: ModelConfig, options: LoRA, key: jax.Array) -> Adapter
 
 def adapted(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
     """Replaces the targets of stacked parameters by `LowRank` weights, for the forward pass."""
-    flat = {}
-    for path, leaf in nnx.to_flat_state(params):
-        if path[-1] in options.targets:
-            adapter = adapters[path[-1]]
-            leaf = leaf.replace(LowRank(leaf[...], adapter["a"], adapter["b"], options.scale))
-        flat[path] = leaf
-    return nnx.from_flat_state(flat)
+
+    def low_rank(base, a, b):
+        return LowRank(base, a, b, options.scale)
+
+    return _map_targets(params, adapters, options, low_rank)
 
 
 def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
@@ -151,14 +142,25 @@ def merge(params: nnx.State, adapters: Adapters, options: LoRA) -> nnx.State:
         change = jnp.tensordot(a, b, axes=1, precision=lax.Precision.HIGHEST)
         return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
 
-    flat = {}
-    for path, leaf in nnx.to_flat_state(params):
-        if path[-1] in options.targets:
-            adapter = adapters[path[-1]]
-            # Merge layer by layer, so that the change of only one layer is in memory.
-            leaf = leaf.replace(lax.map(one, (leaf[...], adapter["a"], adapter["b"])))
-        flat[path] = leaf
-    return nnx.from_flat_state(flat)
+    # Merge layer by layer, so that the change of only one layer is in memory.
+    return _map_targets(params, adapters, options, lambda *stacked: lax.map(one, stacked))
+
+
+def _map_targets(
+    params: nnx.State,
+    adapters: Adapters,
+    options: LoRA,
+    change: Callable[..., jax.Array | LowRank],
+) -> nnx.State:
+    """Replaces each target's weight by `change(weight, a, b)`."""
+
+    def one(path, leaf):
+        if path[-1] not in options.targets:
+            return leaf
+        adapter = adapters[path[-1]]
+        return leaf.replace(change(leaf[...], adapter["a"], adapter["b"]))
+
+    return nnx.map_state(one, params)
 
 
 def adapter_shardings(
@@ -200,24 +202,23 @@ def save_adapters(
     Args:
       base_name: directory of the base weights, or their name on the Hugging Face hub.
     """
+    contiguous = np.ascontiguousarray  # safetensors needs it
     tensors, modules = {}, []
     for name in options.targets:
         module = NAMES[f"layers.{name}"][0].removesuffix(".weight")
         modules.append(module.rpartition(".")[2])
-        a, b = _on_host(adapters[name]["a"]), _on_host(adapters[name]["b"])
+        a, b = to_host(adapters[name]["a"]), to_host(adapters[name]["b"])
         for layer in range(config.num_layers):
             prefix = f"base_model.model.{module.format(layer)}"
             # PEFT's matrices are [out, in]. NAMES flattens axes in the order that they have here.
-            tensors[f"{prefix}.lora_A.weight"] = _transposed(a[layer].reshape(-1, options.rank))
-            tensors[f"{prefix}.lora_B.weight"] = _transposed(b[layer].reshape(options.rank, -1))
+            tensors[f"{prefix}.lora_A.weight"] = contiguous(a[layer].reshape(-1, options.rank).T)
+            tensors[f"{prefix}.lora_B.weight"] = contiguous(b[layer].reshape(options.rank, -1).T)
     if jax.process_index():
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with atomic_path(directory / ADAPTER_WEIGHTS) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-        # safetensors makes files readable only by their owner; servers may be other users.
-        part.chmod(0o644)
+        save_tensors(part, tensors)
         (directory / ADAPTER_CONFIG).unlink(missing_ok=True)
     peft = {
         "peft_type": "LORA",
@@ -231,16 +232,4 @@ def save_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_atomically(directory / ADAPTER_CONFIG, json.dumps(peft, indent=2) + "\n")
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    """Returns the whole array on the host. Collective if the array spans processes."""
-    if not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
-def _transposed(matrix: np.ndarray) -> np.ndarray:
-    """Returns the transpose as a contiguous array, as safetensors needs it."""
-    return np.ascontiguousarray(matrix.T)
+    write_json(directory / ADAPTER_CONFIG, peft)

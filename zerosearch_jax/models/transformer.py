@@ -9,7 +9,6 @@ H head size, F MLP, L layers, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -381,49 +380,29 @@ def param_shardings(
         that works.
     """
 
-    def name_of(path):
-        names = [entry.key for entry in path if hasattr(entry, "key")]
-        return [name for name in names if name in PARAM_AXES][-1]
-
-    def of_decode_weights(leaf):
-        return isinstance(leaf, OutputMajor)
+    def axes_of(path, leaf):
+        name = [entry.key for entry in path if getattr(entry, "key", None) in PARAM_AXES][-1]
+        axes = PARAM_AXES[name]
+        field = getattr(path[-1], "name", None)  # of an `OutputMajor`
+        if field in ("values", "scale"):
+            outer = tuple(axis for i, axis in enumerate(axes) if i not in SUMMED_AXES[name])
+            inner = tuple(axes[i] for i in SUMMED_AXES[name])
+            axes = outer if field == "scale" else outer + inner
+        return ("layers",) * (leaf.ndim - len(axes)) + axes
 
     dimensions = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=of_decode_weights):
-        if not of_decode_weights(leaf):
-            axes = PARAM_AXES[name_of(path)]
-            dimensions += zip(axes, leaf.shape[-len(axes) :], strict=True)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dimensions += zip(axes_of(path, leaf), leaf.shape, strict=True)
     mesh_lib.check_divides(mesh, dimensions, rules)
-
-    def one(path, leaf):
-        name = name_of(path)
-        axes = PARAM_AXES[name]
-        if of_decode_weights(leaf):
-            summed = SUMMED_AXES[name]
-            outer = tuple(axis for i, axis in enumerate(axes) if i not in summed)
-            inner = tuple(axes[i] for i in summed)
-            return replace(
-                leaf,
-                values=mesh_lib.sharding(mesh, outer + inner, leaf.values.shape, rules),
-                scale=None
-                if leaf.scale is None
-                else mesh_lib.sharding(mesh, outer, leaf.scale.shape, rules),
-            )
-        axes = ("layers",) * (len(leaf.shape) - len(axes)) + axes
-        return mesh_lib.sharding(mesh, axes, leaf.shape, rules)
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=of_decode_weights)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: mesh_lib.sharding(mesh, axes_of(path, leaf), leaf.shape, rules), params
+    )
 
 
 def split_layers(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     """Splits training parameters into non-layer and stacked layer parameters `[L, ...]`."""
-    rest, layers = {}, {}
-    for path, leaf in nnx.to_flat_state(params):
-        if path[0] == "layers":
-            layers[path[1:]] = leaf
-        else:
-            rest[path] = leaf
-    return nnx.from_flat_state(rest), nnx.from_flat_state(layers)
+    rest, layers = nnx.split_state(params, lambda path, _: path[0] != "layers", ...)
+    return rest, layers["layers"]
 
 
 def join_layers(rest: nnx.State, layers: Iterable[nnx.State]) -> nnx.State:

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import atomic_path, write_atomically
+from zerosearch_jax.files import atomic_path, write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
+from zerosearch_jax.parallel.processes import to_host
 
 # Our name -> (Hugging Face's name, groups of our dimensions). Each group lists the dimensions,
 # without the layer axis, that one Hugging Face dimension flattens, outermost first. For example,
@@ -119,10 +119,7 @@ def save_params(
             tensors = {hf: _to_hf(path, flat[path][...], layer) for hf, path, layer in entries}
             weight_map |= dict.fromkeys(tensors, name)
             if writes:
-                part = replaced.enter_context(atomic_path(directory / name))
-                save_file(tensors, part, metadata={"format": "pt"})
-                # safetensors makes files readable only by their owner; servers may be other users.
-                part.chmod(0o644)
+                save_tensors(replaced.enter_context(atomic_path(directory / name)), tensors)
         if not writes:
             return
         for old in ("config.json", INDEX):
@@ -131,11 +128,18 @@ def save_params(
             old.unlink()
     if len(files) > 1:
         size = sum(leaf[...].nbytes for leaf in flat.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     hf = to_hf(config) | {"dtype": flat["embedding",][...].dtype.name}
     # Without these keys transformers would use Llama's old ids 1 and 2.
     hf |= {"bos_token_id": None, "eos_token_id": eos_token_id}
-    _write_json(directory / "config.json", hf)
+    write_json(directory / "config.json", hf)
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file that `transformers` loads and every user may read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes files readable only by their owner; servers may be other users.
+    path.chmod(0o644)
 
 
 def _entries(flat: dict) -> Iterator[tuple[str, tuple, int | None]]:
@@ -253,12 +257,9 @@ def _read_slice(
 
 def _to_hf(path: tuple, leaf: jax.Array, layer: int | None) -> np.ndarray:
     """Returns one Hugging Face tensor on the host. Collective if the parameter spans processes."""
-    array = leaf if layer is None else leaf[layer]
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
+    array = to_host(leaf if layer is None else leaf[layer])
     order = [axis for group in NAMES[".".join(path)][1] for axis in group]
-    array = np.asarray(array).transpose(order)
-    return np.ascontiguousarray(array.reshape(_hf_shape(path, leaf.shape)))
+    return np.ascontiguousarray(array.transpose(order).reshape(_hf_shape(path, leaf.shape)))
 
 
 def _split_into_files(flat: dict) -> list[list[tuple[str, tuple, int | None]]]:
@@ -273,7 +274,3 @@ def _split_into_files(flat: dict) -> list[list[tuple[str, tuple, int | None]]]:
         files[-1].append(entry)
         size += nbytes
     return files
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")

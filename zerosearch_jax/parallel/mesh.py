@@ -54,21 +54,18 @@ def make_mesh(
             f"{described} needs {size} devices, there are {len(devices)}; lower one of "
             "config.mesh's sizes"
         )
-    types = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     # Mesh axes may share a torus axis: 8 chips of a 4 × 4 slice are two of its rows.
     split = dict(allow_split_physical_axes=True)
     if slices == 1:
-        grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices[:size], **split)
-        return Mesh(grid, AXES, axis_types=types)
+        return _mesh(mesh_utils.create_device_mesh((data, fsdp, tensor), devices[:size], **split))
     if data % slices or size != len(devices):
         raise UserError(
             f"{described}: there are {slices} slices of {len(devices) // slices} chips; data must "
             "be a multiple of the number of slices, and the mesh must use all chips"
         )
     inner = (data // slices, fsdp, tensor)
-    grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split)
-    return Mesh(grid, AXES, axis_types=types)
+    return _mesh(mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, **split))
 
 
 def local_meshes(
@@ -109,9 +106,8 @@ def local_meshes(
             f"config.search.simulator.devices={simulator_devices} must be a multiple of "
             f"config.mesh.tensor={tensor} below the {own.size} devices of a process"
         )
-    policy_devices, simulators = own, own
-    if simulator_devices:
-        policy_devices, simulators = own[:-simulator_devices], own[-simulator_devices:]
+    policy_devices = own[: own.size - simulator_devices]
+    simulators = own[-simulator_devices:]  # all of them if the simulator has no devices alone
     if simulator_tensor < 0 or simulators.size % simulator_tensor:
         raise UserError(
             f"config.search.simulator.tensor={simulator_tensor} does not divide the simulator's "
@@ -120,12 +116,12 @@ def local_meshes(
     whole = jax.process_count() == 1 and not simulator_devices
     if whole and simulator_tensor == tensor:
         return mesh, mesh
-    policy_mesh = mesh if whole else _replicas(policy_devices, tensor)
-    return policy_mesh, _replicas(simulators, simulator_tensor)
+    policy_mesh = mesh if whole else _mesh(policy_devices.reshape(-1, 1, tensor))
+    return policy_mesh, _mesh(simulators.reshape(-1, 1, simulator_tensor))
 
 
-def _replicas(devices: np.ndarray, tensor: int) -> Mesh:
-    grid = devices.reshape(-1, 1, tensor)
+def _mesh(grid: np.ndarray) -> Mesh:
+    """Returns the mesh of a `[data, fsdp, tensor]` array of devices."""
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -208,6 +204,4 @@ def sharding_of_batch(mesh: Mesh) -> NamedSharding:
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns the mesh axes of one entry of the rules."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    return (entry,) if isinstance(entry, str) else entry or ()

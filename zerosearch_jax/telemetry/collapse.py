@@ -8,10 +8,8 @@ at the curves, not a proof, and no signal is no guarantee.
 The watch only reports; the caller decides whether to stop the run.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import fmean, median
 
 from zerosearch_jax.errors import UserError
@@ -98,8 +96,8 @@ class CollapseWatch:
     def update(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adds one step's metrics and returns which signals hold now.
 
-        After a resume, first pass the rows of all earlier steps (`earlier_rows`). Signals and
-        alarms then equal those of the uninterrupted run.
+        After a resume, first pass the rows of all earlier steps (`recorder.earlier_rows`).
+        Signals and alarms then equal those of the uninterrupted run.
 
         Args:
           metrics: metrics by name; metrics without a signal are ignored.
@@ -109,15 +107,7 @@ class CollapseWatch:
         """
         row = {name: float(metrics[name]) for name, _ in SIGNALS.values() if name in metrics}
         self._rows = [*self._rows, row][-3 * self._window :]
-        reward = self._mean("reward")
-        if reward is not None:
-            self._best_reward = max(self._best_reward, reward)
-        found = {
-            "collapse/correct_loglik_falls": self._correct_loglik_falls(),
-            "collapse/entropy_accelerates": self._entropy_accelerates(),
-            "collapse/grad_norm_surges": self._grad_norm_surges(),
-            "collapse/reward_drops": self._reward_drops(),
-        }
+        found = self._compare_windows()
         holding = {
             signal
             for signal, (metric, _) in SIGNALS.items()
@@ -149,35 +139,35 @@ class CollapseWatch:
             head = f"WARNING: {len(holding)} of {len(SIGNALS)} early signals of a collapse"
             self._alarm = "\n".join([head, *meanings, ADVICE])
 
-    def _correct_loglik_falls(self) -> bool:
-        new, old = self._mean("correct_loglik"), self._mean("correct_loglik", 1)
+    def _compare_windows(self) -> dict[str, bool]:
+        """Returns whether each of `SIGNALS` holds, without regard to values that are not finite.
+
+        A missing window has a NaN mean. Every comparison with NaN is false, so it gives no signal.
+        """
         reward, reward_before = self._mean("reward"), self._mean("reward", 1)
-        if new is None or old is None or reward is None or reward_before is None:
-            return False
-        held = reward >= reward_before - REWARD_HELD * reward_before
-        return old - new > self._loglik_fall and held
+        self._best_reward = max(self._best_reward, reward)
+        loglik_fall = self._mean("correct_loglik", 1) - self._mean("correct_loglik")
+        reward_held = reward >= reward_before - REWARD_HELD * reward_before
+        entropies = [self._mean("entropy", back) for back in range(3)]
+        rise, rise_before = entropies[0] - entropies[1], entropies[1] - entropies[2]
+        norms = [median(self._finite("grad_norm", back) or [math.nan]) for back in range(2)]
+        past_reward = self._best_reward > 0 and len(self._rows) >= 2 * self._window
+        return {
+            "collapse/correct_loglik_falls": loglik_fall > self._loglik_fall and reward_held,
+            "collapse/entropy_accelerates": (
+                rise > self._entropy_rise and rise - rise_before > self._entropy_rise
+            ),
+            "collapse/grad_norm_surges": (
+                norms[1] > 0 and norms[0] > self._grad_norm_ratio * norms[1]
+            ),
+            "collapse/reward_drops": (
+                past_reward and reward < self._reward_share * self._best_reward
+            ),
+        }
 
-    def _entropy_accelerates(self) -> bool:
-        new, old, oldest = (self._mean("entropy", back) for back in range(3))
-        if new is None or old is None or oldest is None:
-            return False
-        return (new - old) - max(old - oldest, 0.0) > self._entropy_rise
-
-    def _grad_norm_surges(self) -> bool:
-        new, old = self._finite("grad_norm"), self._finite("grad_norm", 1)
-        if not new or not old or median(old) <= 0:
-            return False
-        return median(new) > self._grad_norm_ratio * median(old)
-
-    def _reward_drops(self) -> bool:
-        new = self._mean("reward")
-        if new is None or len(self._rows) < 2 * self._window or self._best_reward <= 0:
-            return False
-        return new < self._reward_share * self._best_reward
-
-    def _mean(self, name: str, back: int = 0) -> float | None:
-        values = self._finite(name, back)
-        return fmean(values) if values else None
+    def _mean(self, name: str, back: int = 0) -> float:
+        """Returns the mean over the window `back` windows before the newest; NaN without it."""
+        return fmean(self._finite(name, back) or [math.nan])
 
     def _finite(self, name: str, back: int = 0) -> list[float]:
         """Returns finite values of the window `back` windows before the newest; [] if too few."""
@@ -188,28 +178,3 @@ class CollapseWatch:
         values = [row[name] for row in self._rows[start:end] if name in row]
         finite = [value for value in values if math.isfinite(value)]
         return finite if 2 * len(finite) >= self._window else []
-
-
-def earlier_rows(path: str | Path, first_step: int) -> list[dict[str, float]]:
-    """Reads the rows of a run's `metrics.jsonl` with `step` < `first_step`, in file order.
-
-    Returns [] if the file is missing, and ignores a last row that a kill truncated.
-
-    Raises:
-      UserError: a line is not JSON.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
-        if row["step"] < first_step:
-            rows.append(row)
-    return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.telemetry.metrics import METRICS
 
@@ -30,7 +31,9 @@ class Recorder:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _drop_rows_from(path, first_step)
+        if path.exists():
+            kept = earlier_rows(path, first_step)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a", encoding="utf-8")
         # At step 0 there is nothing to purge, and TensorBoard would hide a first event at 0.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
@@ -65,13 +68,26 @@ class Recorder:
             self._board.close()
 
 
-def _drop_rows_from(path: Path, first_step: int) -> None:
-    """Drops rows of steps from `first_step` on, and a last row that a kill truncated."""
+def earlier_rows(path: str | Path, first_step: int) -> list[dict[str, float]]:
+    """Reads the rows of a run's `metrics.jsonl` with `step` < `first_step`, in file order.
+
+    Returns [] if the file is missing, and ignores a last row that a kill truncated.
+
+    Raises:
+      UserError: a line is not JSON.
+    """
+    path = Path(path)
     if not path.exists():
-        return
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] < first_step
-    ]
-    write_atomically(path, "".join(kept))
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
+        if row["step"] < first_step:
+            rows.append(row)
+    return rows

@@ -5,6 +5,8 @@ The provenance comes with the text, not from tags, so a document cannot pass for
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 _DIM, _CYAN, _RESET = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 _MARGIN = "│ "
@@ -34,15 +36,9 @@ def render_segments(segments: Sequence[tuple[str, bool]], color: bool) -> str:
 
 def _merge(segments: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """Joins adjacent segments of one writer and drops empty ones."""
-    merged: list[tuple[str, bool]] = []
-    for text, by_policy in segments:
-        if not text:
-            continue
-        if merged and merged[-1][1] == by_policy:
-            merged[-1] = (merged[-1][0] + text, by_policy)
-        else:
-            merged.append((text, by_policy))
-    return merged
+    shown = [segment for segment in segments if segment[0]]
+    runs = groupby(shown, key=itemgetter(1))
+    return [("".join(text for text, _ in run), by_policy) for by_policy, run in runs]
 
 
 def _safe(text: str) -> str:
