@@ -1,8 +1,8 @@
 """Multi-turn scheduler: runs many think-search-read-answer episodes at once.
 
-Each running episode owns a slot of the policy's generator. When an episode ends, its slot takes
-the next episode at once. A slot that waits for documents is parked while other slots decode. When
-the documents arrive, only they are prefilled, after the slot's cached tokens. The scheduler
+Each running episode owns a slot of the policy's generator. When an episode ends, its slot takes the
+next queued episode immediately. A slot that waits for documents is parked while other slots decode.
+When the documents arrive, only they are prefilled, after the slot's cached tokens. The scheduler
 computes no rewards and knows nothing about learning.
 """
 
@@ -39,8 +39,8 @@ class Limits:
     """Bounds on the length of an episode.
 
     Attributes:
-      max_turns: searches (and invalid turns) before the last turn. With 0 the policy has one turn,
-        in which a search ends the episode without an answer.
+      max_turns: most search or invalid turns. One final turn may follow them, so an episode has at
+        most `max_turns + 1` turns; a search in the final turn is not run.
       response_tokens: most tokens sampled in one turn.
       observation_tokens: most tokens inserted after one search, tags included.
     """
@@ -61,7 +61,7 @@ class SchedulerState:
       active: slot -> trajectory of each running episode.
       decoding: active slots that are sampling.
       pending: slot -> search request that is not sent yet.
-      in_flight: future of the engine's results -> requests it answers, by slot.
+      in_flight: a future per batch that is being searched -> the batch's requests by slot.
       observations: slot -> tokens to insert before the slot decodes again.
     """
 
@@ -110,19 +110,19 @@ class Rollouts:
     """Runs episodes with one policy generator and one search engine.
 
     Args:
-      engine: may be None if no episode can search: `limits.max_turns` is 0 and `opening` is not
+      engine: may be None if no search is run: `limits.max_turns` is 0 and `opening` is not
         "search".
       noisy: `(episode number, turn) -> bool`, the curriculum's draw.
       stop_on_failure: whether a failed search stops the run with an error. Otherwise the episode
         gets a "search failed" observation.
       opening: text inserted after the prompt, before the policy's only turn (requires
         `max_turns=0`). "answer": the opening of the answer, which the policy completes. "search":
-        a search for the question and its documents. "": nothing.
-      concurrent_searches: most batches of searches under way while the policy decodes; for an
-        engine that works elsewhere (over the network, on its own devices). Batch composition then
-        depends on timing, so metrics are reproducible only up to rounding. With 0, engine and
-        policy alternate in a fixed order, and results are deterministic.
-      searching: context manager entered while only the engine is waited for, to time it.
+        a search with the question as query, and the documents found. "": nothing.
+      concurrent_searches: maximum number of search batches in flight while the policy decodes. Use
+        it for engines that run elsewhere (over the network, on their own devices). Batch
+        composition then depends on timing, so metrics are reproducible only up to rounding. With 0,
+        engine and policy alternate in a fixed order, and results are deterministic.
+      searching: returns a context manager that times the periods in which only the engine works.
 
     Raises:
       ValueError: `opening` is unknown or contradicts `limits`, or an engine is required.
@@ -205,7 +205,7 @@ class Rollouts:
         )
 
     def _decode(self, state: SchedulerState, key: jax.Array) -> dict[int, Generation]:
-        """Decodes until enough slots stop; returns the finished turns by slot."""
+        """Decodes a chunk, or until enough slots stop; returns the finished turns by slot."""
         if self.concurrent_searches:  # Search results are polled after each chunk.
             return self.generator.decode_chunk(key=key, sampling=self.sampling)
         # Without a queue, returning early would only make later batches smaller.
@@ -247,8 +247,9 @@ class Rollouts:
         """Sends the pending requests to the engine as one batch and records finished results.
 
         With `concurrent_searches`, a batch is sent as soon as a thread is free and is waited for
-        only when no slot can decode. Without, the engine runs once half of the active episodes
-        wait for it or none decodes: it may share the device, and large batches are efficient.
+        only when no slot can decode. Without it, the engine is called when at least half of
+        the active episodes wait for it, or when none decodes. It may share the device, so large
+        batches are efficient.
         """
         requests = state.pending
         if not self.concurrent_searches:

@@ -1,7 +1,7 @@
 """Trajectory of one episode: an append-only list of token ids with their provenance.
 
 Each token's writer (policy or inserted) is recorded when the token is appended. The loss mask is
-this record and is never reconstructed from text.
+made from this record (`training/policy_update.py`) and never from text.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Episode:
     """Input of one episode: a question, its gold answers and a number.
 
     Attributes:
-      number: unique within a run; keys every random draw of the episode.
+      number: unique within a training run; keys every random draw of the episode.
     """
 
     number: int
@@ -45,8 +45,8 @@ class Trajectory:
       turns: the policy's turns, in order.
       searches: requests with their results, in order.
       answer_prefix: "answer" if the opening tag of the answer was inserted, else "".
-      finish: why the episode ended: "answer", "turns" (no turns left) or "length" (no free tokens
-        left); "" while it runs.
+      finish: why the episode ended: "answer", "turns" (no turns left) or "length" (the next
+        observation did not fit); "" while it runs.
     """
 
     episode: Episode
@@ -60,7 +60,7 @@ class Trajectory:
     finish: str = ""
 
     def append_inserted(self, tokens: Sequence[int]) -> None:
-        """Appends tokens that the policy did not write: prompt, documents, observations."""
+        """Appends tokens that the policy did not write: the prompt or an observation."""
         self._append(tokens, False, [0.0] * len(tokens))
 
     def append_sampled(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
@@ -70,7 +70,7 @@ class Trajectory:
     def _append(self, tokens: Sequence[int], by_policy: bool, logprobs: Sequence[float]) -> None:
         if len(tokens) != len(logprobs):
             raise ValueError(
-                f"tokens and logprobs must have one length, not {len(tokens)} and {len(logprobs)}"
+                f"got {len(tokens)} tokens but {len(logprobs)} logprobs; give one per token"
             )
         self.tokens.extend(tokens)
         self.by_policy.extend([by_policy] * len(tokens))
@@ -88,7 +88,7 @@ class Trajectory:
         return sum(self.by_policy)
 
     def segments(self, tokenizer) -> list[tuple[str, bool]]:
-        """Returns the text as maximal runs of one writer, each with whether that is the policy."""
+        """Returns `(text, by_policy)` for each maximal run of tokens with the same writer."""
         runs: list[tuple[list[int], bool]] = []
         for token, by_policy in zip(self.tokens, self.by_policy, strict=True):
             if not runs or runs[-1][1] != by_policy:

@@ -19,10 +19,10 @@ def noise_probability(
 
     Args:
       step: i, in [0, total_steps].
-      total_steps: m, at least 1.
+      total_steps: m, at least 1: the index of the last step, which has p_e.
       start: p_s, in [0, 1].
       end: p_e, in [0, 1]; below `start` for a reversed curriculum, equal for a constant one.
-      base: b > 0. Above 1 the noise changes late, below 1 early; 1 is the limit, a straight line.
+      base: b > 0. Above 1 most of the change is late, below 1 early; 1 gives a straight line.
 
     Raises:
       UserError: a value is out of its range.

@@ -11,8 +11,8 @@ class SimulatedEngine:
     """Search engine that writes documents from question, gold answer and query (paper §3.2).
 
     Args:
-      generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. A
-        `SearchFailed` instead of a text fails its request.
+      generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. If
+        an item is a `SearchFailed`, the result of that request is a failure.
       form: "finetuned" or "prompted", see `text.prompts.simulator_prompt`.
       topk: number of documents to request.
     """
@@ -31,7 +31,10 @@ class SimulatedEngine:
         self.topk = topk
 
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-        """Returns one result per request, in order; without `Doc i:` lines it has no documents."""
+        """Returns one result per request, in order.
+
+        A result has no documents if its text has no `Doc i:` line.
+        """
         prompts = [
             simulator_prompt(
                 request.question,
