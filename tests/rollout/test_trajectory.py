@@ -32,7 +32,7 @@ def test_every_token_records_its_writer_logprob_and_turn():
 
 
 def test_a_token_without_a_logprob_is_refused():
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="2 tokens but 1 logprobs"):
         Trajectory(EPISODE).append_sampled([4, 5], [-0.1])
 
 
