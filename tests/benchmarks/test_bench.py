@@ -71,8 +71,8 @@ def rollouts_with(markov_model):
     def run(features):
         timed = TimedRollouts(mix, config, features)
         kept = []
-        inner = timed.rollouts.play
-        timed.rollouts.play = lambda *args: kept.append(inner(*args)) or kept[-1]
+        inner = timed.rollouts.run
+        timed.rollouts.run = lambda *args: kept.append(inner(*args)) or kept[-1]
         timed.measure()
         assert len(timed.rates) == 1 and timed.rates[0] > 0
         return kept[0], timed.generator.prefilled_tokens

@@ -115,7 +115,7 @@ def test_episodes_equal_those_of_a_naive_loop(
     model, rl_config, naive, slots, decode_rows, devices, concurrent
 ):
     """With refilled slots, shared prompts and concurrent searches, on one device and on two."""
-    played = rollouts(
+    runner = rollouts(
         model,
         rl_config,
         slots=slots,
@@ -123,7 +123,7 @@ def test_episodes_equal_those_of_a_naive_loop(
         mesh=make_mesh(data=devices),
         concurrent_searches=concurrent,
     )
-    trajectories = played.run(EPISODES, KEY)
+    trajectories = runner.run(EPISODES, KEY)
     finishes = set()
     for trajectory, (tokens, logprobs, finish) in zip(trajectories, naive, strict=True):
         assert trajectory.tokens == tokens
@@ -139,4 +139,4 @@ def test_episodes_equal_those_of_a_naive_loop(
     first = {t.episode.question: t for t in trajectories}.values()
     once = sum(t.by_policy.index(True) - 1 for t in first)
     inserted = sum(len(t.tokens) - t.policy_tokens - t.by_policy.index(True) for t in trajectories)
-    assert played.generator.prefilled_tokens == once + inserted
+    assert runner.generator.prefilled_tokens == once + inserted

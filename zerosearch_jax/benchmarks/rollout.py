@@ -105,10 +105,10 @@ class Waves(Rollouts):
     """Rollouts whose slots take new episodes only when all episodes have ended."""
 
     def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
-        played = []
+        trajectories = []
         for start in range(0, len(episodes), self.generator.slots):
-            played += super().run(episodes[start : start + self.generator.slots], key)
-        return played
+            trajectories += super().run(episodes[start : start + self.generator.slots], key)
+        return trajectories
 
 
 class WaveTexts(TextGenerator):
