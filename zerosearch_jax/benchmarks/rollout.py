@@ -97,7 +97,7 @@ class PeerGenerator(Generator):
         if self.features.share_prompts:
             return super().start(slots, rows)
         self._length[list(slots)] = 0
-        self._append(slots, [row[:-1] for row in rows])
+        self._append({slot: self.contexts[slot][:-1] for slot in slots})
         self._pending[list(slots)] = [row[-1] for row in rows]
 
 
