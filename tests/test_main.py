@@ -189,6 +189,8 @@ def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch,
     section = lines.index(next(line for line in lines if line.startswith("config.rl: ")))
     assert lines[section + 1].split()[:5] == ["steps", "int", "7", "Training", "steps."]
     assert any(line.startswith("config.search.simulator.generator: ") for line in lines)
+    shown = {tuple(line.split()[:3]) for line in lines}
+    assert {("int8_weights", "bool", "False"), ("normalize_std", "bool", "True")} <= shown
 
 
 def test_partly_set_variables_of_processes_are_refused():

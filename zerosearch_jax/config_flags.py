@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TypeVar
 
 from absl import flags
@@ -56,7 +57,7 @@ RENAMED_NAMES = {"burst_tokens": "chunk_tokens"}
 
 # A suggestion that is less similar than this would confuse more than it helps.
 _NEAR_ENOUGH = 0.5
-_COLUMN_WIDTHS = (None, None, 32, 44)  # name, type, value, documentation
+_VALUE_WIDTH, _DOC_WIDTH = 32, 44  # columns of `describe`
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
@@ -299,8 +300,10 @@ def describe(section: Any, path: str = "config") -> str:
         elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
             nested += [(f"{name}.{key}", one) for key, one in value.items()]
         elif name in docs:
-            rows.append((name, _name_of(hint), repr(value), docs[name]))
-    table = tabulate(rows, tablefmt="plain", disable_numparse=True, maxcolwidths=_COLUMN_WIDTHS)
+            # Wrapped here: tabulate's maxcolwidths shows the text "False" as True.
+            shown, doc = fill(repr(value), _VALUE_WIDTH), fill(docs[name], _DOC_WIDTH)
+            rows.append((name, _name_of(hint), shown, doc))
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True)
     title = f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"
     below = [describe(value, f"{path}.{name}") for name, value in nested]
     return "\n\n".join([f"{title}\n{textwrap.indent(table, '  ')}".rstrip(), *below])
