@@ -32,7 +32,7 @@ from zerosearch_jax.training.factory import Model, load_model, stop_table
 from zerosearch_jax.training.row_sampler import RowSampler
 
 STEPS, QUESTIONS, GROUP_SIZE = 10, 40, 3  # updates, questions per update, episodes per question
-SLOTS, ROWS = 120, 8  # episodes that are sampled at once, and differentiated at once
+SLOTS, ROWS = 120, 8  # episodes sampled at once; episodes in one gradient computation
 MAX_TOKENS = 640  # of an episode, prompt and documents included
 LIMITS = Limits(max_turns=3, response_tokens=64, observation_tokens=192)
 NOISE = dict(start=0.0, end=0.5)  # probability of a noisy search in the first and last step
@@ -43,7 +43,7 @@ Batch = namedtuple("Batch", "tokens targets mask old_logprobs advantages")
 
 
 def make_generator(model: Model, stops: tuple[str, ...]) -> Generator:
-    """Makes a generator whose texts end with one of the `stops`."""
+    """Makes a generator that stops after one of the `stops`."""
     table, end_ids = stop_table(model, stops), [model.tokenizer.eos_token_id]
     sizes = dict(slots=SLOTS, max_tokens=MAX_TOKENS, prefill_rows=16, decode_rows=(16,))
     return Generator(model.config, stop_table=table, end_ids=end_ids, mesh=make_mesh(), **sizes)
@@ -73,7 +73,7 @@ def make_batch(trajectories: list[Trajectory], advantages: np.ndarray) -> Batch:
 
 @partial(jax.jit, static_argnames="graphdef")
 def loss_and_grads(params, reference, batch: Batch, policy_tokens, *, graphdef):
-    """Returns the loss of some rows and its gradient, per policy token of the whole batch."""
+    """Returns loss and gradient, summed over the rows and divided by `policy_tokens`."""
 
     def logprobs(params):  # [B, T]; 0 where the mask is False
         model = nnx.merge(graphdef, params)

@@ -116,8 +116,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                     recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
 
                 metrics |= speed(timer.pop(), parts.clock.take(), rollouts) | watch.update(metrics)
-                # Metrics are written first: a run killed before its checkpoint repeats the step
-                # and replaces this row.
+                # Metrics are written first: a run killed before its next checkpoint repeats
+                # these steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
@@ -143,7 +143,7 @@ class Parts:
     Attributes:
       policy: the base policy, which is also the reference policy.
       engine, eval_engine: search engines of training and evaluation; None without searches.
-      clock: time in which the devices have work.
+      clock: measures how long the devices are busy.
     """
 
     policy: factory.Model
@@ -185,7 +185,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
 
 
 def check_simulator(config: RLConfig) -> None:
-    """Raises UserError if the config names a report of the simulator that fails its thresholds."""
+    """Raises UserError if `simulator.gate.report` is set and its scores miss the thresholds."""
     simulator = config.search.simulator
     if config.search.engine == "simulated" and simulator.gate.report:
         gate.check(
@@ -269,7 +269,7 @@ def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -
 def raise_collapse(done: int, workdir: Path) -> NoReturn:
     """Raises the UserError that ends a collapsing run after step `done`, counted from 1."""
     raise UserError(
-        f"stopped after step {done}: it shows a collapse, and config.watch.stop is set; the "
+        f"stopped after step {done}: the metrics show a collapse and config.watch.stop=True; the "
         f"checkpoint and metrics.jsonl are in {workdir}. To continue: --config.watch.stop=False"
     )
 
@@ -277,7 +277,9 @@ def raise_collapse(done: int, workdir: Path) -> NoReturn:
 def conclude(
     config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
 ) -> None:
-    """Exports the trained policy; evaluates it with and without search, and the base policy.
+    """Exports the trained policy and evaluates the base policy and the trained policy.
+
+    The trained policy is also evaluated without search.
 
     Prints a table and an episode of each policy. Writes `policy/`, `adapters/` under LoRA,
     `answers.jsonl` (every answer to each question, for paired comparisons) and, last,
@@ -308,7 +310,7 @@ def conclude(
         for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
     (workdir / "answers.jsonl").write_text("".join(lines))
-    # Show the first two-hop question of the embedded world; of other sources the first question.
+    # Show the embedded world's first two-hop question, or another source's first question.
     two_hops = (i for i, row in enumerate(rows) if ">" in row.id)
     shown = next(two_hops, 0) if config.data.eval_source == "world" else 0
     for name in ("base", "trained"):

@@ -10,9 +10,9 @@
 |              |                                            | then `whiten`                     |
 
 `mask` is provenance: true (or 1) where the policy sampled the token. Only these positions are time
-steps. Inserted text is part of the transition between two policy tokens and adds no discount. Array
-entries there are not read (they may be inf or NaN), and the result there is exactly 0. A NaN that
-is read reaches every result that depends on it.
+steps. Inserted text is part of the transition between two policy tokens and adds no discount. Where
+the mask is 0, array entries are not read (they may be inf or NaN), and the result is exactly 0. A
+NaN where the mask is 1 is not hidden: every result that uses it is NaN.
 """
 
 import jax
@@ -235,7 +235,7 @@ def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: int, epis
             f"target is {target} and horizon is {horizon}; the target must be above 0 and the "
             f"horizon above a fifth of the step's {episodes} episodes"
         )
-    error = min(max(kl / target - 1.0, -0.2), 0.2)  # the NaN first: max and min return it
+    error = min(max(kl / target - 1.0, -0.2), 0.2)  # a NaN kl stays NaN: it is the first argument
     return coef * (1.0 + error * episodes / horizon)
 
 
@@ -258,7 +258,7 @@ def _at_least_two(rewards: jax.Array) -> int:
 
 
 def _minus_mean(x: jax.Array, axis: int | None) -> jax.Array:
-    """x - mean(x). Subtracting the largest first makes equal x exactly 0 and keeps digits."""
+    """x - mean(x), after subtracting max(x): equal entries give exactly 0, and digits survive."""
     x = x - x.max(axis=axis, keepdims=True)
     return x - x.mean(axis=axis, keepdims=True)
 
@@ -275,9 +275,9 @@ def _token_arrays(mask: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
 def _discounted_sums(x: jax.Array, mask: jax.Array, discount: float) -> jax.Array:
     """Returns sum_l discount^l * x_{t+l} at each policy token t, 0 elsewhere.
 
-    t counts policy tokens. Position t turns the sum y of later positions into factor * y + term: at
-    a policy token discount * y + x, elsewhere y. An associative scan combines these maps in log T
-    steps.
+    In the equation t counts policy tokens. In the scan, each array position maps the sum y of later
+    positions to factor * y + term: discount * y + x at a policy token, y elsewhere. An associative
+    scan combines these maps in log T steps.
     """
     factors = jnp.where(mask, discount, 1.0).astype(x.dtype)
     terms = jnp.where(mask, x, 0.0)

@@ -1,8 +1,8 @@
 """The learner: one jitted, donated step over packed microbatches, for RL and for fine-tuning.
 
-Every mean divides a numerator by a denominator of the *whole* batch. Results therefore do not
-depend on how the batch is packed, padded, cut into microbatches or sharded. An update whose loss
-or gradient is not finite leaves the state unchanged. This module knows packed arrays and
+Every mean divides by a denominator of the *whole* batch, a minibatch of the step. Results therefore
+do not depend on how the batch is packed, padded, cut into microbatches or sharded. An update whose
+loss or gradient is not finite leaves the state unchanged. This module knows packed arrays and
 parameters, but no text, rewards or engines.
 """
 

@@ -2,8 +2,9 @@
 
 Shapes are `[B, T]`: B rows, T tokens. `mask` is provenance: true (or 1) where the policy sampled
 the token. Values elsewhere are not read and may be inf or NaN; the result and its gradient are
-exactly 0 there. Losses are not averaged. `aggregation_weights` gives each token its weight in the
-mean over the whole batch; the learner sums weighted losses over microbatches and devices.
+exactly 0 there. Losses are not averaged. `aggregation_weights` gives the tokens of each sequence
+their weight in the mean over the whole batch; the learner sums weighted losses over microbatches
+and devices.
 
 A row may hold several packed sequences. `segment_ids` [B, T] int32 distinguishes them: from 1
 within a row, 0 in padding.
@@ -93,7 +94,7 @@ def sequence_surrogate(
       logprobs, old_logprobs, mask: as in `clipped_surrogate`.
       advantages: [B, T]; a constant, the same at all tokens of a sequence.
       segment_ids: [B, T] int32, at most T.
-      clip_low, clip_high: 3e-4 and 4e-4 in the paper, because a mean varies less than a token.
+      clip_low, clip_high: 3e-4 and 4e-4 in the paper; a mean log-ratio varies less than a token's.
 
     Returns:
       loss_per_token [B, T], and clipped [B, T] bool, the policy tokens of clipped sequences.
@@ -154,7 +155,7 @@ def truncated_importance_weights(
       old_logprobs: [B, T] log-probs by the learner, with the parameters that sampled.
       sampler_logprobs: [B, T] log-probs by the generator, at sampling.
       mask: [B, T] bool or 0/1.
-      cap: the largest weight, above 0; 2 in the source.
+      cap: the largest weight, above 0; Yao et al. use 2.
 
     Returns:
       [B, T], a constant; 0 where the mask is 0.
@@ -247,7 +248,7 @@ def kl_k1(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None =
         k1 = logprobs - ref_logprobs
 
     Use it in metrics or in a reward. As a loss it has no effect: its gradient is that of the
-    log-prob, whose expectation under the policy is 0 for any reference. Arguments, clamp and
+    log-prob, and the expectation of this gradient under the policy is 0. Arguments, clamp and
     result are as in `kl_k3`.
     """
     return _drift(logprobs, ref_logprobs, mask)
@@ -274,8 +275,8 @@ def kl_k3(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array | None =
     clamps the result to ±10, so a token with a larger value has no gradient. Here only d is
     clamped, to ±20, so that exp does not overflow.
 
-    As a loss on the policy's tokens, its expected gradient is that of KL(reference || policy), the
-    other direction, which is equal to first order near the reference.
+    As a loss on the policy's tokens, its expected gradient is that of KL(reference || policy), not
+    of KL(policy || reference). Near the reference the two gradients are equal to first order.
 
     Args:
       logprobs: [B, T] log-probs under the policy that is trained and that sampled the tokens.
@@ -307,7 +308,7 @@ def masked_sum(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def aggregation_weights(lengths: jax.Array, *, aggregate: str, fixed_tokens: int = 0) -> jax.Array:
-    """Returns each sequence's weight per token in a batch's loss, sum(weight * loss_per_token).
+    """Returns, per sequence, the weight of each of its tokens in sum(weight * loss_per_token).
 
         token_mean     1 / sum(lengths)        every token counts the same (DAPO, arXiv 2503.14476)
         sequence_mean  1 / (n * length)        every sequence counts the same (GRPO, 2402.03300)
@@ -375,7 +376,7 @@ def _clamp(log_ratio: jax.Array) -> jax.Array:
 
 
 def _sum_by_id(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Replaces each entry of x [B, T] by the sum, within its row, over all columns with its id."""
+    """Replaces each entry of x [B, T] by the sum of the entries of its row that share its id."""
     # Row by row, so that sharded rows need no communication.
     segment_sum = functools.partial(jax.ops.segment_sum, num_segments=x.shape[1] + 1)
     return jnp.take_along_axis(jax.vmap(segment_sum)(x, ids), ids, axis=1)

@@ -1,8 +1,8 @@
 """The learner's loss: one policy surrogate, its extra terms, and the critic's term.
 
 `policy_terms` and `value_terms` sum the terms of one microbatch. `rl/losses.py` has the equations.
-The denominators of the means are in the batch, as a weight per token, so that the sums do not
-depend on how a batch is cut or packed.
+Each token's `weights` entry already contains the denominator of the mean, so the sums do not depend
+on how a batch is cut or packed.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,8 @@ def policy_terms(
       kl_coef: `[]` weight of the KL term; read if `objective.kl.apply_to` is "loss" and the batch
         has `ref_logprobs`.
       logprobs, entropy: `[R, T]` of the policy that is trained.
-      batch: one microbatch with `weights`, `advantages`, `old_logprobs` and `correct`, which only
-        a metric reads. A KL term also reads `ref_logprobs`, importance weights
+      batch: one microbatch with `weights`, `advantages`, `old_logprobs` and, for a metric,
+        `correct`. A KL term also reads `ref_logprobs`; importance weights also read
         `sampler_logprobs`.
 
     Returns:
@@ -90,7 +90,7 @@ def value_terms(
 
     Args:
       values: `[R, T]` values of the states in which the policy tokens were chosen.
-      batch: one microbatch with `weights`, and `values` and `returns` of the advantages.
+      batch: one microbatch with `weights`, and the `values` and `returns` of GAE.
     """
     mask, critic = batch.mask, objective.critic
     loss, clipped = losses.value_loss(
@@ -118,7 +118,7 @@ def _surrogate(
 
 
 def _diagnostics(logprobs: jax.Array, batch: LearnerBatch) -> dict[str, jax.Array]:
-    """Sums the sampler-learner log-prob difference and the log-probs of correct episodes."""
+    """Sampler-learner log-prob differences (sum, maximum) and log-prob sums of correct episodes."""
     mask = batch.mask > 0
     sampled = batch.old_logprobs if batch.sampler_logprobs is None else batch.sampler_logprobs
     difference = jnp.where(mask, jnp.abs(logprobs - sampled), 0.0)

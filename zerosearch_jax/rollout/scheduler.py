@@ -1,9 +1,9 @@
 """Multi-turn scheduler: runs many think-search-read-answer episodes at once.
 
 Each running episode owns a slot of the policy's generator. When an episode ends, its slot takes the
-next queued episode immediately. A slot that waits for documents is parked while other slots decode.
-When the documents arrive, only they are prefilled, after the slot's cached tokens. The scheduler
-computes no rewards and knows nothing about learning.
+next queued episode before decoding goes on. A slot that waits for documents is parked while other
+slots decode. When the documents arrive, only they are prefilled, after the slot's cached tokens.
+The scheduler computes no rewards and knows nothing about learning.
 """
 
 from collections import deque
@@ -39,10 +39,10 @@ class Limits:
     """Bounds on the length of an episode.
 
     Attributes:
-      max_turns: most search or invalid turns. One final turn may follow them, so an episode has at
-        most `max_turns + 1` turns; a search in the final turn is not run.
-      response_tokens: most tokens sampled in one turn.
-      observation_tokens: most tokens inserted after one search, tags included.
+      max_turns: maximum number of turns that search or are invalid. One final turn may follow them,
+        so an episode has at most `max_turns + 1` turns. A search in the final turn is not run.
+      response_tokens: maximum number of tokens sampled in one turn.
+      observation_tokens: maximum number of tokens inserted after one search, tags included.
     """
 
     max_turns: int
@@ -61,7 +61,7 @@ class SchedulerState:
       active: slot -> trajectory of each running episode.
       decoding: active slots that are sampling.
       pending: slot -> search request that is not sent yet.
-      in_flight: a future per batch that is being searched -> the batch's requests by slot.
+      in_flight: future of each batch sent to the engine -> requests of that batch by slot.
       observations: slot -> tokens to insert before the slot decodes again.
     """
 
@@ -90,7 +90,7 @@ class SchedulerState:
         new = {}
         for queue, free in zip(self._queues, self._free, strict=True):
             while queue and free:
-                # A slot whose cache already holds this prompt saves its prefill.
+                # Prefer a slot whose cache holds this prompt: it needs no prefill.
                 question = queue[0].episode.question
                 holding = (slot for slot in free if self._last_question.get(slot) == question)
                 slot = next(holding, free[0])
@@ -208,7 +208,7 @@ class Rollouts:
         """Decodes a chunk, or until enough slots stop; returns the finished turns by slot."""
         if self.concurrent_searches:  # Search results are polled after each chunk.
             return self.generator.decode_chunk(key=key, sampling=self.sampling)
-        # Without a queue, returning early would only make later batches smaller.
+        # With no queued episodes, returning early would only make later batches smaller.
         fraction = MIN_FINISHED_FRACTION if state.queued else 1.0
         return self.generator.decode_until(
             key=key, sampling=self.sampling, min_finished_fraction=fraction
@@ -248,8 +248,8 @@ class Rollouts:
 
         With `concurrent_searches`, a batch is sent as soon as a thread is free and is waited for
         only when no slot can decode. Without it, the engine is called when at least half of
-        the active episodes wait for it, or when none decodes. It may share the device, so large
-        batches are efficient.
+        the active episodes wait for it, or when none decodes. Engine and policy may share
+        the device, so a few large batches are faster than many small ones.
         """
         requests = state.pending
         if not self.concurrent_searches:

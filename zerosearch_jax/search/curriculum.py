@@ -1,7 +1,7 @@
 """The curriculum of noise: the probability of noisy searches, and the draw for each search.
 
-Both are pure functions of the run's settings and of the numbers of step, episode and turn. The
-noise is therefore independent of the order of episodes, of the number of processes and of restarts.
+Probability and draw depend only on the run's settings and on the step, episode and turn. The noise
+is therefore independent of the order of episodes, of the number of processes and of restarts.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ def noise_probability(
 
     Args:
       step: i, in [0, total_steps].
-      total_steps: m, at least 1: the index of the last step, which has p_e.
+      total_steps: m, at least 1. Step m has probability p_e.
       start: p_s, in [0, 1].
       end: p_e, in [0, 1]; below `start` for a reversed curriculum, equal for a constant one.
       base: b > 0. Above 1 most of the change is late, below 1 early; 1 gives a straight line.
@@ -46,8 +46,8 @@ def draw_noisy(seed: int, step: int, episode: int, turn: int, probability: float
     """Draws whether one search is noisy; the same arguments always give the same draw.
 
     The draw compares `probability` with a uniform number in [0, 1), a hash of the other arguments.
-    Probability 0 never draws noisy, 1 always does, and a noisy search stays noisy when the
-    probability rises.
+    Probability 0 never draws noisy and 1 always does. With the other arguments fixed, a noisy
+    search stays noisy at any higher probability.
 
     Raises:
       UserError: `probability` is not in [0, 1].

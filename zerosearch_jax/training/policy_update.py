@@ -1,7 +1,8 @@
 """The policy update of an RL step: log-probs, advantages, loss weights and learner steps.
 
-`PolicyUpdater` packs the step's episodes into minibatches, adds columns to them and takes one
-learner step per minibatch. `rl/losses.py` and `rl/advantages.py` have the equations.
+`PolicyUpdater` packs the step's episodes into minibatches, adds columns (arrays with a value per
+token, such as advantages), and takes one learner step per minibatch. `rl/losses.py` and
+`rl/advantages.py` have the equations.
 """
 
 from collections.abc import Callable, Sequence
@@ -135,8 +136,8 @@ def sequences_of(
     """Returns token ids and log-probs as sampled, with provenance as the mask.
 
     Args:
-      overlong: "keep", or "mask", which excludes an episode from the loss if it ended because it
-        ran out of tokens (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Its reward still
+      overlong: "keep", or "mask", which excludes an episode from the loss if it ended because an
+        observation did not fit (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Its reward still
         counts in its group.
       document_mask: False also trains on text inserted after the prompt. It only serves to show
         the effect of the mask (Search-R1's ablation, arXiv 2503.09516 §5).

@@ -22,9 +22,10 @@ from zerosearch_jax.training.row_sampler import RowSampler
 class StepRollouts:
     """Episodes of one step, from one round of questions or several (dynamic sampling).
 
-    At most `rollout.max_rounds` rounds are sampled, until `questions_per_step` groups have rewards
-    that differ (DAPO, arXiv 2503.14476 §3.2). If too few groups qualify, the batch is filled with
-    zero-variance groups, which contribute only KL and entropy gradients, so its shape stays fixed.
+    Rounds are sampled until `questions_per_step` groups have unequal rewards among their own
+    episodes, but at most `rollout.max_rounds` rounds (DAPO, arXiv 2503.14476 §3.2). If too few
+    groups qualify, zero-variance groups fill the batch, to keep its shape fixed. Under GRPO and
+    RLOO these contribute only KL and entropy gradients.
     """
 
     def __init__(self, config: RLConfig, step: int):
@@ -36,7 +37,7 @@ class StepRollouts:
 
     @property
     def complete(self) -> bool:
-        """Whether enough groups have rewards that differ, or all rounds are done."""
+        """Whether enough groups have unequal rewards, or all rounds are done."""
         rollout = self._config.rollout
         enough = sum(self._differ()) >= rollout.questions_per_step
         return enough or self._rounds == rollout.max_rounds
@@ -56,7 +57,7 @@ class StepRollouts:
         self.trajectories += trajectories
 
     def selected(self) -> tuple[list[Trajectory], np.ndarray]:
-        """Returns the `questions_per_step` groups to train on, groups that differ first.
+        """Returns the groups to train on; groups with unequal rewards have priority.
 
         Returns:
           Q·G episodes, group by group, and their rewards `[Q, G]`.
@@ -97,7 +98,7 @@ def run_step(
     Every process runs its part of the questions and receives the episodes of all processes.
 
     Args:
-      searching: context manager entered during every wait for the engine.
+      searching: returns a context manager that times the periods in which only the engine works.
     """
     rollouts = Rollouts(
         generator,
