@@ -3,7 +3,7 @@
 # make test-slow    runs the tests marked slow
 # make docs         regenerates docs/code_map.md and docs/metrics.md from the sources
 # make algorithms   trains every algorithm with one budget and prints a table (1 to 2 hours)
-# make miniature    tests the paper's claims: every stage, every arm, 3 seeds (about 2 hours)
+# make miniature    tests the paper's claims: every stage, every arm, 3 seeds (about 2.5 hours)
 # make wikipedia    writes 12,372 passages of Wikipedia and 634 questions to data/wikipedia
 # make smollm2      writes SmolLM2-135M-Instruct to models/ as a Hugging Face directory
 # make tensorboard  shows the curves of every run under runs/

@@ -7,7 +7,7 @@ Hardware: 2 CPU cores. Time: about 80 minutes. Scores: docs/algorithms.md.
 
 The rl job trains each algorithm from its own config file below runs/algorithms. Finished runs are
 kept, so the command can be stopped and repeated. Dynamic sampling (dapo) may run up to three times
-as many episodes; its updates use as many as those of the others.
+as many episodes, but all algorithms train on the same number.
 """
 
 from ml_collections import ConfigDict

@@ -6,12 +6,13 @@
   python -m zerosearch_jax.main --config=configs/bench.py:decode-gpu --config.peak_gb_per_s=3350
   python -m zerosearch_jax.main --config=configs/bench.py:learner-gpu --config.peak_tflops=989
 
-`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch. The other peers run
-in separate environments: set `peers.tunix_python`, `peers.llamacpp_python` and
-`peers.trl_python` to their interpreters. The scripts in zerosearch_jax/benchmarks/peers/ say how to
-make them. A peer without an interpreter is reported as not run. `learner` takes about an hour;
-`parts` selects parts of it. `decode-gpu` and `learner-gpu` need a GPU of 80 GB and its memory
-bandwidth or its dense bfloat16 peak; they have not been run. Results: docs/speed.md.
+`decode` and `learner` read models/smollm2-135m (`make smollm2`) and need torch. All peers except
+transformers run in separate environments: set `peers.tunix_python`, `peers.llamacpp_python` and
+`peers.trl_python` to their interpreters. The scripts in zerosearch_jax/benchmarks/peers/ describe
+these environments. A peer without an interpreter is reported as not run. `learner` takes about an
+hour; `parts` selects parts of it. `decode-gpu` and `learner-gpu` need a GPU of 80 GB. Set its
+memory bandwidth or its dense bfloat16 peak, as above. Both have not been run. Results:
+docs/speed.md.
 """
 
 from ml_collections import ConfigDict

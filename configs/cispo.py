@@ -2,8 +2,8 @@
 
   python -m zerosearch_jax.main --config=configs/cispo.py[:PRESET]
 
-Differs from grpo.py: the clipped ratio is a weight, so no token loses its gradient; there is no
-lower bound; a step has two updates, because with one every ratio is 1.
+Differs from grpo.py: the clipped ratio is a weight, so no token loses its gradient. The ratio has
+no lower bound. A step has two updates, because in its first update every ratio is 1.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.779
 (docs/algorithms.md).

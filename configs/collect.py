@@ -7,16 +7,17 @@
 | (none) | tiny reader | a synthetic world | 1 CPU core | 29 min |
 | smollm2-135m-wikipedia | warm-started SmolLM2-135M | data/wikipedia | 2 CPU cores | 24 min |
 
-The engine is BM25 with noise. docs/pipeline.md has the agreement and the number of pairs.
+The engine is BM25 with noise. docs/pipeline.md has the agreement and the number of pairs of the
+Wikipedia preset.
 
 Three stages: an agent collects episodes, each search gets a label (useful or noisy), and pairs are
 extracted. The workdir gets episodes.jsonl, labels.jsonl, pairs.jsonl, heldout.jsonl and
 summary.json. A stopped run resumes with the same command. A higher data.limit or collect.samples
-adds to the files; other changes of the agent or the engine need a new workdir.
+adds to the files. Any other change of the agent or the engine needs a new workdir.
 
 The paper's rule labels all searches of a correct episode useful and all others noisy. The labeler
-gives a second label, and its agreement with the rule is printed. extract.label_by selects the
-label: for an episode's last search the label on which both agree, for earlier searches the rule's.
+gives a second label, and its agreement with the rule is printed. extract.label_by is `both` by
+default: an episode's last search needs the same label from both, earlier searches get the rule's.
 The default labeler is the reader, which answers from the documents. For a language model, use
   --config.labeling.kind=local --config.labeling.model=DIRECTORY, or
   --config.labeling.kind=server --config.labeling.url=http://HOST:PORT --config.labeling.model=NAME

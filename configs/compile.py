@@ -5,8 +5,8 @@
     --config.topology=v5e:8x8 --workdir=runs/compile-7b-v5e-64
 
 Hardware: 2 CPU cores. Time: one to ten minutes per program of a 7B model. Results: compile.json and
-compile.md in the workdir, docs/scaling.md. The job reads no weights; the sizes of the models are
-below.
+compile.md in the workdir, docs/scaling.md. The job reads no weights. `models` has the sizes of
+the models.
 """
 
 from ml_collections import ConfigDict

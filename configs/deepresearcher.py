@@ -2,10 +2,10 @@
 
   python -m zerosearch_jax.main --config=configs/deepresearcher.py[:PRESET]
 
-Differs from grpo.py: the engine and the reward rule. The paper presets search the web with Serper
-(SERPER_API_KEY) and insert a failure text when a search fails, because some do. The other presets
-search a recording of the web made from the embedded world. The paper's policy also browses pages;
-this one reads the snippets of the results.
+Differs from grpo.py: the engine and the reward rule. The presets of the paper's models search the
+web with Serper (SERPER_API_KEY) and insert a failure text if a search fails, because web searches
+sometimes fail. The default and smollm2-135m search a recording made from the embedded world. The
+paper's policy also browses pages; this one reads only the snippets of the results.
 
 Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """

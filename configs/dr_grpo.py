@@ -2,9 +2,9 @@
 
   python -m zerosearch_jax.main --config=configs/dr_grpo.py[:PRESET]
 
-Differs from grpo.py: advantages are not divided by the group's standard deviation, and a token has
-the weight 1 / (episodes × most tokens of an episode). The paper has no KL term; grpo.py's stays,
-so that the two can be compared.
+Differs from grpo.py: advantages are not divided by the group's standard deviation, and each token
+has the weight 1 / (episodes × most policy tokens of an episode). The paper has no KL term; this
+config keeps grpo.py's, so that the two can be compared.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.812
 (docs/algorithms.md).

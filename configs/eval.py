@@ -3,14 +3,14 @@
   python -m zerosearch_jax.main --config=configs/eval.py --config.policy.model=runs/grpo/policy
   … --config.methods="('direct','cot','rag','search','search_o1')"  # see evaluation/baselines.py
   … --config.data.sets="('world/test','data/nq.jsonl')"             # SOURCE/SPLIT, or a file
-  … --config=configs/eval.py:simulated                              # the simulator, too
+  … --config=configs/eval.py:simulated                              # BM25 and the simulator
   … --config=configs/eval.py:retriever --config.engines.retriever.remote.url=http://HOST:PORT
   … --config=configs/eval.py:web                                    # API key in the environment
 
 Hardware: 1 CPU core. Time: 2 minutes for five methods on 240 questions. Scores: README and
-docs/miniature/report.md. Episodes are greedy, so the results do not
-depend on the seed, except for a simulator's draws. The table is printed and written to the workdir.
-A method, engine and set that has a row in evaluation.json is not evaluated again.
+docs/miniature/report.md. Episodes are greedy, so the seed matters only for the draws of `simulated`
+and `noisy_bm25`. The table is printed and written to the workdir. A combination of method, engine
+and set with a row in evaluation.json is not evaluated again.
 """
 
 from collections.abc import Callable

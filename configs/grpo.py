@@ -12,11 +12,11 @@
 
 The paper's scores are exact match (%), the mean of seven sets evaluated with Google (table 2, base
 models). The last three presets have not been run: tests check their meshes against the models'
-shapes (tests/test_configs.py), and their memory is computed, not measured.
+shapes (tests/test_configs.py). Their memory is computed, not measured.
 
-smollm2-135m takes a real model with its tokenizer and chat template through one step, which
-teaches it nothing. Without tuning the model searches in 1 of 274 turns (temperatures 0.3 to 1), so
-the policy is warm-started on transcripts. Two commands make models/smollm2-135m and
+smollm2-135m runs one step with a real model, its tokenizer and chat template; one step teaches the
+model nothing. Without tuning, the model searches in 1 of 274 turns (temperatures 0.3 to 1), so the
+policy is warm-started on transcripts. Two commands make models/smollm2-135m and
 runs/sft_smollm2/model, which the preset reads:
   make smollm2
   make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
@@ -26,11 +26,12 @@ For the paper's runs, download models and questions, then start one process per 
   hf download Qwen/Qwen2.5-3B --local-dir models/Qwen2.5-3B
   hf download sunhaonlp/SearchSimulation_14B --local-dir models/SearchSimulation_14B
   hf download sunhaonlp/ZeroSearch_dataset --repo-type dataset --local-dir data/zerosearch
-They train on data/zerosearch/train.parquet (NQ and HotpotQA questions). By default they are
-**evaluated with BM25 over the embedded world on its questions**, which shows progress but cannot be
-compared with the paper. Set eval.search and data.eval_source for the paper's evaluation.
+These presets train on data/zerosearch/train.parquet (NQ and HotpotQA questions). By default they
+are **evaluated with BM25 over the embedded world, on the embedded world's questions**. These scores
+show progress but are not comparable with the paper. Set eval.search and data.eval_source for the
+paper's evaluation.
 
-`--describe` documents every key.
+`--describe` prints every key with its documentation.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
-"""The paper in miniature: every stage from the base models on, and tests of its claims.
+"""The paper in miniature: all stages from the base models on, and tests of the paper's claims.
 
   make miniature                       # all stages, on 2 CPU cores, about 2.5 hours
-  make miniature CONFIG_SIZE=:quick    # every stage once and small, 7.5 minutes; no verdicts
+  make miniature CONFIG_SIZE=:quick    # every stage once at a small size, 7.5 minutes; no verdicts
 
 Both can be stopped and repeated. Scores: docs/miniature/report.md. Each stage is a job with its own
-folder in the workdir, and a preset is the config of one stage. So any stage can be repeated by
-hand, for example one training run:
+folder in the workdir. A preset is the config of one stage, so any stage can be run by hand, for
+example one training run:
 
   python -m zerosearch_jax.main --config=configs/miniature.py:no_mask --config.seed=1
 
-An arm is one way to train: a config of this directory and its changes. All arms have one budget.
+An arm is a training setting: a config of this directory with changes. All arms have one budget.
 """
 
 from functools import partial

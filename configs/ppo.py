@@ -2,8 +2,9 @@
 
   python -m zerosearch_jax.main --config=configs/ppo.py[:PRESET]
 
-Differs from grpo.py: groups of one, with as many questions per step as GRPO has episodes (the
-released PPO script: 64 questions); GAE with a critic; the KL in the reward.
+Differs from grpo.py: one episode per question, GAE with a critic, and the KL (k1) in each token's
+reward. The default has as many questions per step as GRPO has episodes. The presets of the paper's
+models have 64 questions and a shorter warm-up, as the released PPO script.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.787
 (docs/algorithms.md).

@@ -2,9 +2,9 @@
 
   python -m zerosearch_jax.main --config=configs/r1.py[:PRESET]
 
-Differs from grpo.py: one turn and no engine. A search ends the episode without an answer, in the
-closing evaluation, too. Prompt, data and reward (F1) are grpo.py's, so that only search differs;
-R1 also rewards the format.
+Differs from grpo.py: one turn and no engine. A search ends the episode without an answer, also in
+evaluations. Prompt, data and reward (F1) are grpo.py's, so that only search differs. R1 itself also
+rewards the format.
 
 Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """

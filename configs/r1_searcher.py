@@ -2,10 +2,11 @@
 
   python -m zerosearch_jax.main --config=configs/r1_searcher.py[:PRESET]
 
-Differs from reinforce_pp.py, the paper's algorithm: BM25 instead of the simulator; first a reward
-for searches and format alone, then F1 minus a penalty for a wrong format. The paper's first stage
-has 350 of its 8498 questions; the paper presets have the same share of the steps, the others a
-sixth. The paper's 16 episodes per question are not kept. search_r1.py says what BM25 needs.
+Differs from reinforce_pp.py, the paper's algorithm: BM25 instead of the simulator, and a reward in
+two stages: first for searches and format alone, then F1 minus a penalty for a wrong format. The
+paper's first stage has 350 of its 8498 questions. The presets of the paper's models use the same
+share of the steps, the default and smollm2-135m a sixth. The paper has 16 episodes per question,
+this config one. BM25 needs passages: see search_r1.py.
 
 Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """

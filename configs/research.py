@@ -3,8 +3,8 @@
   python -m zerosearch_jax.main --config=configs/research.py[:PRESET]
 
 Differs from grpo.py: BM25 instead of the simulator, and the reward rule. The paper uses E5 over
-Wikipedia 2018 and the questions of MuSiQue. search_r1.py says what BM25 needs in the paper
-presets.
+Wikipedia 2018 and the questions of MuSiQue. The presets of the paper's models need
+passages for BM25: see search_r1.py.
 
 Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """

@@ -2,8 +2,8 @@
 
   python -m zerosearch_jax.main --config=configs/rloo.py[:PRESET]
 
-Differs from grpo.py: the baseline of an episode is the mean reward of the others of its group, and
-the KL (k1, summed over the episode) is subtracted from the reward.
+Differs from grpo.py: an episode's baseline is the mean reward of the remaining episodes of its
+group. The KL (k1, summed over the episode) is subtracted from the reward.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.804
 (docs/algorithms.md).

@@ -2,11 +2,11 @@
 
   python -m zerosearch_jax.main --config=configs/search_r1.py[:PRESET]
 
-Differs from grpo.py: BM25 instead of the simulator and the EM reward; in the paper presets, 3
-documents per search and 4 searches. The paper uses E5 over Wikipedia 2018 and mainly PPO with 512
-questions per step; GRPO and its batch stay, so that only engine and reward differ. BM25 searches
-the embedded world unless search.corpus names a file. The paper presets need passages that answer
-their questions.
+Differs from grpo.py: BM25 instead of the simulator, and the EM reward. The presets of the models of
+ZeroSearch's paper have 3 documents per search and at most 4 searches. Search-R1 itself uses E5 over
+Wikipedia 2018 and mainly PPO with 512 questions per step. This config keeps GRPO and its batch, so
+that only engine and reward differ. BM25 searches the embedded world unless search.corpus names a
+file; for NQ and HotpotQA questions, set it to passages that answer them.
 
 Presets, hardware and time are those of grpo.py. Score in the miniature: docs/miniature/report.md.
 """

@@ -16,15 +16,15 @@ over synthetic worlds. The second stage continues from `runs/sft_reader/model` w
 behaviours: the agent guesses, searches for bare names and stops after one hop. RL starts from
 `runs/sft_policy/model`, which the package holds as `zerosearch_jax/assets/policy`.
 
-SmolLM2-135M-Instruct hardly ever searches without tuning. Ten steps on transcripts without poor
+Without tuning, SmolLM2-135M-Instruct hardly ever searches. Ten steps on transcripts without poor
 behaviours teach it the format; configs/grpo.py:smollm2-135m starts from `runs/sft_smollm2/model`.
 `make smollm2` makes the model that this preset reads:
 
   make run CONFIG=configs/sft_policy.py:smollm2-135m ARGS=--workdir=runs/sft_smollm2
 
 With its tokenizer and chat template, a transcript with two documents per search has 290 to 900
-tokens (median 475). Rows of 640 tokens leave out about a sixth of the transcripts, those with three
-or more searches. The checkpoint (parameters and Adam's moments) takes 1.6 GB.
+tokens (median 475). Rows of 640 tokens drop about a sixth of the transcripts, namely those with
+three or more searches. The checkpoint (parameters and Adam's moments) takes 1.6 GB.
 """
 
 from ml_collections import ConfigDict

@@ -7,10 +7,10 @@
 | (none) | tiny reader | 1 CPU core | 44 min | runs/collect |
 | smollm2-135m-wikipedia | SmolLM2-135M-Instruct | 2 CPU cores | 14 min | runs/wikipedia/collect |
 
-The simulator learns to write the documents of a search engine, useful or noisy as the prompt says.
-The tiny simulator starts from the tiny reader, which knows the language and can copy, as the
-paper's simulators start from a general model. Its pairs are from a synthetic world whose facts
-cannot be recited, so it learns to copy the answer from the prompt. The package holds
+The simulator learns to write the documents of a search engine, useful or noisy as the prompt
+requests. The tiny simulator starts from the tiny reader, which knows the language and can copy. The
+paper's simulators start from a general model. The pairs are from a synthetic world, whose facts the
+model cannot know, so it learns to copy the answer from the prompt. The package holds
 `runs/sft_simulator/model` as `zerosearch_jax/assets/simulator`. Score: docs/miniature/simulator.md.
 
 One epoch of SmolLM2-135M over the Wikipedia pairs (score: docs/wikipedia_simulator.md):

@@ -8,13 +8,13 @@
 | (none) | 1 CPU core | 3 min | runs/collect | docs/miniature/simulator.md |
 | smollm2-135m-wikipedia | 2 CPU cores | 20 min | runs/wikipedia | docs/wikipedia_simulator.md |
 
-The job reads the held-out pairs of configs/collect.py and writes report.md and report.json. Next to
-the fine-tuned simulator, it reports the model that the simulator was made from, with the prompt for
-untuned models. Training refuses a simulator below its gate with
+The job reads the held-out pairs of configs/collect.py and writes report.md and report.json. It
+reports the fine-tuned simulator, and the model from which it was fine-tuned with the prompt for
+untuned models. To make RL refuse a simulator that fails the gate, set
 `--config.search.simulator.gate.report=runs/simulator_report/report.json` and the gate's
 `useful_min` and `noisy_max`.
 
-SmolLM2-135M on Wikipedia (the reader is the agent that collected):
+SmolLM2-135M on Wikipedia (the reader is the agent that collected the episodes):
 
   make run CONFIG=configs/simulator_report.py:smollm2-135m-wikipedia \
       ARGS=--workdir=runs/wikipedia/report

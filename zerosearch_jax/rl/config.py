@@ -1,6 +1,6 @@
 """Settings of the RL update: policy loss, KL penalty, advantages and critic.
 
-Each class is one section of an rl config. Its checks raise UserError and name the section's key.
+Each class is one section of an rl config. Its checks raise UserError with the name of the key.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SURROGATES = ("clip", "sequence", "cispo")
 KL_PLACES = ("loss", "reward")
 ESTIMATORS = ("grpo", "rloo", "reinforce", "reinforce_pp", "ppo")
 BY_TOKEN = ("reinforce_pp", "ppo")
-"""Estimators that give each token its own advantage; the others give one per sequence."""
+"""Estimators with one advantage per token. All other estimators have one per sequence."""
 BASELINES = ("none", "batch_mean", "group_mean")
 TRUNKS = ("own", "shared")
 
@@ -34,17 +34,22 @@ class LossConfig:
     clip_high: float = 0.2
     """The ratio is clipped above 1 + clip_high. DAPO's clip-higher sets it above `clip_low`."""
     dual_clip: float = 0.0
-    """With a negative advantage, the loss is at most dual_clip * |advantage|. 0 disables it."""
+    """Bound of a token's loss if its advantage is negative: dual_clip * |advantage|. Above 1, or 0
+    to disable it."""
     aggregate: str = "token_mean"
-    """Mean over the batch: `token_mean`, `sequence_mean` or `fixed_length`."""
+    """Mean over an update: `token_mean` (over all tokens), `sequence_mean` (mean of the sequences'
+    means) or `fixed_length` (mean of the sequences' sums / fixed_tokens)."""
     fixed_tokens: int = 0
-    """Tokens by which `fixed_length` divides each sequence's sum."""
+    """Divisor of `fixed_length` in tokens, such as the most tokens that a policy may write in an
+    episode. Required by `fixed_length` alone."""
     entropy: float = 0.001
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus. 0 disables it."""
     llds: float = 0.0
-    """Weight of the likelihood-preserving term (arXiv 2512.04220). 0 disables it."""
+    """Weight of the likelihood-preserving term (arXiv 2512.04220). Requires several updates per
+    step. 0 disables it."""
     importance_cap: float = 0.0
-    """Largest weight of truncated importance sampling. 0 disables the weights."""
+    """Largest weight of truncated importance sampling. Requires rl.old_logprobs=learner. 0 disables
+    the weights."""
 
     def __post_init__(self):
         check_choice("loss.surrogate", self.surrogate, SURROGATES)
@@ -61,8 +66,8 @@ class LossConfig:
             )
         if self.dual_clip and self.dual_clip <= 1:
             raise UserError(
-                f"loss.dual_clip={self.dual_clip} would clip every loss; set it above 1, or to 0 "
-                "to disable it"
+                f"loss.dual_clip={self.dual_clip} would clip unchanged tokens; set it above 1, or "
+                "to 0 to disable it"
             )
         if self.aggregate == "fixed_length" and self.fixed_tokens < 1:
             raise UserError(
@@ -76,15 +81,17 @@ class KLConfig:
     """KL penalty that keeps the policy near the frozen reference policy."""
 
     coef: float = 0.01
-    """Weight of the KL. 0 disables it, and the reference's log-probs are not computed."""
+    """Weight of the KL. 0 disables it and skips the reference's log-probs."""
     estimator: str = "k3"
     """Estimate of KL(policy || reference) per token: `k1`, `k2` or `k3`."""
     apply_to: str = "loss"
     """`loss` adds the KL to the loss; `reward` subtracts it from the rewards."""
     target: float = 0.0
-    """Adapt `coef` to keep the KL of a step near this many nats per token. 0 keeps it fixed."""
+    """Desired KL of a step in nats per token, to which the weight adapts. Requires apply_to=reward.
+    0 keeps the weight fixed."""
     horizon: int = 10_000
-    """Episodes within which an adapted coefficient changes by at most about 20%."""
+    """Number of episodes in which an adapted weight changes by at most about 20%. Above a fifth of
+    a step's episodes."""
 
     def __post_init__(self):
         check_choice("kl.estimator", self.estimator, tuple(KL_ESTIMATORS))
@@ -107,12 +114,12 @@ class AdvantageConfig:
     """Advantage estimation from rewards."""
 
     estimator: str = "grpo"
-    """`grpo`, `rloo`, `reinforce` (reads `baseline`), `reinforce_pp` (whitened returns of each
-    token) or `ppo` (whitened GAE of each token, with a critic)."""
+    """`grpo`, `rloo`, `reinforce` (reads `baseline`), `reinforce_pp` (whitened returns per token)
+    or `ppo` (whitened GAE per token, with a critic)."""
     baseline: str = "group_mean"
     """Baseline of `reinforce`: `none`, `batch_mean` or `group_mean`."""
     normalize_std: bool = True
-    """`grpo` divides by the group's standard deviation. False is Dr. GRPO."""
+    """Whether `grpo` divides by the group's standard deviation. False is Dr. GRPO."""
     gamma: float = 1.0
     """Discount per policy token, in [0, 1]. Read by `reinforce_pp` and `ppo`."""
     gae_lambda: float = 1.0
@@ -128,7 +135,8 @@ class CriticConfig:
     """Critic, which only `advantage.estimator=ppo` trains."""
 
     trunk: str = "own"
-    """`own` trains a second model; `shared` trains a value head on the policy's hidden states."""
+    """`own` trains a second model. `shared` adds a value head to the policy, so that the value loss
+    also trains the policy's parameters."""
     learning_rate: float = 5e-4
     """Peak learning rate of the critic."""
     warmup_steps: int = 2
@@ -136,7 +144,8 @@ class CriticConfig:
     coef: float = 0.5
     """Weight of the value loss."""
     value_clip: float = 0.2
-    """Largest change of a value per step before its loss is clipped. 0 disables the clip."""
+    """Change of a value within a step, in units of reward, beyond which its loss is clipped. 0
+    disables the clip."""
 
     def __post_init__(self):
         check_choice("critic.trunk", self.trunk, TRUNKS)

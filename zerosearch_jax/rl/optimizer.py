@@ -17,11 +17,12 @@ class OptimizerConfig:
     learning_rate: float = 5e-4
     """Peak learning rate."""
     warmup_steps: int = 2
-    """Training steps of linear warm-up."""
+    """Training steps of linear warm-up. 0 disables it."""
     schedule_steps: int = 10
-    """Training steps after which the learning rate stays at its final value."""
+    """Training steps, warm-up included, after which the learning rate stays at its final value."""
     final_fraction: float = 0.05
-    """Final learning rate as a fraction of the peak. 1 keeps the rate constant."""
+    """Final learning rate as a fraction of the peak. 1 keeps the rate constant after the
+    warm-up."""
     beta1: float = 0.9
     """Decay rate of the first moment."""
     beta2: float = 0.99

@@ -11,7 +11,9 @@ EPISODE_METRICS: dict[str, str] = {
     "searches_per_episode": "mean number of searches per episode",
     "finish_ratio": "share of episodes that ended with an answer, 0–1",
     "invalid_ratio": "share of policy turns without a valid action, 0–1",
-    "truncated_ratio": "share of episodes that ended because an observation did not fit, 0–1",
+    "truncated_ratio": (
+        "share of episodes that ended because an observation did not fit the slot, 0–1"
+    ),
     "failed_search_ratio": "share of searches that failed after their retries, 0–1",
     "policy_tokens_per_episode": "mean number of policy tokens per episode",
     "tokens_per_episode": "mean number of tokens per episode, including prompt and documents",
@@ -20,12 +22,15 @@ EPISODE_METRICS: dict[str, str] = {
 RL_METRICS: dict[str, str] = {
     "reward": "mean reward of the step's episodes under the configured reward function",
     "p_noisy": "probability that the curriculum makes a search of this step noisy, 0–1",
-    "noisy_ratio": "share of this step's searches that were noisy, 0–1",
-    "zero_variance_groups": (
-        "share of groups whose episodes all got the same reward and give no policy gradient, 0–1; "
-        "always 1 for groups of one episode"
+    "noisy_ratio": (
+        "share of this step's searches that the curriculum drew as noisy, 0–1; only the engine "
+        "`simulated` reads the draw"
     ),
-    "sampling_rounds": "rounds of questions that the step rolled out (dynamic sampling)",
+    "zero_variance_groups": (
+        "share of groups whose episodes all got the same reward, 0–1; under GRPO and RLOO they "
+        "give no policy gradient; always 1 for groups of one episode"
+    ),
+    "sampling_rounds": "rounds of questions that the step sampled (dynamic sampling)",
     "kl": (
         "mean over policy tokens of the estimate of KL(policy ‖ reference) by `kl.estimator`, "
         "nats; written only if the KL coefficient is not 0"
@@ -72,7 +77,9 @@ COLLAPSE_METRICS: dict[str, str] = {
     "collapse/entropy_accelerates": "1 if the entropy rises at a growing rate, else 0",
     "collapse/grad_norm_surges": "1 if the gradient norm is a multiple of its past level, else 0",
     "collapse/reward_drops": "1 if the reward fell far below its best window, else 0",
-    "collapse/signals": "number of collapse signals that hold, 0–4; two or more raise an alarm",
+    "collapse/signals": (
+        "number of collapse signals that hold, 0–4; two or more, one of them new, give a warning"
+    ),
 }
 
 SFT_METRICS: dict[str, str] = {
@@ -80,15 +87,15 @@ SFT_METRICS: dict[str, str] = {
 }
 
 SPEED_METRICS: dict[str, str] = {
-    "host_share": "share of the step in which the devices had no work and waited for the host, 0–1",
+    "host_share": "share of the step in which the devices waited for the host, 0–1; a lower bound",
     "tokens_per_sec": "policy tokens of the step's episodes per second of the whole step",
     "seconds/weights": "time to move the policy's weights to its generator, seconds",
-    "weights_bytes": "size of the weights that a process's generator receives, bytes, all devices",
-    "seconds/rollout": "time to generate the step's episodes without waiting for searches, seconds",
-    "seconds/search": "time spent waiting for the search engine, seconds",
+    "weights_bytes": "weights of one process's generator, summed over its devices, bytes",
+    "seconds/rollout": "time to generate the step's episodes, without `seconds/search`, seconds",
+    "seconds/search": "time in which only the search engine works, seconds",
     "seconds/learner": "time of the learner's update, including a first compilation, seconds",
     "seconds/eval": "time of evaluation, seconds",
-    "seconds/checkpoint": "time to save the previous step's checkpoint, seconds",
+    "seconds/checkpoint": "time to save the checkpoint of the previous step, seconds",
     "seconds/step": "time of the whole step, seconds",
 }
 

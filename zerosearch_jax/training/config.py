@@ -1,6 +1,6 @@
 """Sections of a config as frozen dataclasses, and `RLConfig`, the config of the rl job.
 
-Every key is one typed field with its documentation below it; `main --describe` prints them. The
+Every key is one typed field with its documentation below it. `main --describe` prints both. The
 sections of the RL update are in `rl/config.py` and `rl/optimizer.py`. Checks of one section are in
 its `__post_init__`, checks between sections in `training/validate.py`.
 """
@@ -30,43 +30,52 @@ ENGINES = {
     "recorded_web": ("web",),
     "none": (),
 }
-"""Search engines, and the keys that each needs besides `topk`."""
+"""Search engine: the keys of section `search` that it needs, in addition to `topk`."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh. The product of the sizes is the number of devices."""
+    """Device mesh over all processes. The product of the sizes is the number of devices used."""
 
     data: int
-    """Data parallelism: every part holds all parameters."""
+    """Parts that share a batch and each hold a copy of the parameters."""
     fsdp: int
-    """Parts over which parameters and batches are sharded."""
+    """Parts over which parameters and batch rows are sharded."""
     tensor: int
-    """Parts over which heads and MLP features are sharded."""
+    """Parts over which attention heads, MLP features and the vocabulary are sharded."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Sampling engine: slots of the KV cache and the shapes of its compiled programs."""
+    """Sampling engine: slots of the KV cache and shapes of its compiled programs.
+
+    A replica is one data × fsdp part of the generator's mesh and holds slots / replicas slots.
+    """
 
     slots: int
-    """Sequences in the KV cache at once."""
+    """Sequences in the KV cache of one process at once. A multiple of its replicas."""
     max_tokens: int
-    """Tokens per slot: prompt, inserted and sampled tokens together."""
+    """Tokens per slot: prompt, inserted and sampled tokens together. At most the model's number of
+    positions."""
     prefill_rows: int
-    """Rows of one prefill."""
+    """Rows of one prefill per replica, at least 1. At most the replica's slots are used."""
     prefill_buckets: tuple[int, ...]
-    """Lengths to which prefills are padded. Each length is one compiled program."""
+    """Lengths in tokens to which prefills are padded. Longer inputs are cut into several prefills.
+    Each length is one compiled program."""
     decode_rows: tuple[int, ...]
-    """Smaller numbers of rows that decoding also compiles, for when few slots are active."""
+    """Rows per replica that decode programs are compiled for, each at least 1. The smallest program
+    that holds all decoding slots runs. If more slots decode than the largest program holds, they
+    alternate. () compiles one program for all slots."""
     chunk_tokens: int
-    """Decode steps per dispatch."""
+    """Most tokens that a slot samples per dispatched decode program, at least 1."""
     window_tokens: int
-    """Decoding attends to the cache up to the longest context, rounded up to a multiple of this."""
+    """Decoding attends to as many cached tokens as the longest decoding context has, rounded up to
+    a multiple of this and capped at max_tokens. Each multiple is one compiled program."""
     dtype: str
-    """Dtype of weights and cache: `float32` or `bfloat16`."""
+    """Dtype of the weights and the KV cache: `float32` or `bfloat16`."""
     int8_weights: bool
-    """Keep the weights in 8 bits, with one scale per output channel."""
+    """Store the weight matrices as int8, with one scale per output channel. Activations and the
+    cache keep `dtype`."""
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)
@@ -77,7 +86,7 @@ class PolicyConfig:
     """The policy: a model directory and its generator."""
 
     model: str
-    """Hugging Face directory of the start policy."""
+    """Hugging Face directory of the policy before training."""
     generator: GeneratorConfig
 
 
@@ -86,41 +95,47 @@ class WebConfig:
     """Web search service."""
 
     provider: str
-    """`serper` or `serpapi`. The API key is read from SERPER_API_KEY or SERPAPI_API_KEY."""
+    """`serper` or `serpapi`. The environment variable SERPER_API_KEY or SERPAPI_API_KEY holds its
+    API key."""
     recording: str
-    """Read by `recorded_web`: a .jsonl file of responses, or `world`."""
+    """Responses that `recorded_web` searches: a .jsonl file, or `world` (made from the embedded
+    world)."""
     blocked_domains: tuple[str, ...]
     """Results from these domains and their subdomains are dropped."""
 
 
 @dataclass(frozen=True)
 class RemoteConfig:
-    """Client of a server: a retriever, a web search service or a simulator."""
+    """HTTP client of a retriever, a web search service or a simulator on a server."""
 
     url: str
-    """Address of the retriever."""
+    """Address of the retriever. Other servers have their own address."""
     dialect: str
     """Protocol of the retriever: `search_r1` or `zerosearch`."""
     timeout_secs: float
-    """Deadline of one attempt."""
+    """Deadline of one attempt in seconds, above 0."""
     attempts: int
-    """Attempts per request."""
+    """Attempts per request, the first included. At least 1."""
     backoff_secs: float
-    """Wait before the second attempt. It doubles with each further attempt."""
+    """Seconds before the second attempt, at least 0. Each further wait is twice as long."""
     workers: int
-    """Requests in flight at once."""
+    """Most requests in flight per batch of searches, at least 1. The dialect `search_r1` sends one
+    request per batch."""
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Test that a simulator must have passed before a policy trains on it."""
+    """Bounds that a simulator must meet in its report before a policy trains on it.
+
+    Only searches that the real engine answered usefully count.
+    """
 
     report: str
     """`report.json` of the simulator_report job. "" disables the gate."""
     useful_min: float
-    """Least exact match of the reader on useful documents, 0 to 1."""
+    """Lowest accepted exact match of the reader on useful documents, 0 to 1."""
     noisy_max: float
-    """Greatest exact match of the reader on noisy documents, 0 to 1."""
+    """Highest accepted exact match of the reader on noisy documents, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -130,37 +145,43 @@ class SimulatorConfig:
     model: str
     """Hugging Face directory, or the name of the model on the server."""
     url: str
-    """Server with an OpenAI chat completions API that runs the simulator. "" runs it here."""
+    """Server with an OpenAI chat completions API that runs the simulator. "" runs the simulator in
+    this process."""
     gate: GateConfig
     devices: int
-    """Devices of each process that only the simulator uses. 0 shares the policy's devices."""
+    """Devices of each process that only the simulator uses, a multiple of mesh.tensor. Above 0 it
+    requires rollout.concurrent_searches. 0 shares the policy's devices."""
     tensor: int
-    """Devices of one replica of the simulator. 0 takes mesh.tensor."""
+    """Devices over which one replica of the simulator is sharded. Divides the simulator's devices
+    of a process. 0 takes mesh.tensor."""
     form: str
-    """Prompt: `finetuned` for a simulator of the sft job, `prompted` for other models."""
+    """Prompt: `finetuned` for a simulator from the sft job, `prompted` for other models."""
     temperature: float
-    """Sampling temperature."""
+    """Sampling temperature, at least 0. 0 is greedy."""
     top_k: int
-    """Sample from the k most likely tokens. 0 samples from all."""
+    """Sample from the k most likely tokens. 0 samples from all. Not sent to a server."""
     top_p: float
-    """Sample from the most likely tokens whose probabilities add up to this. 1 samples from all."""
+    """Sample from the most likely tokens whose probabilities add up to this, in (0, 1]. 1 samples
+    from all."""
     max_new_tokens: int
-    """Tokens written per search."""
+    """Most tokens written per search."""
     generator: GeneratorConfig
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Search engine. An engine needs only some of the keys; the others may be absent."""
+    """Search engine. Keys that the engine does not read may be absent."""
 
     engine: str
-    """`simulated`, `bm25`, `noisy_bm25`, `retriever`, `web`, `recorded_web`, or `none`."""
+    """`simulated`, `bm25`, `noisy_bm25`, `retriever`, `web`, `recorded_web`, or `none`. `none`
+    requires rollout.max_turns=0."""
     topk: int
-    """Documents per search."""
+    """Most documents per search, at least 1."""
     corpus: str | None = None
     """Passages of `bm25` and `noisy_bm25`: `world`, synthetic:COUNT:SEED or a .jsonl file."""
     noise: float | None = None
-    """Fraction of the searches that `noisy_bm25` answers with passages without a gold answer."""
+    """Probability, 0 to 1, that `noisy_bm25` answers a search only with passages that contain no
+    gold answer."""
     web: WebConfig | None = None
     remote: RemoteConfig | None = None
     simulator: SimulatorConfig | None = None
@@ -185,11 +206,12 @@ class LimitsConfig:
     """Limits of an episode."""
 
     max_turns: int
-    """Turns that may search, before the last turn. 0 leaves one turn, without search."""
+    """Most search or invalid turns before the final turn, at least 0. A search in the final turn is
+    not run. 0 leaves only the final turn."""
     response_tokens: int
-    """Tokens sampled per turn."""
+    """Most tokens sampled per turn."""
     observation_tokens: int
-    """Tokens inserted per search, tags included."""
+    """Most tokens inserted per search, tags included. Longer documents are cut."""
 
 
 @dataclass(frozen=True)
@@ -197,24 +219,28 @@ class RolloutConfig:
     """Episodes of one training step."""
 
     questions_per_step: int
-    """Groups per step, one question each."""
+    """Groups that a step trains on, one question each."""
     group_size: int
     """Episodes per question. The paper has 5."""
     max_turns: int
-    """Turns that may search, before the last turn. 0 leaves one turn, without search."""
+    """Most search or invalid turns before the final turn, at least 0. A search in the final turn is
+    not run. 0 leaves only the final turn."""
     response_tokens: int
-    """Tokens sampled per turn."""
+    """Most tokens sampled per turn."""
     observation_tokens: int
-    """Tokens inserted per search, tags included."""
+    """Most tokens inserted per search, tags included. Longer documents are cut."""
     temperature: float
-    """Sampling temperature of the policy."""
+    """Sampling temperature of the policy, above 0. Evaluations are greedy."""
     stop_on_failure: bool
-    """Stop the run when a search fails after all attempts. False inserts a failure text instead."""
+    """Stop the run when a training search fails after all attempts. False inserts a failure text
+    instead, as evaluations always do."""
     concurrent_searches: int
-    """Batches of searches in flight while the policy decodes. 0 alternates the two."""
+    """Most batches of searches in flight while the policy decodes. 0 alternates searching and
+    decoding, which is deterministic."""
     max_rounds: int
-    """Rounds of questions per step. Above 1, sampling continues until `questions_per_step`
-    groups have rewards that differ (DAPO's dynamic sampling, arXiv 2503.14476 §3.2)."""
+    """Most rounds of `questions_per_step` questions per step, at least 1. Above 1, sampling
+    continues until `questions_per_step` groups have rewards that differ (DAPO's dynamic sampling,
+    arXiv 2503.14476 §3.2)."""
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -224,7 +250,7 @@ class RolloutConfig:
             )
         if self.max_turns < 0:
             raise UserError(
-                f"rollout.max_turns={self.max_turns} must be at least 0, which leaves one turn"
+                f"rollout.max_turns={self.max_turns} must be at least 0; 0 leaves one turn"
             )
         if self.max_rounds > 1 and self.group_size == 1:
             raise UserError(
@@ -235,14 +261,18 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """Probability that a search is noisy, from the first to the last step (arXiv 2505.04588)."""
+    """Probability that a training search is noisy, by step (arXiv 2505.04588).
+
+    Only `search.engine=simulated` reads it.
+    """
 
     start: float
-    """Probability in the first step."""
+    """Probability in the first step, 0 to 1."""
     end: float
-    """Probability in the last step."""
+    """Probability in the last step, 0 to 1."""
     base: float
-    """Above 1 the noise rises late, below 1 early; 1 is a straight line."""
+    """Curvature, above 0. Above 1 the probability changes mostly late, below 1 mostly early; 1 is a
+    straight line."""
 
 
 @dataclass(frozen=True)
@@ -250,21 +280,21 @@ class RewardConfig:
     """Reward of an episode."""
 
     rule: str
-    """`answer`: score plus format_weight times format; or the rule of another paper:
-    `research`, `deepresearcher`, `r1_searcher`."""
+    """`answer`: the score plus format_weight if the format is valid. `research`, `deepresearcher`
+    and `r1_searcher`: the rule of that paper."""
     name: str
-    """Score of `answer`: `f1`, `em` or `cover_em`."""
+    """Score of rule `answer`: `f1`, `em` or `cover_em`."""
     format_weight: float
-    """Weight of the format in `answer`."""
+    """Reward of a valid format under rule `answer`."""
     stage_one_steps: int
-    """Steps in which `r1_searcher` rewards searches and format alone."""
+    """First steps, in which `r1_searcher` rewards only searches and format. 0 to rl.steps."""
 
     def __post_init__(self):
         check_choice("reward.rule", self.rule, tuple(RULES))
         if self.rule != "answer" and (self.name != "f1" or self.format_weight != 0):
             raise UserError(
-                f"reward.name and reward.format_weight require reward.rule=answer; {self.rule} "
-                "defines its score and format: set them to f1 and 0"
+                "reward.name and reward.format_weight require reward.rule=answer, not "
+                f"{self.rule}; set them to f1 and 0"
             )
         if self.rule != "r1_searcher" and self.stage_one_steps != 0:
             raise UserError(
@@ -275,28 +305,31 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """Training steps, and the updates of each."""
+    """Training steps, and the updates per step."""
 
     steps: int
     """Training steps."""
     epochs: int
-    """Passes over the episodes of a step."""
+    """Passes over the episodes of a step, at least 1."""
     minibatches: int
-    """Updates per pass."""
+    """Updates per pass, at least 1. The episodes are split evenly over them."""
     old_logprobs: str
-    """Old log-probs of the ratio: kept from the `sampler`, or recomputed by the `learner`."""
+    """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
+    `learner` before a step's first update."""
     overlong: str
-    """`mask` takes episodes that ran out of tokens out of the loss (DAPO); `keep` keeps them."""
+    """`mask` excludes an episode from the loss if it ended because an observation did not fit its
+    slot (DAPO). `keep` trains on it."""
     document_mask: bool
-    """False also trains on inserted documents, for the ablation of Search-R1 only."""
+    """True trains only on sampled tokens. False also trains on text inserted after the prompt, for
+    Search-R1's ablation."""
 
     def __post_init__(self):
         check_choice("rl.old_logprobs", self.old_logprobs, OLD_LOGPROBS)
         check_choice("rl.overlong", self.overlong, OVERLONG)
         if not self.document_mask and self.old_logprobs != "learner":
             raise UserError(
-                "rl.document_mask=False trains on tokens that no policy sampled, so they have no "
-                "sampler log-prob; set rl.old_logprobs=learner"
+                "rl.document_mask=False trains on inserted tokens, which have no sampler "
+                "log-prob; set rl.old_logprobs=learner"
             )
 
 
@@ -307,9 +340,9 @@ class LoraConfig:
     rank: int
     """Rank of the adapters. 0 trains all parameters."""
     alpha: float
-    """The adapters' product is scaled by alpha / rank."""
+    """An adapter's product is multiplied by alpha / rank. Above 0."""
     targets: tuple[str, ...]
-    """Projections with adapters: `q`, `k`, `v`, `o`, `gate`, `up`, `down`."""
+    """Projections with adapters, at least one of `q`, `k`, `v`, `o`, `gate`, `up`, `down`."""
 
 
 @dataclass(frozen=True)
@@ -317,11 +350,12 @@ class WatchConfig:
     """Detection of a collapsing run and of non-finite updates."""
 
     window: int
-    """Steps over which the collapse metrics are compared."""
+    """Steps per window, at least 1. The collapse signals compare the newest window with earlier
+    ones."""
     stop: bool
-    """Stop the run when its metrics show a collapse. False prints a warning."""
+    """Save a checkpoint and stop when the metrics show a collapse. False only prints a warning."""
     nonfinite_limit: int
-    """Skipped non-finite updates in a row that stop the run."""
+    """Number of consecutive skipped non-finite updates that stops the run, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -329,16 +363,18 @@ class LearnerConfig:
     """Batches and arithmetic of the learner."""
 
     row_tokens: int
-    """Tokens per packed row. An episode must fit."""
+    """Tokens per packed row. In RL at least policy.generator.max_tokens, so that every episode
+    fits. SFT drops longer examples."""
     rows: int
-    """Rows per microbatch."""
+    """Rows per microbatch over the whole mesh. Empty rows fill it up to a multiple of data ×
+    fsdp."""
     compute_dtype: str
-    """Dtype of the forward and backward pass. Parameters are float32."""
+    """Dtype of the forward and backward pass: `float32` or `bfloat16`. Parameters are float32."""
     remat: str
-    """Activations kept for the backward pass: `none` recomputes nothing, `dots` keeps the results
-    of matrix products, `full` recomputes every layer."""
+    """Activations kept for the backward pass: `none` keeps all, `dots` keeps the results of
+    products with weights, `full` recomputes every layer."""
     logprob_chunk: int
-    """Tokens whose logits are in memory at once."""
+    """Positions of each row whose logits are in memory at once, at least 1."""
 
     def __post_init__(self):
         check_choice("compute_dtype", self.compute_dtype, DTYPES)
@@ -349,17 +385,18 @@ class DataConfig:
     """Questions for training and evaluation."""
 
     source: str
-    """Training questions: `world`, synthetic:COUNT:SEED, or a file of questions."""
+    """Training questions: `world`, synthetic:COUNT:SEED, or a .jsonl, .parquet, .tsv or .csv
+    file."""
     eval_source: str
-    """Evaluation questions, from the same kinds of sources."""
+    """Evaluation questions, in the same forms as `source`."""
     train_split: str
-    """Split of `source` to train on."""
+    """Split of `source` to train on. A file has only one split."""
     eval_split: str
-    """Split of `eval_source` that is evaluated during training."""
+    """Split of `eval_source` for evaluations during training."""
     test_split: str
-    """Split of `eval_source` that is evaluated after training."""
+    """Split of `eval_source` for the evaluation after training."""
     train_limit: int | None
-    """Use only the first questions. None uses all."""
+    """Number of training questions, at least 1: the first of the split. None uses all."""
 
 
 @dataclass(frozen=True)
@@ -367,11 +404,11 @@ class EvalConfig:
     """Evaluation with a real engine, during and after training."""
 
     every: int
-    """Steps between evaluations."""
+    """Steps between evaluations, at least 1."""
     questions: int
-    """Questions of an evaluation during training."""
+    """Questions per evaluation during training: the first of data.eval_split."""
     test_questions: int
-    """Questions of the evaluation after training."""
+    """Questions of the evaluation after training: the first of data.test_split."""
     search: SearchConfig
 
     def __post_init__(self):
@@ -392,7 +429,7 @@ class RLConfig:
     seed: int
     """Seed of every random draw."""
     checkpoint_every: int
-    """Steps between checkpoints."""
+    """Steps between checkpoints, at least 1. The last step also saves one."""
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig

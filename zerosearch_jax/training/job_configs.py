@@ -1,6 +1,6 @@
 """Configs of the jobs sft, collect, evaluate and simulator_report, as frozen dataclasses.
 
-The sections that they share with the rl job are in `training/config.py`.
+Sections shared with the rl job are in `training/config.py`.
 """
 
 import os
@@ -25,37 +25,40 @@ EXAMPLE_KEYS = {
     "answers": ("source", "split"),
     "policy_transcripts": ("worlds", "entities_per_world", "questions_per_world", "behaviours"),
 }
-"""Kinds of SFT examples, and the keys of section `data` that each needs."""
+"""Kind of SFT examples: the keys of section `data` that it needs."""
 LABEL_BY = ("rule", "labeler", "both")
 LABELERS = ("none", "reader", "local", "server")
 
 
 @dataclass(frozen=True)
 class SFTDataConfig:
-    """Training examples. Each kind of examples needs only some of the keys."""
+    """Training examples. Keys that the kind of examples does not read may be absent."""
 
     examples: str
     """`policy_transcripts`, `answers`, or a .jsonl, .json or .parquet file of pairs."""
     validation: str
     """File of held-out pairs. "" holds out the last `validation_examples` examples."""
     validation_examples: int
-    """Examples that are held out without a `validation` file."""
+    """Number of held-out examples if `validation` is "". Above 0 and below the number of
+    examples."""
     topk: int
-    """Documents per search."""
+    """Documents per search. A pair with fewer is refused."""
     inserted_weight: float
-    """Loss weight of inserted tokens. The policy's own tokens have weight 1."""
+    """Loss weight of prompt and inserted tokens. Tokens that the model writes have weight 1."""
     end_of_text: bool
     """End every example with the end-of-text token."""
     source: str | None = None
-    """Questions of `answers`: `world`, synthetic:COUNT:SEED, or a file of questions."""
+    """Questions of `answers`: `world`, synthetic:COUNT:SEED, or a .jsonl, .parquet, .tsv or .csv
+    file."""
     split: str | None = None
     """Split of `source`."""
     worlds: int | None = None
-    """Worlds of `policy_transcripts`: every tenth is the embedded world, the others synthetic."""
+    """Worlds of `policy_transcripts`. Every tenth, from the first, has the embedded world's
+    training entities; the rest are synthetic."""
     entities_per_world: int | None = None
     """Entities of a synthetic world."""
     questions_per_world: int | None = None
-    """Questions per world."""
+    """Most questions per world."""
     behaviours: Behaviours | None = None
 
     def __post_init__(self):
@@ -76,13 +79,14 @@ class SFTLoopConfig:
     examples_per_step: int
     """Examples per step."""
     eval_every: int
-    """Steps between evaluations of the held-out loss."""
+    """Steps between evaluations of the held-out loss, at least 1."""
     checkpoint_every: int
-    """Steps between checkpoints."""
+    """Steps between checkpoints, at least 1. The last step also saves one."""
     patience: int
-    """Evaluations without a lower held-out loss that end the run. 0 runs all steps."""
+    """Number of evaluations without a lower held-out loss that ends the run. Above 0, the run
+    exports the parameters with the lowest loss. 0 runs all steps and exports the last."""
     nonfinite_limit: int
-    """Skipped non-finite updates in a row that stop the run."""
+    """Number of consecutive skipped non-finite updates that stops the run, at least 1."""
 
     def __post_init__(self):
         check_positive(eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
@@ -105,9 +109,9 @@ class SFTConfig:
     learner: LearnerConfig
     sft: SFTLoopConfig
     vocab_size: int | None = None
-    """Most ids of a new tokenizer. Read without `init`."""
+    """Largest vocabulary of a new tokenizer. Read if `init` is ""."""
     model: dict[str, Any] | None = None
-    """Sizes of a new model, under Hugging Face's names. Read without `init`."""
+    """Sizes of a new model, under Hugging Face's names. Read if `init` is ""."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,11 @@ class CollectDataConfig:
     """Questions of the collecting agent."""
 
     source: str
-    """`world`, synthetic:COUNT:SEED, or a file of questions."""
+    """`world`, synthetic:COUNT:SEED, or a .jsonl, .parquet, .tsv or .csv file."""
     split: str
-    """Split of `source`."""
+    """Split of `source`. A file has only one split."""
     limit: int
-    """Use only the first questions."""
+    """Number of questions, at least 1: the first of the split."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,10 @@ class CollectRolloutConfig:
     """Searches of the collecting agent."""
 
     stop_on_failure: bool
-    """Stop when a search fails after all attempts. False inserts a failure text instead."""
+    """Stop the job when a search fails after all attempts. False inserts a failure text instead."""
     concurrent_searches: int
-    """Batches of searches in flight while the agent decodes. 0 alternates the two."""
+    """Most batches of searches in flight while the agent decodes. 0 alternates searching and
+    decoding, which is deterministic."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +142,11 @@ class CollectStageConfig:
     """Number of episodes and their sampling."""
 
     samples: int
-    """Episodes per question."""
+    """Episodes per question, at least 1."""
     temperature: float
-    """Sampling temperature of the agent."""
+    """Sampling temperature of the agent, at least 0. 0 is greedy."""
     batch_questions: int
-    """Questions between two writes, which a killed run loses at most."""
+    """Questions per write to episodes.jsonl, at least 1. A killed run loses at most one batch."""
 
     def __post_init__(self):
         check_positive(samples=self.samples, batch_questions=self.batch_questions)
@@ -154,13 +159,13 @@ class LabelingServerConfig:
     key_variable: str
     """Environment variable with the API key. "" sends none."""
     timeout_secs: float
-    """Deadline of one attempt."""
+    """Deadline of one attempt in seconds, above 0."""
     attempts: int
-    """Attempts per request."""
+    """Attempts per request, the first included. At least 1."""
     backoff_secs: float
-    """Wait before the second attempt. It doubles with each further attempt."""
+    """Seconds before the second attempt, at least 0. Each further wait is twice as long."""
     workers: int
-    """Requests in flight at once."""
+    """Most requests in flight at once, at least 1."""
 
     def __post_init__(self):
         if self.key_variable and self.key_variable not in os.environ:
@@ -175,8 +180,8 @@ class LabelingConfig:
     """Second label of each search, next to the paper's rule."""
 
     kind: str
-    """`reader` answers from the documents; `local` and `server` ask a language model whether the
-    documents support the answer; `none` leaves the rule alone."""
+    """`reader` answers the question from the documents. `local` and `server` ask a language model
+    whether the documents support the gold answer. `none` gives no second label."""
     model: str
     """Hugging Face directory, or the name of the model on the server."""
     url: str
@@ -184,9 +189,9 @@ class LabelingConfig:
     response_tokens: int
     """Most tokens of a reply. 8 suffice for yes or no."""
     observation_tokens: int
-    """Most tokens of the documents that `reader` reads."""
+    """Most tokens of the documents that `reader` reads; the rest is cut."""
     batch: int
-    """Searches between two writes."""
+    """Searches per write to labels.jsonl, at least 1."""
     server: LabelingServerConfig
     generator: GeneratorConfig
 
@@ -204,17 +209,17 @@ class LabelingConfig:
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Pairs that are made of the labeled searches."""
+    """Selection of the labeled searches that become pairs."""
 
     label_by: str
-    """Label of a search: `rule`, `labeler`, or `both`, which keeps an episode's last search only
-    if the two agree and takes the rule for earlier searches."""
+    """Label of a search: `rule`, `labeler` or `both`. `both` drops an episode's last search unless
+    rule and labeler agree; earlier searches get the rule's label."""
     last_only: bool
     """Keep only the last search of each episode."""
     balance: bool
-    """Cut the more frequent label to the size of the other."""
+    """Drop pairs of the more frequent label until both labels are equally frequent."""
     heldout_share: float
-    """Fraction of the gold answers whose pairs are held out, in [0, 1)."""
+    """Probability that all pairs of a gold answer are held out, in [0, 1)."""
 
     def __post_init__(self):
         check_choice("extract.label_by", self.label_by, LABEL_BY)
@@ -253,17 +258,17 @@ class EvaluateDataConfig:
     """Question sets."""
 
     sets: tuple[str, ...]
-    """SOURCE/SPLIT, such as world/test, or a file of questions."""
+    """SOURCE/SPLIT, such as world/test, or a .jsonl, .parquet, .tsv or .csv file."""
     limit: int | None
-    """Use only the first questions of each set. None uses all."""
+    """Number of questions per set, at least 1: the first of the set. None uses all."""
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Refinement of the documents by the method search_o1."""
+    """Refinement of the documents by the method `search_o1`."""
 
     max_new_tokens: int
-    """Tokens written per search."""
+    """Most tokens written per search."""
 
 
 @dataclass(frozen=True)
@@ -273,12 +278,12 @@ class EvaluateConfig:
     job: str
     """Name of the job."""
     seed: int
-    """Seed of a simulator's draws. The policy is greedy."""
+    """Seed of the draws of `simulated` and `noisy_bm25`. The policy is greedy."""
     mesh: MeshConfig
     policy: PolicyConfig
     data: EvaluateDataConfig
     methods: tuple[str, ...]
-    """`direct`, `cot`, `rag`, `search` or `search_o1`; see evaluation/baselines.py."""
+    """Any of `direct`, `cot`, `rag`, `search` and `search_o1`; see evaluation/baselines.py."""
     engines: dict[str, SearchConfig]
     """Engines by name."""
     limits: LimitsConfig
@@ -293,9 +298,9 @@ class ReaderConfig:
     """Hugging Face directory."""
     generator: GeneratorConfig
     response_tokens: int
-    """Most tokens of an answer."""
+    """Most tokens of the reader's turn."""
     observation_tokens: int
-    """Most tokens of the documents."""
+    """Most tokens of the documents; the rest is cut."""
 
 
 @dataclass(frozen=True)
@@ -308,9 +313,9 @@ class SimulatorReportConfig:
     """Seed of every random draw."""
     mesh: MeshConfig
     pairs: str
-    """File of held-out pairs."""
+    """File of held-out pairs. Only the last search of each episode is used."""
     limit: int
-    """Most pairs of each label."""
+    """Most pairs per label, at least 1."""
     reader: ReaderConfig
     simulators: dict[str, SearchConfig]
     """Simulated engines by name."""
