@@ -1,4 +1,4 @@
-"""The error for bad input, and a check that raises it."""
+"""The error for bad input, and checks that raise it."""
 
 
 class UserError(Exception):
@@ -14,3 +14,9 @@ def check_positive(where: str = "", **values: int) -> None:
     for key, value in values.items():
         if value < 1:
             raise UserError(f"{where}{key}={value} must be at least 1")
+
+
+def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises UserError if `value` is not one of `known`."""
+    if value not in known:
+        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")

@@ -5,7 +5,7 @@ Each class is one section of an rl config. Its checks raise UserError with the n
 
 from dataclasses import dataclass
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, check_choice
 from zerosearch_jax.rl.losses import AGGREGATES, KL_ESTIMATORS
 
 SURROGATES = ("clip", "sequence", "cispo")
@@ -15,12 +15,6 @@ BY_TOKEN = ("reinforce_pp", "ppo")
 """Estimators with one advantage per token. All other estimators have one per sequence."""
 BASELINES = ("none", "batch_mean", "group_mean")
 TRUNKS = ("own", "shared")
-
-
-def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises UserError if `value` is not one of `known`."""
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

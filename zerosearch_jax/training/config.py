@@ -7,14 +7,8 @@ its `__post_init__`, checks between sections in `training/validate.py`.
 
 from dataclasses import dataclass
 
-from zerosearch_jax.errors import UserError, check_positive
-from zerosearch_jax.rl.config import (
-    AdvantageConfig,
-    CriticConfig,
-    KLConfig,
-    LossConfig,
-    check_choice,
-)
+from zerosearch_jax.errors import UserError, check_choice, check_positive
+from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.errors import UserError, check_positive
-from zerosearch_jax.rl.config import check_choice
+from zerosearch_jax.errors import UserError, check_choice, check_positive
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.training.config import (
     GeneratorConfig,
