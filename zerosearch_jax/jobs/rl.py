@@ -282,7 +282,7 @@ def conclude(
     The trained policy is also evaluated without search.
 
     Prints a table and an episode of each policy. Writes `policy/`, `adapters/` under LoRA,
-    `answers.jsonl` (every answer to each question, for paired comparisons) and, last,
+    `answers.jsonl` (each policy's answer to each question, for paired comparisons) and, last,
     `summary.json`.
 
     Args:

@@ -64,7 +64,7 @@ def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
     """
     rewards = _group_rewards(rewards)
     group = _at_least_two(rewards)
-    # The second form, because the sum minus r_g loses digits if r_g is most of the sum.
+    # The docstring's right-hand form: sum(r) - r_g loses digits if r_g is most of sum(r).
     return _minus_mean(rewards, axis=1) * (group / (group - 1))
 
 
@@ -235,7 +235,7 @@ def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: int, epis
             f"target is {target} and horizon is {horizon}; the target must be above 0 and the "
             f"horizon above a fifth of the step's {episodes} episodes"
         )
-    error = min(max(kl / target - 1.0, -0.2), 0.2)  # a NaN kl stays NaN: it is the first argument
+    error = min(max(kl / target - 1.0, -0.2), 0.2)  # max and min return a NaN first argument
     return coef * (1.0 + error * episodes / horizon)
 
 
@@ -258,7 +258,7 @@ def _at_least_two(rewards: jax.Array) -> int:
 
 
 def _minus_mean(x: jax.Array, axis: int | None) -> jax.Array:
-    """x - mean(x), after subtracting max(x): equal entries give exactly 0, and digits survive."""
+    """x - mean(x), after subtracting max(x): equal entries give exactly 0."""
     x = x - x.max(axis=axis, keepdims=True)
     return x - x.mean(axis=axis, keepdims=True)
 
@@ -275,8 +275,8 @@ def _token_arrays(mask: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
 def _discounted_sums(x: jax.Array, mask: jax.Array, discount: float) -> jax.Array:
     """Returns sum_l discount^l * x_{t+l} at each policy token t, 0 elsewhere.
 
-    In the equation t counts policy tokens. In the scan, each array position maps the sum y of later
-    positions to factor * y + term: discount * y + x at a policy token, y elsewhere. An associative
+    In the equation t counts policy tokens. In the scan, each array position is a map of y, the sum
+    over later positions: y -> discount * y + x at a policy token, y -> y elsewhere. An associative
     scan combines these maps in log T steps.
     """
     factors = jnp.where(mask, discount, 1.0).astype(x.dtype)

@@ -1,9 +1,9 @@
-"""The learner: one jitted, donated step over packed microbatches, for RL and for fine-tuning.
+"""The learner: a jitted step over packed microbatches, for RL and for fine-tuning.
 
-Every mean divides by a denominator of the *whole* batch, a minibatch of the step. Results therefore
-do not depend on how the batch is packed, padded, cut into microbatches or sharded. An update whose
-loss or gradient is not finite leaves the state unchanged. This module knows packed arrays and
-parameters, but no text, rewards or engines.
+A batch is one minibatch of an RL step. Every mean divides by a denominator of the whole batch. Up
+to rounding, results therefore do not depend on how the batch is packed, padded, cut into
+microbatches or sharded. An update whose loss or gradient is not finite leaves the state unchanged.
+This module knows packed arrays and parameters, but no text, rewards or engines.
 """
 
 import math
@@ -74,7 +74,7 @@ class Learner:
         parameters in `compute_dtype`; they are also the reference policy.
       compute_dtype: dtype of activations; trained parameters are float32.
       remat: a key of `models.transformer.REMAT_POLICIES`.
-      logprob_chunk: positions whose logits exist at once, in tokens.
+      logprob_chunk: number of positions per row whose logits are in memory at once.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Learner:
         )
 
     def init(self, params: nnx.State, seed: int = 0) -> TrainState:
-        """Returns a fresh state from float32 parameters with stacked layers, which are not donated.
+        """Returns a fresh state from float32 parameters with stacked layers; does not donate them.
 
         Args:
           seed: seed of the LoRA matrices that start random; the others start at 0.
@@ -155,7 +155,7 @@ class Learner:
 
         The arrays are `[M, R, T]`: microbatches, rows, tokens. Empty rows are added if R is not a
         multiple of the number of data shards. Every process passes the whole batch and copies the
-        part of its own devices.
+        part that its own devices hold.
         """
         return LearnerBatch(**{name: self._put(array) for name, array in batch.arrays().items()})
 

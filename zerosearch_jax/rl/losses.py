@@ -19,8 +19,8 @@ AGGREGATES = ("token_mean", "sequence_mean", "fixed_length")
 """Means over the tokens of a batch, see `aggregation_weights`."""
 
 _MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that exp does not overflow. A token with a
-larger ratio gets no gradient through its ratio."""
+"""Log-ratios are clamped to ±20 (a ratio of 5e8), so that exp does not overflow. A token beyond
+the clamp gets no gradient through its ratio."""
 
 
 def clipped_surrogate(
@@ -39,7 +39,7 @@ def clipped_surrogate(
         loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
 
     The dual clip (Ye et al., arXiv 1912.09729, eq. 5) bounds the loss of a token that has become
-    likelier although A < 0. This loss, which the clip above does not bound, is at most
+    likelier although A < 0. The clip above leaves this loss unbounded; the dual clip limits it to
     -dual_clip * A.
 
     Args:
@@ -181,11 +181,11 @@ def likelihood_preserving(
 
     An action is a maximal run of policy tokens, one turn of an episode; documents separate the
     turns. Packed sequences need no segment ids: the last token of a sequence predicts nothing, so
-    its mask is 0 and separates it from the next sequence. The comparison of an action's summed
-    log-probs has no gradient.
+    its mask is 0 and separates it from the next sequence. No gradient flows through the
+    test whether an action has become less likely.
 
-    In a step's first update old and new policy are equal, so the loss and its gradient are 0. (With
-    the sampler's log-probs as old ones, the loss is the mismatch between sampler and learner.) The
+    In a step's first update old and new policy are equal, so the loss and its gradient are 0. (If
+    `old_logprobs` are the sampler's, the loss is the mismatch between sampler and learner.) The
     loss is active from the step's second update.
 
     The log-ratio is not clamped here: the gradient is constant, and tokens that have lost the most

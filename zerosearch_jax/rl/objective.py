@@ -40,7 +40,7 @@ def policy_terms(
     entropy: jax.Array,
     batch: LearnerBatch,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the policy's part of the loss and sums for metrics.
+    """Returns the policy's part of the loss, and metrics as sums.
 
     Args:
       kl_coef: `[]` weight of the KL term; read if `objective.kl.apply_to` is "loss" and the batch
@@ -86,7 +86,7 @@ def policy_terms(
 def value_terms(
     objective: Objective, values: jax.Array, batch: LearnerBatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the critic's part of the loss and sums for metrics, as `policy_terms` does.
+    """Returns the critic's part of the loss, and metrics as sums (see `policy_terms`).
 
     Args:
       values: `[R, T]` values of the states in which the policy tokens were chosen.

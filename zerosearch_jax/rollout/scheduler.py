@@ -208,7 +208,7 @@ class Rollouts:
         """Decodes a chunk, or until enough slots stop; returns the finished turns by slot."""
         if self.concurrent_searches:  # Search results are polled after each chunk.
             return self.generator.decode_chunk(key=key, sampling=self.sampling)
-        # With no queued episodes, returning early would only make later batches smaller.
+        # With no queued episodes, returning early would only make search batches smaller.
         fraction = MIN_FINISHED_FRACTION if state.queued else 1.0
         return self.generator.decode_until(
             key=key, sampling=self.sampling, min_finished_fraction=fraction

@@ -11,8 +11,8 @@ class SimulatedEngine:
     """Search engine that writes documents from question, gold answer and query (paper §3.2).
 
     Args:
-      generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. If
-        an item is a `SearchFailed`, the result of that request is a failure.
+      generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. A
+        `SearchFailed` in place of a text makes that request's result a failure.
       form: "finetuned" or "prompted", see `text.prompts.simulator_prompt`.
       topk: number of documents to request.
     """

@@ -178,7 +178,7 @@ def with_advantages(
       rewards: `[Q, G]` rewards of the episodes.
 
     Returns:
-      The minibatches and, for a KL in the reward, its mean over policy tokens as "kl".
+      The minibatches, and metrics: "kl", the mean KL per policy token, if the KL is in the reward.
     """
     mask = jnp.asarray(minibatches.column("mask") > 0)
     kl, metrics = jnp.zeros(mask.shape), {}
@@ -227,7 +227,7 @@ def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Returns a step's metrics from its updates' metrics.
 
     Skipped updates are added up, names that end in "_max" take the maximum, all others the mean.
-    Values that are not finite are dropped, such as `correct_loglik` without a correct episode.
+    Non-finite values, such as `correct_loglik` without a correct episode, are dropped.
     `FIRST_UPDATE_METRICS` come from the first update alone.
     """
     metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}

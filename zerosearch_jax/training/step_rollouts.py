@@ -22,10 +22,10 @@ from zerosearch_jax.training.row_sampler import RowSampler
 class StepRollouts:
     """Episodes of one step, from one round of questions or several (dynamic sampling).
 
-    Rounds are sampled until `questions_per_step` groups have unequal rewards among their own
-    episodes, but at most `rollout.max_rounds` rounds (DAPO, arXiv 2503.14476 §3.2). If too few
-    groups qualify, zero-variance groups fill the batch, to keep its shape fixed. Under GRPO and
-    RLOO these contribute only KL and entropy gradients.
+    Rounds are added until `questions_per_step` groups have episodes with unequal rewards, or until
+    `rollout.max_rounds` rounds are done (DAPO, arXiv 2503.14476 §3.2). If too few groups qualify,
+    zero-variance groups fill the batch, to keep its shape fixed. Under GRPO and RLOO the advantages
+    of such a group, if it has several episodes, are 0.
     """
 
     def __init__(self, config: RLConfig, step: int):
