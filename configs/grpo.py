@@ -39,35 +39,35 @@ from ml_collections.config_dict import placeholder
 
 from zerosearch_jax import config_flags
 
+WEB = dict(provider="serper", recording="world", blocked_domains=("huggingface.co",))
+REMOTE = dict(
+    url="http://127.0.0.1:8000",
+    dialect="search_r1",
+    timeout_secs=20.0,
+    attempts=4,
+    backoff_secs=0.5,
+    workers=16,
+)
+GENERATOR = dict(
+    slots=120,
+    max_tokens=640,
+    prefill_rows=16,
+    prefill_buckets=(64, 128, 192),
+    decode_rows=(16,),
+    chunk_tokens=32,
+    window_tokens=320,
+    dtype="float32",
+    int8_weights=False,
+)
+
 
 def embedded() -> ConfigDict:
     """The default: sets every key, small enough for two CPU cores."""
-    mesh = dict(data=1, fsdp=1, tensor=1)
-    web = dict(provider="serper", recording="world", blocked_domains=("huggingface.co",))
-    remote = dict(
-        url="http://127.0.0.1:8000",
-        dialect="search_r1",
-        timeout_secs=20.0,
-        attempts=4,
-        backoff_secs=0.5,
-        workers=16,
-    )
-    generator = dict(
-        slots=120,
-        max_tokens=640,
-        prefill_rows=16,
-        prefill_buckets=(64, 128, 192),
-        decode_rows=(16,),
-        chunk_tokens=32,
-        window_tokens=320,
-        dtype="float32",
-        int8_weights=False,
-    )
     return ConfigDict(
         dict(
             job="rl",
             seed=0,
-            mesh=mesh,
+            mesh=dict(data=1, fsdp=1, tensor=1),
             checkpoint_every=5,
             data=dict(
                 source="world",
@@ -77,37 +77,8 @@ def embedded() -> ConfigDict:
                 test_split="test",
                 train_limit=placeholder(int),  # None
             ),
-            policy=dict(model="zerosearch_jax/assets/policy", generator=generator),
-            search=dict(
-                engine="simulated",
-                topk=2,
-                corpus="world",
-                web=web,
-                remote=remote,
-                simulator=dict(
-                    model="zerosearch_jax/assets/simulator",
-                    url="",
-                    gate=dict(report="", useful_min=0.0, noisy_max=1.0),
-                    devices=0,
-                    tensor=0,
-                    form="finetuned",
-                    temperature=0.4,  # at the paper's 0.8 the tiny simulator miscopies answers
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=168,
-                    generator=dict(
-                        slots=120,
-                        max_tokens=352,
-                        prefill_rows=16,
-                        prefill_buckets=(128, 192),
-                        decode_rows=(16,),
-                        chunk_tokens=32,
-                        window_tokens=352,
-                        dtype="float32",
-                        int8_weights=False,
-                    ),
-                ),
-            ),
+            policy=dict(model="zerosearch_jax/assets/policy", generator=dict(GENERATOR)),
+            search=_simulated_search(),
             rollout=dict(
                 questions_per_step=40,
                 group_size=3,  # with few episodes, more questions teach more than larger groups
@@ -121,74 +92,106 @@ def embedded() -> ConfigDict:
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
             reward=dict(rule="answer", name="f1", format_weight=0.0, stage_one_steps=0),
-            rl=dict(
-                steps=10,
-                epochs=1,
-                minibatches=1,
-                old_logprobs="sampler",
-                overlong="keep",
-                document_mask=True,
-            ),
-            optimizer=dict(
-                learning_rate=5e-4,
-                warmup_steps=2,
-                schedule_steps=10,
-                final_fraction=0.05,
-                beta1=0.9,
-                beta2=0.99,
-                weight_decay=0.01,
-                clip_norm=1.0,
-                moment_dtype="float32",
-            ),
-            advantage=dict(
-                estimator="grpo",
-                baseline="group_mean",
-                normalize_std=True,
-                gamma=1.0,
-                gae_lambda=1.0,
-            ),
-            loss=dict(
-                surrogate="clip",
-                clip_low=0.2,
-                clip_high=0.2,
-                dual_clip=0.0,
-                aggregate="token_mean",
-                fixed_tokens=0,
-                entropy=0.001,
-                llds=0.0,
-                importance_cap=0.0,
-            ),
-            kl=dict(coef=0.01, estimator="k3", apply_to="loss", target=0.0, horizon=10_000),
-            critic=dict(
-                trunk="own",
-                learning_rate=5e-4,
-                warmup_steps=2,
-                coef=0.5,
-                value_clip=0.2,
-            ),
-            lora=dict(
-                rank=0,
-                alpha=32.0,
-                targets=("q", "k", "v", "o", "gate", "up", "down"),
-            ),
-            watch=dict(window=3, stop=False, nonfinite_limit=3),
-            learner=dict(
-                row_tokens=640,
-                rows=4,
-                compute_dtype="float32",
-                remat="none",
-                logprob_chunk=128,
-            ),
+            **_update(),
             eval=dict(
                 every=5,
                 questions=120,
                 test_questions=240,
                 search=dict(
-                    engine="bm25", topk=2, corpus="world", web=dict(web), remote=dict(remote)
+                    engine="bm25", topk=2, corpus="world", web=dict(WEB), remote=dict(REMOTE)
                 ),
             ),
         )
     ).lock()
+
+
+def _simulated_search() -> dict:
+    """Section `search`: the tiny simulator."""
+    return dict(
+        engine="simulated",
+        topk=2,
+        corpus="world",
+        web=dict(WEB),
+        remote=dict(REMOTE),
+        simulator=dict(
+            model="zerosearch_jax/assets/simulator",
+            url="",
+            gate=dict(report="", useful_min=0.0, noisy_max=1.0),
+            devices=0,
+            tensor=0,
+            form="finetuned",
+            temperature=0.4,  # at the paper's 0.8 the tiny simulator miscopies answers
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=168,
+            generator=GENERATOR
+            | dict(max_tokens=352, prefill_buckets=(128, 192), window_tokens=352),
+        ),
+    )
+
+
+def _update() -> dict:
+    """Sections of the update: `rl` to `learner`."""
+    return dict(
+        rl=dict(
+            steps=10,
+            epochs=1,
+            minibatches=1,
+            old_logprobs="sampler",
+            overlong="keep",
+            document_mask=True,
+        ),
+        optimizer=dict(
+            learning_rate=5e-4,
+            warmup_steps=2,
+            schedule_steps=10,
+            final_fraction=0.05,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            moment_dtype="float32",
+        ),
+        advantage=dict(
+            estimator="grpo",
+            baseline="group_mean",
+            normalize_std=True,
+            gamma=1.0,
+            gae_lambda=1.0,
+        ),
+        loss=dict(
+            surrogate="clip",
+            clip_low=0.2,
+            clip_high=0.2,
+            dual_clip=0.0,
+            aggregate="token_mean",
+            fixed_tokens=0,
+            entropy=0.001,
+            llds=0.0,
+            importance_cap=0.0,
+        ),
+        kl=dict(coef=0.01, estimator="k3", apply_to="loss", target=0.0, horizon=10_000),
+        critic=dict(
+            trunk="own",
+            learning_rate=5e-4,
+            warmup_steps=2,
+            coef=0.5,
+            value_clip=0.2,
+        ),
+        lora=dict(
+            rank=0,
+            alpha=32.0,
+            targets=("q", "k", "v", "o", "gate", "up", "down"),
+        ),
+        watch=dict(window=3, stop=False, nonfinite_limit=3),
+        learner=dict(
+            row_tokens=640,
+            rows=4,
+            compute_dtype="float32",
+            remat="none",
+            logprob_chunk=128,
+        ),
+    )
 
 
 def smollm2_135m() -> ConfigDict:

@@ -36,9 +36,9 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Replaces the content of `path` by indented JSON."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
+    """Replaces the content of `path` by JSON, indented by `indent` spaces per level."""
+    write_atomically(path, json.dumps(content, indent=indent) + "\n")
 
 
 def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:

@@ -1,12 +1,13 @@
 """Rows of a benchmark: our measurements and a peer's, their medians and ratio."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from tabulate import tabulate
+
+from zerosearch_jax.files import write_json
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,5 @@ def report(rows: Sequence[Row], workdir: Path) -> None:
     print(f"\nmedians:\n{tabulate(lines, headers='keys', floatfmt=formats)}")
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "bench.json"
-    path.write_text(json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+    write_json(path, [row.as_dict() for row in rows])
     print(f"\nwritten to {path}")

@@ -13,6 +13,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.summary import text_table
 from zerosearch_jax.experiments.config import AlgorithmsConfig
+from zerosearch_jax.files import write_json
 from zerosearch_jax.jobs import rl
 
 
@@ -44,7 +45,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     title = f"{config.steps} steps each; {first['split']}, evaluated with {first['engine']}"
     print("\n" + text_table(table, title))
     path = Path(workdir) / "algorithms.json"
-    path.write_text(json.dumps(summaries, indent=1) + "\n")
+    write_json(path, summaries)
     print(f"written to {path}")
 
 

@@ -20,6 +20,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.experiments import claims, miniature_report
 from zerosearch_jax.experiments.config import MiniatureConfig
 from zerosearch_jax.experiments.stages import Stage, run_stages
+from zerosearch_jax.files import write_json
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -120,7 +121,7 @@ def write_report(config: MiniatureConfig, root: Path, log: Records) -> None:
         if arm in finished
     ]
     rows = claims.evaluate_claims(runs + bases)
-    (root / "claims.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(root / "claims.json", rows)
     seconds: dict[str, float] = {}
     for record in log:
         stage = record["id"].partition("@")[0]

@@ -27,7 +27,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import FORMAT, check_format, write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_json
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs.evaluate import OUTPUT_SETTINGS
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     totals = episode_totals(episodes)
     print_counts(totals, counts)
     chosen = {"stages": counts, "label_by": config.extract.label_by, "agreement": agreed}
-    write_atomically(workdir / "summary.json", json.dumps(totals | chosen, indent=1) + "\n")
+    write_json(workdir / "summary.json", totals | chosen)
     print(f"{len(train)} pairs written to {workdir / 'pairs.jsonl'}, {len(heldout)} held out")
 
 
@@ -242,7 +242,7 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
                     f"{records.path} was made with config.{key}={before!r}, which is now "
                     f"{settings.get(key)!r}; give another --workdir or delete that file"
                 )
-    write_atomically(path, json.dumps(settings, indent=1) + "\n")
+    write_json(path, settings)
 
 
 # Stage 2: label.

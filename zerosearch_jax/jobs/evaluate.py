@@ -20,7 +20,7 @@ from zerosearch_jax.evaluation.baselines import (
     run_method,
 )
 from zerosearch_jax.evaluation.summary import summary, text_table
-from zerosearch_jax.files import FORMAT, check_format, write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_atomically, write_json
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     for case, trajectories in evaluate_cases(config, missing, question_sets):
         exact_matches = answer_scores(trajectories, "em")  # one per question, in the set's order
         rows.append(case | summary(trajectories) | {"em_of_each": exact_matches})
-        write_atomically(path, json.dumps(rows, indent=1) + "\n")
+        write_json(path, rows)
     columns = ("method", "engine", "set")
     widths = {column: max(len(case[column]) for case in cases) for column in columns}
     summaries = {

@@ -24,7 +24,7 @@ from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import write_json
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.device_clock import DeviceClock
@@ -323,7 +323,7 @@ def conclude(
         "engine": engine,
         "split": config.data.test_split,
     }
-    write_atomically(workdir / "summary.json", json.dumps(report, indent=1) + "\n")
+    write_json(workdir / "summary.json", report)
     print(f"\nwritten to {workdir / 'summary.json'}; curves: tensorboard --logdir {workdir}")
 
 

@@ -8,7 +8,6 @@ Rows are split by the label of the engine's own documents. Most searches labeled
 query, and documents that match a bad query need not hold the answer.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from tabulate import tabulate
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.intervals import wilson_interval
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.files import write_atomically, write_json
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
 from zerosearch_jax.simulator.gate import simulator_identity
@@ -66,7 +65,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "report.md", text)
-    write_atomically(workdir / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(workdir / "report.json", report)
     print(f"\n{text}\nwritten to {workdir / 'report.md'} and {workdir / 'report.json'}")
 
 

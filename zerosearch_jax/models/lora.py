@@ -232,4 +232,4 @@ def save_adapters(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_json(directory / ADAPTER_CONFIG, peft)
+    write_json(directory / ADAPTER_CONFIG, peft, indent=2)

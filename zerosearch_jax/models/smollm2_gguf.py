@@ -72,7 +72,7 @@ def convert(gguf_file: Path, out: Path) -> None:
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
         "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
     }
-    write_json(out / "config.json", hf)
+    write_json(out / "config.json", hf, indent=2)
 
 
 def read_metadata(meta: dict[str, Any]) -> ModelConfig:

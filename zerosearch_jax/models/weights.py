@@ -128,11 +128,12 @@ def save_params(
             old.unlink()
     if len(files) > 1:
         size = sum(leaf[...].nbytes for leaf in flat.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(directory / INDEX, index, indent=2)
     hf = to_hf(config) | {"dtype": flat["embedding",][...].dtype.name}
     # Without these keys transformers would use Llama's old ids 1 and 2.
     hf |= {"bos_token_id": None, "eos_token_id": eos_token_id}
-    write_json(directory / "config.json", hf)
+    write_json(directory / "config.json", hf, indent=2)
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -31,9 +31,8 @@ class Recorder:
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = earlier_rows(path, first_step)
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = earlier_rows(path, first_step)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a", encoding="utf-8")
         # At step 0 there is nothing to purge, and TensorBoard would hide a first event at 0.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)

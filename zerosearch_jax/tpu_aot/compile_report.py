@@ -5,7 +5,6 @@ must fit a chip's memory together with everything that stays there during traini
 state, the reference policy, and the weights and caches of both generators.
 """
 
-import json
 import os
 import re
 import time
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import write_json
 from zerosearch_jax.tpu_aot import report, roofline
 from zerosearch_jax.tpu_aot.collectives import collectives
 from zerosearch_jax.tpu_aot.config import CompileConfig
@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             rows.append(compile_program(program, sum(resident.values()), chip, len(devices)))
             print(report.table(rows[-1:]).splitlines()[-1], flush=True)
             summary["programs"] = [asdict(row) for row in rows]
-            (path / "compile.json").write_text(json.dumps(summary, indent=1) + "\n")
+            write_json(path / "compile.json", summary)
     shown = report.table(rows)
     (path / "compile.md").write_text(f"{report.heading(summary)}\n\n{shown}\n")
     print(f"\n{shown}\n\nwritten to {path / 'compile.md'}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.files import FORMAT, check_format, write_atomically
+from zerosearch_jax.files import FORMAT, check_format, write_json
 
 
 def check_workdir(workdir: str | Path) -> dict[str, Any] | None:
@@ -38,4 +38,4 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     if before is not None:
         for difference in config_flags.differences(before, now):
             print(f"warning: {workdir} was started with another config.{difference}")
-    write_atomically(Path(workdir) / "config.json", json.dumps(now, indent=1) + "\n")
+    write_json(Path(workdir) / "config.json", now)
