@@ -21,7 +21,7 @@ TIERS = (
     ("generate",),
     ("models", "data"),
     ("search",),
-    ("text", "telemetry", "parallel", "checkpoints", "config_flags", "files"),
+    ("text", "telemetry", "parallel", "checkpoints", "config_flags", "files", "ranges"),
     ("errors",),
 )
 """Rooms from top to bottom. A room imports lower tiers, and its own tier without a cycle."""

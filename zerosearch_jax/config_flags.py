@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -205,7 +206,8 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
 
     Nested dataclasses, `tuple[X, ...]`, `dict[str, X]` and `X | None` are converted, too. An int
     is accepted for a float; a bool is not an int. Only a key whose field has the default None may
-    be absent, so that a config file states every value.
+    be absent, so that a config file states every value. A float is finite, and a number with a
+    `ranges.Range` lies in it.
 
     Args:
       mapping: the section.
@@ -224,7 +226,7 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
         if new := renamed(key.removeprefix("config.")):
             raise UserError(f"{key}: this key was renamed; use config.{new}")
         raise UserError(f"{key}: there is no such key; {path} has {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, field in fields.items():
         if name in given:
@@ -259,6 +261,11 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return typed(hint, value, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        value = _converted(arguments[0], value, key)
+        if value not in arguments[1]:
+            raise UserError(f"{key}={value!r} must be {arguments[1]}")
+        return value
     if origin in (types.UnionType, typing.Union):
         (inner,) = (one for one in arguments if one is not types.NoneType)
         return None if value is None else _converted(inner, value, key)
@@ -266,7 +273,9 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
         return tuple(_converted(arguments[0], one, f"{key}[{i}]") for i, one in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {name: _converted(arguments[1], one, f"{key}.{name}") for name, one in value.items()}
-    if hint is float and type(value) is int:
+    if hint is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise UserError(f"{key}={value!r} must be a finite number")
         return float(value)
     if hint is Any or type(value) is hint:
         return value
@@ -274,6 +283,9 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
 
 
 def _name_of(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        base, interval = typing.get_args(hint)
+        return f"{_name_of(base)} {interval}"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
@@ -293,7 +305,7 @@ def describe(section: Any, path: str = "config") -> str:
     Nested sections follow the keys of their parent. Absent sections are left out.
     """
     docs, rows, nested = field_docs(type(section)), [], []
-    for name, hint in typing.get_type_hints(type(section)).items():
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
             nested.append((name, value))

@@ -10,7 +10,7 @@
                              JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
 The docstring of a config file says what it needs and how long it takes. The sections of a config
-are documented in zerosearch_jax/training/config.py; --describe shows them with their values.
+are documented in zerosearch_jax/training/; --describe shows them with their values.
 """
 
 import importlib

@@ -5,7 +5,7 @@ from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.rl.optimizer import OptimizerConfig
-from zerosearch_jax.training.config import LimitsConfig
+from zerosearch_jax.training.sections import LimitsConfig
 
 
 @dataclass(frozen=True)

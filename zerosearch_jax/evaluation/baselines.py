@@ -32,7 +32,7 @@ from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import GeneratorConfig
+from zerosearch_jax.training.sections import GeneratorConfig
 
 METHODS = ("direct", "cot", "rag", "search", "search_o1")
 WITHOUT_ENGINE = ("direct", "cot")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.training.config import SearchConfig
+from zerosearch_jax.training.sections import SearchConfig
 
 
 def simulator_identity(search: SearchConfig) -> dict[str, object]:

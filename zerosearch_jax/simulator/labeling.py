@@ -27,8 +27,8 @@ from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
 from zerosearch_jax.text.prompts import labeling_prompt, parse_verdict
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import MeshConfig
 from zerosearch_jax.training.job_configs import LabelingConfig
+from zerosearch_jax.training.sections import MeshConfig
 
 # A search to label: question, gold answers, query, documents.
 Search = tuple[str, Sequence[str], str, Sequence[str]]

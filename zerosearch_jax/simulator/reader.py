@@ -13,8 +13,8 @@ from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import MeshConfig
 from zerosearch_jax.training.job_configs import LabelingConfig, ReaderConfig
+from zerosearch_jax.training.sections import MeshConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from zerosearch_jax.training.config import MeshConfig
+from zerosearch_jax.training.sections import MeshConfig
 
 
 @dataclass(frozen=True)

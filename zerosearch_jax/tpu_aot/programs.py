@@ -25,8 +25,9 @@ from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.tpu_aot import roofline
 from zerosearch_jax.tpu_aot.config import CompileConfig
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.config import GeneratorConfig, MeshConfig, RLConfig
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.policy_update import objective_of
+from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig
 
 INTS = ("tokens", "targets", "positions", "segment_ids")
 FLOATS = ("mask", "old_logprobs", "sampler_logprobs", "correct")  # columns of every batch

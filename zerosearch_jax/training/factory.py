@@ -33,14 +33,8 @@ from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
 from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
-from zerosearch_jax.training.config import (
-    GeneratorConfig,
-    LearnerConfig,
-    LoraConfig,
-    MeshConfig,
-    RemoteConfig,
-    SearchConfig,
-)
+from zerosearch_jax.training.config import LearnerConfig, LoraConfig
+from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
 
 WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
 """Web search service: the environment variable with its API key."""

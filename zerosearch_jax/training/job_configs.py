@@ -1,6 +1,6 @@
 """Configs of the jobs sft, collect, evaluate and simulator_report, as frozen dataclasses.
 
-Sections shared with the rl job are in `training/config.py`.
+Sections that jobs share are in `training/sections.py`, sections of RL in `training/config.py`.
 """
 
 import os
@@ -10,11 +10,10 @@ from typing import Any
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.errors import UserError, check_choice, check_positive
 from zerosearch_jax.rl.optimizer import OptimizerConfig
-from zerosearch_jax.training.config import (
+from zerosearch_jax.training.config import LearnerConfig, LoraConfig
+from zerosearch_jax.training.sections import (
     GeneratorConfig,
-    LearnerConfig,
     LimitsConfig,
-    LoraConfig,
     MeshConfig,
     PolicyConfig,
     SearchConfig,

@@ -1,0 +1,201 @@
+"""Config sections that several jobs share: mesh, models, search engines and limits of an episode.
+
+Every key is one typed field with its documentation below it. `main --describe` prints both.
+"""
+
+from dataclasses import dataclass
+
+from zerosearch_jax.errors import UserError, check_choice
+
+DTYPES = ("float32", "bfloat16")
+ENGINES = {
+    "bm25": ("corpus",),
+    "noisy_bm25": ("corpus", "noise"),
+    "simulated": ("simulator", "remote"),
+    "retriever": ("remote",),
+    "web": ("web", "remote"),
+    "recorded_web": ("web",),
+    "none": (),
+}
+"""Search engine: the keys of section `search` that it needs, in addition to `topk`."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh over all processes. The product of the sizes is the number of devices used."""
+
+    data: int
+    """Parts that share a batch and each hold a copy of the parameters."""
+    fsdp: int
+    """Parts over which parameters and batch rows are sharded."""
+    tensor: int
+    """Parts over which attention heads, MLP features and the vocabulary are sharded."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Sampling engine: slots of the KV cache and shapes of its compiled programs.
+
+    A replica is one data × fsdp part of the generator's mesh and holds slots / replicas slots.
+    """
+
+    slots: int
+    """Sequences in the KV cache of one process at once. A multiple of its replicas."""
+    max_tokens: int
+    """Tokens per slot: prompt, inserted and sampled tokens together. At most the model's number of
+    positions."""
+    prefill_rows: int
+    """Rows of one prefill per replica, at least 1. At most the replica's slots are used."""
+    prefill_buckets: tuple[int, ...]
+    """Lengths in tokens to which prefills are padded. Longer inputs are cut into several prefills.
+    Each length is one compiled program."""
+    decode_rows: tuple[int, ...]
+    """Rows per replica that decode programs are compiled for, each at least 1. The smallest program
+    that holds all decoding slots runs. If more slots decode than the largest program holds, they
+    alternate. () compiles one program for all slots."""
+    chunk_tokens: int
+    """Most tokens that a slot samples per dispatched decode program, at least 1."""
+    window_tokens: int
+    """Decoding attends to as many cached tokens as the longest decoding context has, rounded up to
+    a multiple of this and capped at max_tokens. Each multiple is one compiled program."""
+    dtype: str
+    """Dtype of the weights and the KV cache: `float32` or `bfloat16`."""
+    int8_weights: bool
+    """Store the weight matrices as int8, with one scale per output channel. Activations and the
+    cache keep `dtype`."""
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy: a model directory and its generator."""
+
+    model: str
+    """Hugging Face directory of the policy before training."""
+    generator: GeneratorConfig
+
+
+@dataclass(frozen=True)
+class WebConfig:
+    """Web search service."""
+
+    provider: str
+    """`serper` or `serpapi`. The environment variable SERPER_API_KEY or SERPAPI_API_KEY holds its
+    API key."""
+    recording: str
+    """Responses that `recorded_web` searches: a .jsonl file, or `world` (made from the embedded
+    world)."""
+    blocked_domains: tuple[str, ...]
+    """Results from these domains and their subdomains are dropped."""
+
+
+@dataclass(frozen=True)
+class RemoteConfig:
+    """HTTP client of a retriever, a web search service or a simulator on a server."""
+
+    url: str
+    """Address of the retriever. Other servers have their own address."""
+    dialect: str
+    """Protocol of the retriever: `search_r1` or `zerosearch`."""
+    timeout_secs: float
+    """Deadline of one attempt in seconds, above 0."""
+    attempts: int
+    """Attempts per request, the first included. At least 1."""
+    backoff_secs: float
+    """Seconds before the second attempt, at least 0. Each further wait is twice as long."""
+    workers: int
+    """Most requests in flight per batch of searches, at least 1. The dialect `search_r1` sends one
+    request per batch."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Bounds that a simulator must meet in its report before a policy trains on it.
+
+    Only searches that the real engine answered usefully count.
+    """
+
+    report: str
+    """`report.json` of the simulator_report job. "" disables the gate."""
+    useful_min: float
+    """Lowest accepted exact match of the reader on useful documents, 0 to 1."""
+    noisy_max: float
+    """Highest accepted exact match of the reader on noisy documents, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    """Language model that writes the documents of the simulated engine."""
+
+    model: str
+    """Hugging Face directory, or the name of the model on the server."""
+    url: str
+    """Server with an OpenAI chat completions API that runs the simulator. "" runs the simulator in
+    this process."""
+    gate: GateConfig
+    devices: int
+    """Devices of each process that only the simulator uses, a multiple of mesh.tensor. Above 0 it
+    requires rollout.concurrent_searches. 0 shares the policy's devices."""
+    tensor: int
+    """Devices over which one replica of the simulator is sharded. Divides the simulator's devices
+    of a process. 0 takes mesh.tensor."""
+    form: str
+    """Prompt: `finetuned` for a simulator from the sft job, `prompted` for other models."""
+    temperature: float
+    """Sampling temperature, at least 0. 0 is greedy."""
+    top_k: int
+    """Sample from the k most likely tokens. 0 samples from all. Not sent to a server."""
+    top_p: float
+    """Sample from the most likely tokens whose probabilities add up to this, in (0, 1]. 1 samples
+    from all."""
+    max_new_tokens: int
+    """Most tokens written per search."""
+    generator: GeneratorConfig
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Search engine. Keys that the engine does not read may be absent."""
+
+    engine: str
+    """`simulated`, `bm25`, `noisy_bm25`, `retriever`, `web`, `recorded_web`, or `none`. `none`
+    requires rollout.max_turns=0."""
+    topk: int
+    """Most documents per search, at least 1."""
+    corpus: str | None = None
+    """Passages of `bm25` and `noisy_bm25`: `world`, synthetic:COUNT:SEED or a .jsonl file."""
+    noise: float | None = None
+    """Probability, 0 to 1, that `noisy_bm25` answers a search only with passages that contain no
+    gold answer."""
+    web: WebConfig | None = None
+    remote: RemoteConfig | None = None
+    simulator: SimulatorConfig | None = None
+
+    def __post_init__(self):
+        check_choice("engine", self.engine, tuple(ENGINES))
+        lacking = [key for key in ENGINES[self.engine] if getattr(self, key) is None]
+        if lacking:
+            possible = [
+                name
+                for name, keys in ENGINES.items()
+                if all(getattr(self, key) is not None for key in keys)
+            ]
+            raise UserError(
+                f"engine={self.engine} needs {' and '.join(lacking)}, which this section of the "
+                f"config file lacks; add it there or choose one of {', '.join(possible)}"
+            )
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """Limits of an episode."""
+
+    max_turns: int
+    """Most search or invalid turns before the final turn, at least 0. A search in the final turn is
+    not run. 0 leaves only the final turn."""
+    response_tokens: int
+    """Most tokens sampled per turn."""
+    observation_tokens: int
+    """Most tokens inserted per search, tags included. Longer documents are cut."""
