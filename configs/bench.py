@@ -195,6 +195,7 @@ def decode_gpu() -> ConfigDict:
             prompt_tokens=128,
             new_tokens=64,
             dtype="bfloat16",
+            int8_weights=False,
             torch_device="cuda",
             models=GPU_MODELS,
         )

@@ -1,11 +1,11 @@
-"""Shared fixtures. All tests run on eight simulated CPU devices, so that sharding is testable."""
+"""Shared fixtures. Tests run on eight simulated CPU devices, so that sharding is testable."""
 
 import json
 import os
 from pathlib import Path
 
 # jax reads these when it is imported, so they precede all other imports.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/test_accelerator.py needs more
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()

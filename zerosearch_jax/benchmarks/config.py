@@ -141,6 +141,8 @@ class BandwidthBenchConfig:
     """Decoded tokens per row."""
     dtype: str
     """Dtype of weights and cache."""
+    int8_weights: bool
+    """Store the weight matrices as int8. Transformers keeps `dtype`."""
     torch_device: str
     """Device of transformers. "" leaves that peer out."""
     models: dict[str, dict[str, Any]]

@@ -151,7 +151,8 @@ def accelerator(config: BandwidthBenchConfig) -> list[Row]:
             model = factory.Model(model_config, params, None)
             for slots in config.slots:
                 prompts = ids[:slots].tolist()
-                decoder = Decoder(model, prompts, config.new_tokens, dtype=dtype)
+                precision = dict(dtype=dtype, int8_weights=config.int8_weights)
+                decoder = Decoder(model, prompts, config.new_tokens, **precision)
                 rates = decoder.rates(config.repeats)
                 read = bytes_per_step(model, slots, config)
                 moved = [rate / slots * read / 1e9 for rate in rates]
@@ -178,8 +179,8 @@ def bytes_per_step(model: factory.Model, slots: int, config: BandwidthBenchConfi
     """Bytes that a step over `slots` rows must read, averaged over the steps of a repeat."""
     c = model.config
     leaves = jax.tree.leaves(model.params)
-    weights = sum(leaf.nbytes for leaf in leaves)
     size = leaves[0].dtype.itemsize
+    weights = sum(leaf.size for leaf in leaves) * (1 if config.int8_weights else size)
     if not c.tie_embeddings:
         weights -= size * c.vocab_size * c.embed_dim  # A step reads one row per slot.
     context = config.prompt_tokens + config.new_tokens / 2

@@ -432,7 +432,9 @@ def mfu(config: MFUBenchConfig) -> list[Row]:
         rates = [
             sizes.rows * sizes.tokens / updater.update(batch)[0] for _ in range(config.repeats)
         ]
-        print(f"{name}: {np.median(rates):.0f} tokens/s", flush=True)
+        stats = jax.devices()[0].memory_stats()  # None on CPU
+        peak = f", peak memory {stats['peak_bytes_in_use'] / 1e9:.1f} GB" if stats else ""
+        print(f"{name}: {np.median(rates):.0f} tokens/s{peak}", flush=True)
         flops = MODEL_PASSES * forward_flops(model_config, (sizes.tokens + 1) / 2)
         done = [rate * flops / 1e12 for rate in rates]
         rows.append(Row(f"update {name} / peak (MFU)", done, [config.peak_tflops], "TFLOP/s"))
