@@ -1,5 +1,6 @@
 """Tests reading and writing `config.json`."""
 
+import copy
 import json
 
 import pytest
@@ -45,15 +46,74 @@ def test_written_config_reads_back(tmp_path, family):
     assert read_config(tmp_path) == config
 
 
+MINIMAL = {
+    "vocab_size": 128,
+    "hidden_size": 512,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 1024,
+}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LATER = {"rope_theta": 7e5}
+CHANGES = (
+    {},
+    {"head_dim": 64},
+    {"num_key_value_heads": None},
+    {"num_key_value_heads": 8},
+    {"rms_norm_eps": 1e-5},
+    {"tie_word_embeddings": True},
+    {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+    {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 1},
+    {"layer_types": ["full_attention"] * 2},
+    {"rope_theta": 5e5},
+    {"rope_scaling": None, "rope_parameters": LATER},
+    {"rope_scaling": {}, "rope_parameters": LATER, "rope_theta": 5e5},
+    {"rope_scaling": SCALING, "rope_theta": 5e5},
+    {"rope_scaling": SCALING, "original_max_position_embeddings": 77},
+    {"rope_scaling": SCALING | {"type": "default", "original_max_position_embeddings": 256}},
+    {"rope_scaling": SCALING, "rope_parameters": LATER},
+    {"rope_scaling": {"type": "default"}, "rope_parameters": SCALING | LATER, "rope_theta": 3e5},
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: " ".join(change) or "minimal")
+def test_keys_and_their_defaults_mean_what_they_mean_in_transformers(family, change):
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family, **copy.deepcopy(MINIMAL | change))
+    ours = from_hf({"model_type": family} | MINIMAL | change)
+    rope = theirs.rope_parameters
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.rope_theta == rope["rope_theta"]
+    scaling = RopeScaling(8.0, 1.0, 4.0, rope.get("original_max_position_embeddings", 0))
+    assert ours.rope_scaling == (scaling if rope["rope_type"] == "llama3" else None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "'gpt2' is not supported; use one of llama, qwen2, qwen3"),
-        ({"use_sliding_window": True}, "only full attention"),
-        ({"attention_bias": True}, "attention_bias is not supported for llama"),
-        ({"hidden_act": "gelu"}, "SiLU"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act.*silu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None}, "partial_rot"),
+        ({"rope_parameters": {"full_attention": {}}, "rope_scaling": None}, "each layer type"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "lacks the key 'factor'"),
         ({"num_key_value_heads": 3}, "4 query heads are not divisible by 3"),
+        ({"hidden_size": 30}, "hidden_size=30"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers='2'"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
     ],
 )
 def test_unsupported_options_raise(tmp_path, change, message):
@@ -70,7 +130,7 @@ def test_missing_and_damaged_files_raise(tmp_path):
     with pytest.raises(UserError, match="is not JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="lacks the key 'vocab_size'"):
+    with pytest.raises(UserError, match="lacks the key"):
         read_config(tmp_path)
 
 

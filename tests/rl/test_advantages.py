@@ -218,6 +218,25 @@ def test_group_estimators_keep_float64_widen_other_dtypes_and_check_the_rank(nam
         estimator(jnp.zeros(4))
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    hnp.arrays(np.int8, (3, 5), elements=st.integers(0, 16)),
+    st.sampled_from([1.0, 1000.0, -1000.0, 4096.0]),
+    st.sampled_from([2.0**-11, 2.0**-9, 1.0]),
+)
+def test_a_constant_added_to_all_rewards_changes_no_advantage(levels, constant, unit):
+    """The rewards are exact in float32, such as 1000 ± 0.001; their sum is not."""
+    rewards = constant + levels * unit
+    narrow = rewards.astype(np.float32)
+    assert (narrow == rewards).all()
+    for name in group_estimators().keys() - {"none"}:
+        estimator = group_estimators()[name]
+        got = estimator(jnp.array(narrow))
+        with jax.enable_x64(True):
+            want = np.asarray(estimator(jnp.array(levels * unit, jnp.float64)))
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.ptp(want), err_msg=name)
+
+
 def test_token_rewards_by_hand():
     mask = jnp.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], jnp.float32)
     scores = jnp.array([2.0, 7.0, -1.0])

@@ -208,6 +208,21 @@ def test_bfloat16_gradients_are_within_the_rounding_of_their_factors():
         assert bound.max() < 0.01 * np.abs(want).max()
 
 
+def test_bfloat16_weights_lose_nothing_of_a_frequent_target():
+    """One target fills 70% of the positions of 256 chunks; the sum over them is rounded once."""
+    _, unembed, targets = inputs(1, 4096, 8, 16)
+    hidden = jnp.ones((1, 4096, 8), jnp.bfloat16)
+    unembed = 0.01 * unembed.astype(jnp.bfloat16)
+    targets = jnp.where(jnp.arange(4096) % 10 < 7, 3, targets)
+    function = functools.partial(chunked_logprobs, chunk=16, with_entropy=False)
+    _, got = gradients(function, hidden, unembed, targets, 1.0, 0.0)
+    logits = np.asarray(hidden, np.float64)[0, :1] @ np.asarray(unembed, np.float64)
+    p = np.exp(logits) / np.exp(logits).sum()
+    want = np.ones((8, 1)) * (np.bincount(targets[0], minlength=16) - 4096 * p)
+    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert got.dtype == jnp.bfloat16 and error < 0.01
+
+
 def test_the_whole_logits_are_never_in_memory():
     batch, length, width, vocab, chunk = 2, 512, 32, 8192, 32
     arguments = inputs(batch, length, width, vocab)

@@ -31,7 +31,9 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
     Returns:
       `[B, T, N, H]`.
     """
-    length = q.shape[1]
+    length, dtype = q.shape[1], q.dtype
+    # Slices of float32 arrays have float32 gradients, which are then summed over the blocks.
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     outputs = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
@@ -39,7 +41,10 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.
         mask = causal & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
         outputs.append(
             jax.nn.dot_product_attention(
-                q[:, start:end], k[:, :end], v[:, :end], mask=mask[:, None]
+                q[:, start:end],
+                k[:, :end].astype(dtype),
+                v[:, :end].astype(dtype),
+                mask=mask[:, None],
             )
         )
     return jnp.concatenate(outputs, axis=1)

@@ -9,6 +9,22 @@ from zerosearch_jax.errors import UserError
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# Keys that change what transformers computes, and the only value that this model implements. A
+# missing or null key has this value. Qwen2 has its bias whatever `attention_bias` says.
+SUPPORTED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+# Sizes that transformers gives a model of the family if the key is missing.
+DEFAULT_KV_HEADS = {"qwen2": 32, "qwen3": 32}  # elsewhere: the query heads
+DEFAULT_HEAD_DIM = {"qwen3": 128}  # elsewhere: hidden_size / query heads
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -89,55 +105,82 @@ def read_config(directory: str | Path) -> ModelConfig:
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Returns the `ModelConfig` of a parsed `config.json`.
 
+    Missing keys have the defaults of transformers' config classes.
+
     Raises:
-      UserError: the architecture or one of its options is not supported.
-      KeyError: a key is missing.
+      UserError: the architecture, one of its options or the type of a value is not supported.
+      KeyError: a key is missing that published models have.
     """
     family = hf.get("model_type", "(none)")
     if family not in FAMILIES:
         raise UserError(f"model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
-    if hf.get("use_sliding_window"):
-        raise UserError("use_sliding_window=true is not supported; only full attention is")
-    if hf.get("hidden_act", "silu") != "silu" or hf.get("mlp_bias"):
+    # As in transformers, rope_scaling replaces rope_parameters if a file has both.
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    _check_supported(family, hf | rope)
+    heads, width = _value(hf, "num_attention_heads", int), _value(hf, "hidden_size", int)
+    if "head_dim" not in hf and family not in DEFAULT_HEAD_DIM and width % heads:
         raise UserError(
-            f"hidden_act={hf.get('hidden_act', 'silu')!r} with mlp_bias={bool(hf.get('mlp_bias'))} "
-            "is not supported; only the SiLU-gated MLP without bias is"
+            f"hidden_size={width} is not divisible by num_attention_heads={heads}; add head_dim"
         )
-    bias = bool(hf.get("attention_bias", False))
-    if bias and family != "qwen2":
-        raise UserError(f"attention_bias is not supported for {family}")
-    # transformers 5 nests rope_theta in rope_parameters; older files have two separate keys.
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kv_heads = heads
+    if "num_key_value_heads" not in hf:
+        kv_heads = DEFAULT_KV_HEADS.get(family, heads)
     return ModelConfig(
         family=family,
-        vocab_size=hf["vocab_size"],
-        embed_dim=hf["hidden_size"],
-        mlp_dim=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)),
-        norm_eps=hf["rms_norm_eps"],
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        vocab_size=_value(hf, "vocab_size", int),
+        embed_dim=width,
+        mlp_dim=_value(hf, "intermediate_size", int),
+        num_layers=_value(hf, "num_hidden_layers", int),
+        num_heads=heads,
+        num_kv_heads=_value(hf, "num_key_value_heads", int, kv_heads),
+        head_dim=_value(hf, "head_dim", int, DEFAULT_HEAD_DIM.get(family, width // heads)),
+        rope_theta=_value({"rope_theta": 10_000.0} | hf | rope, "rope_theta", float),
+        norm_eps=_value(hf, "rms_norm_eps", float, 1e-6),
+        tie_embeddings=_value(hf, "tie_word_embeddings", bool, False),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        max_positions=hf["max_position_embeddings"],
-        rope_scaling=_rope_scaling(rope),
+        max_positions=_value(hf, "max_position_embeddings", int),
+        rope_scaling=_rope_scaling(rope, hf),
     )
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+def _check_supported(family: str, options: dict[str, Any]) -> None:
+    for key, value in SUPPORTED.items():
+        ignored = key == "attention_bias" and family == "qwen2"
+        if not ignored and options.get(key) not in (value, None):
+            raise UserError(f"{key}={options[key]!r} is not supported; only {value!r} is")
+    layer_types = options.get("layer_types") or ()
+    if set(layer_types) - {"full_attention"}:
+        raise UserError(f"layer_types={layer_types!r} is not supported; only full_attention is")
+    if "full_attention" in options:
+        raise UserError("rope_parameters of each layer type are not supported; only one set is")
+
+
+def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Returns `hf[key]`, or the default if it is missing or null; refuses another type."""
+    value = default if hf.get(key) is None else hf[key]
+    if value is None:
+        raise KeyError(key)
+    kinds = (int, float) if kind is float else kind
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    if not fits or (kind is int and value < 1):
+        wanted = {int: "a positive integer", float: "a number", bool: "true or false"}[kind]
+        raise UserError(f"{key}={value!r} must be {wanted}")
+    return kind(value)
+
+
+def _rope_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
         raise UserError(f"rope scaling {kind!r} is not supported; only 'llama3' is")
+    longest = hf["max_position_embeddings"]
     return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_positions=rope["original_max_position_embeddings"],
+        factor=_value(rope, "factor", float),
+        low_freq_factor=_value(rope, "low_freq_factor", float),
+        high_freq_factor=_value(rope, "high_freq_factor", float),
+        original_max_positions=_value(rope, "original_max_position_embeddings", int, longest),
     )
 
 

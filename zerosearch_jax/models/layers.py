@@ -1,4 +1,4 @@
-"""Parameter-free parts of a decoder layer: matrix product, RMS norm, rotary position embedding.
+"""Parameter-free parts of a decoder: matrix product, embedding, RMS norm, rotary positions.
 
 `models.transformer` lists the axis letters.
 """
@@ -44,11 +44,40 @@ def dense(x: jax.Array, weight: jax.Array | LinearOperator, summed: int = 1) -> 
     return out.reshape(*x.shape[:2], *out.shape[1:])
 
 
+@jax.custom_vjp
+def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the rows `[B, T, D]` of `weight` `[V, D]` at `tokens` `[B, T]`, in weight's dtype.
+
+    The gradient of `weight` is summed over the tokens in float32 and rounded once. A bfloat16 sum
+    of equal terms would stop growing at 256 terms.
+    """
+    return weight[tokens]
+
+
+def _embed_backward(residuals, rows_grad):
+    weight, tokens = residuals  # only the weight's shape and dtype are read
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    summed = jnp.zeros(weight.shape, wide).at[tokens].add(rows_grad.astype(wide))
+    return summed.astype(weight.dtype), None
+
+
+embed.defvjp(lambda weight, tokens: (weight[tokens], (weight, tokens)), _embed_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns `x + bias` in x's dtype; the gradient of the bias is summed in float32."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Normalises the last axis by its root mean square, in float32; returns x's dtype."""
+    """Normalises the last axis by its root mean square, in float32; returns x's dtype.
+
+    The gradient of the scale is summed over the positions in float32.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return scale * x32.astype(x.dtype)
+    normalised = x32.astype(x.dtype).astype(jnp.float32)  # rounded as in Hugging Face's models
+    return (scale.astype(jnp.float32) * normalised).astype(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:

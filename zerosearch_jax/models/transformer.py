@@ -26,7 +26,14 @@ from zerosearch_jax.models.attention import (
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.decode_weights import SUMMED_AXES, OutputMajor
 from zerosearch_jax.models.kv_cache import LayerCache
-from zerosearch_jax.models.layers import dense, rms_norm, rope, rope_frequencies
+from zerosearch_jax.models.layers import (
+    add_bias,
+    dense,
+    embed,
+    rms_norm,
+    rope,
+    rope_frequencies,
+)
 from zerosearch_jax.parallel import mesh as mesh_lib
 
 # Logical axes of each parameter, by the last part of its path. `param_shardings` prepends "layers"
@@ -96,7 +103,8 @@ class Block(nnx.Module):
         x = rms_norm(x, self.attn_norm[...], self.eps)
         q, k, v = dense(x, self.q[...]), dense(x, self.k[...]), dense(x, self.v[...])
         if self.q_bias is not None:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            q, k = add_bias(q, self.q_bias[...]), add_bias(k, self.k_bias[...])
+            v = add_bias(v, self.v_bias[...])
         if self.q_norm is not None:
             q = rms_norm(q, self.q_norm[...], self.eps)
             k = rms_norm(k, self.k_norm[...], self.eps)
@@ -340,7 +348,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         weight = self.embedding[...]
-        return weight.rows(tokens) if isinstance(weight, OutputMajor) else weight[tokens]
+        return weight.rows(tokens) if isinstance(weight, OutputMajor) else embed(weight, tokens)
 
     def _angles(self, positions: jax.Array) -> jax.Array:
         config = self.config

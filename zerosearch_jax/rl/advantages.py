@@ -34,7 +34,7 @@ def group_advantages(
     Args:
       rewards: [Q, G] float; G episodes of each of Q questions.
       normalize_std: False omits the division (Dr. GRPO, arXiv 2503.20783).
-      eps: keeps the division finite; in units of reward.
+      eps: above 0, keeps the division finite; in units of reward.
 
     Returns:
       [Q, G] float32, or float64 for float64 rewards.
@@ -42,11 +42,11 @@ def group_advantages(
     rewards = _group_rewards(rewards)
     if rewards.shape[1] == 1:
         return rewards
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    advantages = _minus_mean(rewards, axis=1)
     if normalize_std:
-        advantages = advantages / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
-    all_equal = rewards.max(axis=1, keepdims=True) == rewards.min(axis=1, keepdims=True)
-    return jnp.where(all_equal, 0.0, advantages)
+        variance = (advantages**2).sum(axis=1, keepdims=True) / (rewards.shape[1] - 1)
+        advantages = advantages / (jnp.sqrt(variance) + eps)
+    return advantages
 
 
 def leave_one_out_advantages(rewards: jax.Array) -> jax.Array:
@@ -202,7 +202,7 @@ def whiten(x: jax.Array, mask: jax.Array, *, eps: float = 1e-8) -> jax.Array:
     """
     mask, x = _token_arrays(mask, x)
     count = jnp.maximum(mask.sum(), 1)
-    # Subtract the largest first, as in `_minus_mean`.
+    # Subtract one of the entries first, as in `_minus_mean`.
     x = jnp.where(mask, x - jnp.where(mask, x, -jnp.inf).max(), 0.0)
     x = jnp.where(mask, x - x.sum() / count, 0.0)
     std = jnp.sqrt((x**2).sum() / count)
@@ -258,8 +258,12 @@ def _at_least_two(rewards: jax.Array) -> int:
 
 
 def _minus_mean(x: jax.Array, axis: int | None) -> jax.Array:
-    """x - mean(x), after subtracting max(x): equal entries give exactly 0."""
-    x = x - x.max(axis=axis, keepdims=True)
+    """x - mean(x), after subtracting min(x).
+
+    Equal entries give exactly 0. The rounding error is relative to the range of x and not to its
+    size, so entries such as 1000 ± 0.001 keep their difference.
+    """
+    x = x - x.min(axis=axis, keepdims=True)
     return x - x.mean(axis=axis, keepdims=True)
 
 

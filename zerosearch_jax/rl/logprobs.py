@@ -27,7 +27,8 @@ def chunked_logprobs(
 
     Matrix products, including those of the gradient, take inputs in the dtype of `hidden` and
     accumulate in float32; everything else is float32. The gradient of `unembed` is summed over the
-    chunks in the dtype of `unembed`. Differentiable once, in reverse mode.
+    chunks in float32 and rounded once to the dtype of `unembed`. Differentiable once, in reverse
+    mode.
 
     Args:
       hidden: [B, T, D] final hidden states; position t predicts targets[:, t].
@@ -127,15 +128,14 @@ def _backward(temperature, with_entropy, residuals, cotangents):
         at_target = jnp.arange(weights.shape[0]) == ids[:, None]
         dlogits = (jnp.where(at_target, g, 0.0) - jnp.exp(log_p) * pull) / temperature
         dlogits = dlogits.astype(hidden.dtype)
-        # Sum over the chunks in the dtype of the weights, not in that of `hidden`.
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        embedding_grad += product("nv,nd->vd", dlogits, rows).astype(embedding.dtype)
+        embedding_grad += product("nv,nd->vd", dlogits, rows)
         rows_grad = product("nv,vd->nd", dlogits, weights).astype(hidden.dtype)
         return hidden_grad.at[i].set(rows_grad), embedding_grad
 
-    zeros = jnp.zeros_like(hidden), jnp.zeros_like(embedding)
+    zeros = jnp.zeros_like(hidden), jnp.zeros(embedding.shape, jnp.float32)
     hidden_grad, embedding_grad = lax.fori_loop(0, count, step, zeros)
-    return hidden_grad, embedding_grad, None, None
+    return hidden_grad, embedding_grad.astype(embedding.dtype), None, None
 
 
 _of_chunks.defvjp(_forward, _backward)
