@@ -195,13 +195,16 @@ def test_stop_strings_across_tokens_end_the_text(make_generator, naive):
 
 
 def test_end_tokens_end_the_text(make_generator, naive):
-    end = naive(PROMPTS[0], (0, 0), 8, SAMPLED)[0][2]
-    generator = make_generator(end_ids=[319, end])
-    generator.start([0, 3], [PROMPTS[0], PROMPTS[3]])
-    ended, other = decode(generator, [0, 3], [(0, 0), (3, 0)])
-    assert_same(ended, naive(PROMPTS[0], (0, 0), 8, SAMPLED, end_ids=[319, end]))
-    assert (ended.tokens[-1], ended.finish) == (end, "end")
-    assert_same(other, naive(PROMPTS[3], (3, 0), 8, SAMPLED, end_ids=[319, end]))
+    """Each of three slots stops at another id; the fourth stops only if it samples one."""
+    free = [naive(PROMPTS[slot], (slot, 0), 8, SAMPLED)[0] for slot in range(3)]
+    ends = [next(t for t in row if sum(t in other for other in free) == 1) for row in free]
+    generator = make_generator(end_ids=ends)
+    generator.start(range(4), PROMPTS)
+    generations = decode(generator, range(4), [(slot, 0) for slot in range(4)])
+    for slot, generation in enumerate(generations):
+        assert_same(generation, naive(PROMPTS[slot], (slot, 0), 8, SAMPLED, end_ids=ends))
+    assert [generation.tokens[-1] for generation in generations[:3]] == ends
+    assert {generation.finish for generation in generations[:3]} == {"end"}
 
 
 def test_max_tokens_beyond_the_models_positions_raises(tiny_config):
