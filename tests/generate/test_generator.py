@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.abstract import abstract_generator
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.generate.stops import build_stop_table
@@ -211,6 +212,10 @@ def test_max_tokens_beyond_the_models_positions_raises(tiny_config):
     with pytest.raises(UserError, match="max_tokens=2000"):
         Generator(tiny_config, stop_table=NO_STOPS, end_ids=[], slots=1, max_tokens=2000,
                   mesh=make_mesh())  # fmt: skip
+    with pytest.raises(UserError, match="max_tokens=2000"):
+        abstract_generator(tiny_config, stop_table=NO_STOPS, sampling=GREEDY, slots=1,
+                           max_tokens=2000, mesh=make_mesh(), prefill_rows=1, prefill_tokens=8,
+                           chunk_tokens=1, dtype=jnp.float32, int8_weights=False)  # fmt: skip
 
 
 def test_slots_with_the_same_prompt_share_one_prefill(make_generator, naive):

@@ -194,7 +194,9 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, An
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise UserError(f"{index} names {file}, which is missing; fetch the model again")
-        tensors |= _open_file(directory / file, stack)
+        opened = _open_file(directory / file, stack)
+        # A file may still hold tensors that the index takes from another one.
+        tensors |= {name: at for name, at in opened.items() if weight_map.get(name, file) == file}
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(
