@@ -86,6 +86,19 @@ def test_every_job_checks_its_models_before_it_reads_weights(
         JOBS[name](config, str(tmp_path / "run"))
 
 
+def test_sft_needs_the_end_token_that_it_writes(directory, tmp_path, monkeypatch):
+    """Texts end at an id of config.json, but the tokenizer has no end-of-text token to write."""
+    monkeypatch.setattr(factory, "load_params", forbidden)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if not key.endswith("_token")}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
+    config.init = str(directory)
+    assert config.data.end_of_text
+    with pytest.raises(UserError, match="no eos_token, .* config.data.end_of_text"):
+        sft.run(config, str(tmp_path / "run"))
+
+
 def test_a_tokenizer_with_fewer_ids_than_rows_is_normal(directory):
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     piece = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
