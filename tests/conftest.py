@@ -160,7 +160,8 @@ def markov_model(tmp_path_factory) -> Path:
     # A large embedding dominates the layers. The final norm scales its largest entry to √width.
     params["embedding"][...] = jnp.asarray(20.0 * embedding)
     params["unembed"][...] = jnp.asarray(unembed / np.sqrt(width))
-    save_params(directory, params, config, eos_token_id=tokenizer.eos_token_id)
+    generation = {"eos_token_id": tokenizer.eos_token_id, "top_p": 0.9}
+    save_params(directory, params, config, generation=generation)
     return directory
 
 

@@ -134,7 +134,7 @@ def test_decode_flops_match_a_hand_count():
         qkv_bias=False, qk_norm=False, max_positions=64,
     )  # fmt: skip
     weights = {"a": jax.ShapeDtypeStruct((100,), "float32")}
-    model = decode.factory.Model(config, weights, None)
+    model = decode.factory.Model(config, weights, None, {})
     sizes = ConfigDict(dict(prompt_tokens=6, new_tokens=4))
     assert decode.flops_per_token(model, sizes) == 2 * (100 - 40) + 4 * 8 * 3 * 2 * 2
 
@@ -158,7 +158,7 @@ def gpu_config():
 @pytest.fixture
 def gpu_model(gpu_config):
     config = from_hf(gpu_config.models.tiny.to_dict())
-    return decode.factory.Model(config, init_params(config, 0, dtype=jnp.bfloat16), None)
+    return decode.factory.Model(config, init_params(config, 0, dtype=jnp.bfloat16), None, {})
 
 
 def test_bytes_per_step_match_a_hand_count(gpu_config, gpu_model):

@@ -55,7 +55,7 @@ def tiny():
     tokenizer = load_tokenizer(ROOT / "zerosearch_jax" / "assets" / "policy")
     params = jax.jit(lambda: init_params(sizes, 0))()
     return factory.Model(
-        sizes, jax.device_put(params, param_shardings(params, make_mesh())), tokenizer
+        sizes, jax.device_put(params, param_shardings(params, make_mesh())), tokenizer, {}
     )
 
 
@@ -83,7 +83,7 @@ def llama(directory):
             parameter.add_(scale * torch.randn_like(parameter))
     model.save_pretrained(directory)
     sizes = read_config(directory)
-    return factory.Model(sizes, load_params(directory, sizes, make_mesh()), None)
+    return factory.Model(sizes, load_params(directory, sizes, make_mesh()), None, {})
 
 
 def test_torch_computes_the_same_updates(config, tmp_path):
@@ -159,7 +159,7 @@ def test_update_flops_match_xlas_count(config):
         )
     )  # fmt: skip
     config.learner.remat = "full"
-    model = factory.Model(sizes, jax.jit(lambda: init_params(sizes, 0))(), None)
+    model = factory.Model(sizes, jax.jit(lambda: init_params(sizes, 0))(), None, {})
     updater = learner.Updater(model, config, "float32")
     columns = dict.fromkeys(("old_logprobs", "advantages", "weights"), np.zeros(128))
     sequence = learner.sequence_of(range(128), np.ones(128), **columns)

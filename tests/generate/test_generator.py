@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.abstract import abstract_generator
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling, sample
 from zerosearch_jax.generate.stops import build_stop_table
@@ -195,19 +196,26 @@ def test_stop_strings_across_tokens_end_the_text(make_generator, naive):
 
 
 def test_end_tokens_end_the_text(make_generator, naive):
-    end = naive(PROMPTS[0], (0, 0), 8, SAMPLED)[0][2]
-    generator = make_generator(end_ids=[319, end])
-    generator.start([0, 3], [PROMPTS[0], PROMPTS[3]])
-    ended, other = decode(generator, [0, 3], [(0, 0), (3, 0)])
-    assert_same(ended, naive(PROMPTS[0], (0, 0), 8, SAMPLED, end_ids=[319, end]))
-    assert (ended.tokens[-1], ended.finish) == (end, "end")
-    assert_same(other, naive(PROMPTS[3], (3, 0), 8, SAMPLED, end_ids=[319, end]))
+    """Each of three slots stops at another id; the fourth stops only if it samples one."""
+    free = [naive(PROMPTS[slot], (slot, 0), 8, SAMPLED)[0] for slot in range(3)]
+    ends = [next(t for t in row if sum(t in other for other in free) == 1) for row in free]
+    generator = make_generator(end_ids=ends)
+    generator.start(range(4), PROMPTS)
+    generations = decode(generator, range(4), [(slot, 0) for slot in range(4)])
+    for slot, generation in enumerate(generations):
+        assert_same(generation, naive(PROMPTS[slot], (slot, 0), 8, SAMPLED, end_ids=ends))
+    assert [generation.tokens[-1] for generation in generations[:3]] == ends
+    assert {generation.finish for generation in generations[:3]} == {"end"}
 
 
 def test_max_tokens_beyond_the_models_positions_raises(tiny_config):
     with pytest.raises(UserError, match="max_tokens=2000"):
         Generator(tiny_config, stop_table=NO_STOPS, end_ids=[], slots=1, max_tokens=2000,
                   mesh=make_mesh())  # fmt: skip
+    with pytest.raises(UserError, match="max_tokens=2000"):
+        abstract_generator(tiny_config, stop_table=NO_STOPS, sampling=GREEDY, slots=1,
+                           max_tokens=2000, mesh=make_mesh(), prefill_rows=1, prefill_tokens=8,
+                           chunk_tokens=1, dtype=jnp.float32, int8_weights=False)  # fmt: skip
 
 
 def test_slots_with_the_same_prompt_share_one_prefill(make_generator, naive):

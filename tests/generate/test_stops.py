@@ -1,11 +1,14 @@
 """Compares the stop automaton with a substring search in the joined bytes."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.stops import build_stop_table, check_spellable
 from zerosearch_jax.text.tokenizer import decode, encode, token_bytes
 
 PIECES = st.text(alphabet="abé", max_size=4)
@@ -53,6 +56,26 @@ def test_without_stop_strings_the_table_never_accepts():
     assert table.shape == (2, 3)
     assert table.dtype == np.int16
     assert stopped_after(table, [0, 1, 2, 0]) == [False] * 4
+
+
+@given(
+    st.lists(st.text(alphabet="ab", max_size=3), min_size=1, max_size=4),
+    st.text(alphabet="abc", min_size=1, max_size=4),
+)
+def test_a_stop_string_is_refused_exactly_if_no_tokens_spell_it(pieces, stop):
+    """Every token of a shortest spelling adds a byte of the string, so `len(stop)` suffice."""
+    vocabulary = [piece.encode() for piece in pieces]
+    spelled = any(stop in "".join(tokens) for tokens in product(pieces, repeat=len(stop)))
+    if spelled:
+        check_spellable(vocabulary, [stop])
+    else:
+        with pytest.raises(UserError, match="cannot spell"):
+            check_spellable(vocabulary, [stop])
+
+
+def test_an_unspellable_stop_string_names_the_bytes_that_no_token_continues_with():
+    with pytest.raises(UserError, match=r"the vocab cannot spell 'Doc 6'.*b'Doc'.*b' 6'"):
+        check_spellable([b"Doc", b"6", b""], ["6Doc", "Doc 6"], "the vocab")
 
 
 def test_an_empty_stop_string_raises():

@@ -17,6 +17,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
+from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.telemetry.collapse import CollapseWatch
@@ -126,7 +127,11 @@ def test_the_trained_policy_is_exported_and_differs_from_the_base(finished, mark
     trained = (finished[0] / "policy" / "model.safetensors").read_bytes()
     base = (markov_model / "model.safetensors").read_bytes()
     assert len(trained) == len(base) and trained != base
-    assert (finished[0] / "policy" / "tokenizer.json").is_file()
+    # Tokenizer, sizes, end-of-text ids and sampling settings are those of the base.
+    exported, start = (read_model_files(d) for d in (finished[0] / "policy", markov_model))
+    assert exported.tokenizer.get_vocab() == start.tokenizer.get_vocab()
+    assert (exported.config, exported.generation) == (start.config, start.generation)
+    assert exported.generation["top_p"] == 0.9
 
 
 @pytest.mark.slow

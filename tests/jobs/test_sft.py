@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 from zerosearch_jax import config_flags
 from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.embedded.scripted_agent import Segment
+from zerosearch_jax.data.packing import TokenSequence
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import sft
 from zerosearch_jax.models import lora
-from zerosearch_jax.models.config import read_config
+from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.simulator.pairs import Pair, save_pairs
 from zerosearch_jax.telemetry.metrics import METRICS
 from zerosearch_jax.text.prompts import simulator_prompt
@@ -70,8 +71,9 @@ def test_a_run_learns_and_writes_metrics_and_a_model(config, tmp_path):
     assert rows[-1]["loss/total"] < rows[0]["loss/total"]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert rows[5]["sft/heldout_loss"] < rows[2]["sft/heldout_loss"]
-    tokenizer = load_tokenizer(tmp_path / "model")
-    assert read_config(tmp_path / "model").vocab_size == len(tokenizer)
+    exported = read_model_files(tmp_path / "model")
+    assert exported.config.vocab_size == len(exported.tokenizer)
+    assert exported.generation == read_model_files(config.init).generation
 
     # Repeating the finished command changes nothing.
     weights = (tmp_path / WEIGHTS).read_bytes()
@@ -113,6 +115,14 @@ def test_a_wrong_setting_is_refused(config, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         sft.run(config, str(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_examples_longer_than_the_models_positions_are_refused(tiny_config):
+    fitting = TokenSequence([0] * tiny_config.max_positions, [1.0] * tiny_config.max_positions)
+    sft.check_positions(tiny_config, [fitting])
+    longer = TokenSequence([*fitting.tokens, 0], [*fitting.mask, 1.0])
+    with pytest.raises(UserError, match="has 1025 tokens, .* 1024 positions"):
+        sft.check_positions(tiny_config, [fitting, longer])
 
 
 def _pairs(path: Path, answers: list[str]) -> str:

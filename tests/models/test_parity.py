@@ -46,10 +46,13 @@ def test_an_export_loads_in_transformers_with_the_same_logits(hf_models, kind, t
 
     directory, model = hf_models(kind)
     config = read_config(directory)
-    save_params(tmp_path, load_params(directory, config, make_mesh()), config, eos_token_id=5)
+    generation = {"eos_token_id": [5, 7], "pad_token_id": 3, "do_sample": True, "top_k": 9}
+    params = load_params(directory, config, make_mesh())
+    save_params(tmp_path, params, config, generation=generation)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert read_config(tmp_path) == config
-    assert exported.config.eos_token_id == 5
+    assert exported.config.eos_token_id == [5, 7]
+    assert exported.generation_config.to_dict().items() >= generation.items()
     assert exported.dtype == torch.float32
     tokens = np.random.default_rng(1).integers(0, 96, (1, 100))
     np.testing.assert_array_equal(torch_logits(exported, tokens), torch_logits(model, tokens))

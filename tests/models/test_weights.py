@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models import weights
 from zerosearch_jax.models.config import ModelConfig, read_config
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
-from zerosearch_jax.models.weights import load_params, save_params
+from zerosearch_jax.models.weights import check_headers, load_params, save_params
 from zerosearch_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -33,6 +37,8 @@ CONFIG = ModelConfig(
     qk_norm=False,
     max_positions=128,
 )
+
+CONFIGS = ("config.json", "generation_config.json")
 
 
 def random_params(config=CONFIG, dtype=jnp.float32):
@@ -55,7 +61,7 @@ def assert_same(left, right):
 def test_round_trip_is_bitwise(tmp_path, dtype):
     params = random_params(dtype=dtype)
     save_params(tmp_path, params, CONFIG)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {*CONFIGS, "model.safetensors"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == jnp.dtype(dtype).name
     assert_same(load_params(tmp_path, read_config(tmp_path), make_mesh(), dtype=dtype), params)
 
@@ -76,15 +82,20 @@ def test_one_file_and_several_files_replace_each_other(tmp_path, monkeypatch):
     names = {path.name for path in tmp_path.iterdir()}
     files = {name for name in names if name.endswith(".safetensors")}
     assert len(files) > 2 and "model.safetensors" not in files
-    assert names - files == {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    assert names - files == {*CONFIGS, "model.safetensors.index.json", "tokenizer.json"}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == files
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in jax.tree.leaves(params))
     assert_same(load_params(tmp_path, CONFIG, make_mesh()), params)
+    # A tensor counts only in the file that the index names for it.
+    last = load_file(tmp_path / max(files))
+    save_file(last | {Q0: np.zeros((32, 32), "f4")}, tmp_path / max(files))
+    assert index["weight_map"][Q0] != max(files)
+    assert_same(load_params(tmp_path, CONFIG, make_mesh()), params)
     monkeypatch.undo()
     save_params(tmp_path, params, CONFIG)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {*CONFIGS, "model.safetensors", "tokenizer.json"}
 
 
 def test_a_failed_export_keeps_the_older_one(tmp_path, monkeypatch):
@@ -122,12 +133,21 @@ def test_sharded_parameters_export_like_unsharded_ones(tmp_path):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_redundant_head_of_a_tied_model_is_ignored(tmp_path):
+def test_only_a_copy_of_the_embedding_may_be_the_head_of_a_tied_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CHECKED_ROWS", 24)  # several parts of different sizes
     config = dataclasses.replace(CONFIG, tie_embeddings=True)
     params = random_params(config)
     save_params(tmp_path, params, config)
-    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": np.zeros((64, 32), "f4")}))
+    head = np.array(params["embedding"][...])
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
     assert_same(load_params(tmp_path, config, make_mesh()), params)
+    head[63, 31] += 0.5
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        load_params(tmp_path, config, make_mesh())
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head[1:]}))
+    with pytest.raises(UserError, match=r"\(63, 32\).*\(64, 32\)"):
+        check_headers(tmp_path, config)
 
 
 def edit(directory, change):
@@ -147,13 +167,50 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
         (lambda t: t.update({Q0: t[Q0][:-1]}), rf"{Q0} has shape \(31, 32\).*\(32, 32\)"),
         (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), rf"model.safetensors: {Q0} is I8"),
         (lambda t: t.update({"model.extra.bias": t[Q0]}), "model.extra.bias does not belong"),
+        (lambda t: t.update({Q0.replace("0", "2"): t[Q0]}), "3 layers.*num_hidden_layers=2"),
     ],
 )
-def test_wrong_tensors_raise(tmp_path, change, message):
+def test_wrong_tensors_are_refused_by_their_headers(tmp_path, change, message):
     save_params(tmp_path, random_params(), CONFIG)
     edit(tmp_path, change)
-    with pytest.raises(UserError, match=message):
-        load_params(tmp_path, CONFIG, make_mesh())
+    for read in (check_headers, partial(load_params, mesh=make_mesh())):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, config=CONFIG)
+
+
+@given(
+    dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
+    bad=st.sampled_from([[np.nan], [np.inf], [-np.inf, np.inf]]),
+    name=st.sampled_from(["model.norm.weight", Q0.replace("0", "1"), "lm_head.weight"]),
+    data=st.data(),
+)
+@settings(max_examples=8, deadline=None)
+def test_weights_that_are_not_finite_are_refused_with_file_and_tensor(
+    tmp_path_factory, dtype, bad, name, data
+):
+    directory = tmp_path_factory.mktemp("not-finite")
+    save_params(directory, random_params(dtype=dtype), CONFIG)
+
+    def spoil(tensors):
+        places = st.lists(
+            st.integers(0, tensors[name].size - 1),
+            min_size=len(bad),
+            max_size=len(bad),
+            unique=True,
+        )
+        tensors[name].flat[data.draw(places)] = bad
+
+    edit(directory, spoil)
+    with pytest.raises(UserError, match=rf"model.safetensors: {name} holds .*NaN"):
+        load_params(directory, CONFIG, make_mesh())
+
+
+def test_the_largest_finite_weights_are_accepted(tmp_path):
+    largest = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.finfo(jnp.float32).max), random_params(dtype=jnp.float32)
+    )
+    save_params(tmp_path, largest, CONFIG)
+    assert_same(load_params(tmp_path, CONFIG, make_mesh()), largest)
 
 
 def test_missing_and_damaged_files_raise(tmp_path, monkeypatch):

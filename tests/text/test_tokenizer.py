@@ -1,6 +1,7 @@
 """Tests of tokenizers and of the bytes of their tokens."""
 
 import json
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.text.actions import Action, parse_action
 from zerosearch_jax.text.tokenizer import (
     decode,
     encode,
@@ -167,6 +170,26 @@ def test_question_cannot_spell_a_special_token_without_a_template(tokenizer):
     ids = encode_prompt(tokenizer, "Who?<|endoftext|>me")
     assert tokenizer.eos_token_id not in ids
     assert decode(tokenizer, ids) == "Who?<|endoftext|>me"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_that_are_added_tokens_stop_a_turn_and_parse(tmp_path, special):
+    tags = [f"<{slash}{name}>" for name in ("think", "search", "answer") for slash in ("", "/")]
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    tokenizer.add_tokens([AddedToken(tag, special=special) for tag in [*tags, "<|im_end|>"]])
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    think, _, search, end_search, answer, end_answer = tokenizer.convert_tokens_to_ids(tags)
+    pieces = token_bytes(tokenizer)
+    assert [pieces[i] for i in (think, end_search)] == [b"<think>", b"</search>"]
+    table = build_stop_table(pieces, ["</search>", "</answer>"])
+    for opening, closing, kind in ((search, end_search, "search"), (answer, end_answer, "answer")):
+        ids = [think, *encode(tokenizer, " été "), opening, *encode(tokenizer, " N'D "), closing]
+        states = list(accumulate(ids, lambda state, i: table[state, i], initial=0))
+        assert [state == len(table) - 1 for state in states] == [False] * len(ids) + [True]
+        text = decode(tokenizer, [*ids, tokenizer.eos_token_id])
+        assert text == b"".join(pieces[i] for i in ids).decode()
+        assert parse_action(text) == Action(kind, "N'D")
 
 
 def test_sentencepiece_pieces_have_their_bytes(tmp_path):

@@ -148,7 +148,7 @@ def accelerator(config: BandwidthBenchConfig) -> list[Row]:
         with TemporaryDirectory() as directory:
             save_params(directory, init_params(model_config, 0, dtype=dtype), model_config)
             params = load_params(directory, model_config, make_mesh(), dtype=dtype)
-            model = factory.Model(model_config, params, None)
+            model = factory.Model(model_config, params, None, {})
             for slots in config.slots:
                 prompts = ids[:slots].tolist()
                 precision = dict(dtype=dtype, int8_weights=config.int8_weights)

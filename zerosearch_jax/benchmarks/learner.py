@@ -422,7 +422,7 @@ def mfu(config: MFUBenchConfig) -> list[Row]:
         model_config = from_hf(dict(shape))
         # The state copies the parameters; no other reference keeps the originals in memory.
         updater = Updater(
-            factory.Model(model_config, init_params(model_config, 0), None), config, "bfloat16"
+            factory.Model(model_config, init_params(model_config, 0), None, {}), config, "bfloat16"
         )
         sequences = updater.on_policy(
             random_sequences(sizes, model_config.vocab_size), sizes.tokens

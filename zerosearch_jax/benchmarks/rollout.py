@@ -252,7 +252,7 @@ def generator_of(
     generator = PeerGenerator(
         sizes,
         stop_table=factory.stop_table(model, stops),
-        end_ids=[model.tokenizer.eos_token_id],
+        end_ids=model.end_ids,
         slots=config.lockstep_slots if features == LOCKSTEP else config.slots,
         max_tokens=max_tokens,
         mesh=mesh,

@@ -44,7 +44,7 @@ Batch = namedtuple("Batch", "tokens targets mask old_logprobs advantages")
 
 def make_generator(model: Model, stops: tuple[str, ...]) -> Generator:
     """Makes a generator that stops after one of the `stops`."""
-    table, end_ids = stop_table(model, stops), [model.tokenizer.eos_token_id]
+    table, end_ids = stop_table(model, stops), model.end_ids
     sizes = dict(slots=SLOTS, max_tokens=MAX_TOKENS, prefill_rows=16, decode_rows=(16,))
     return Generator(model.config, stop_table=table, end_ids=end_ids, mesh=make_mesh(), **sizes)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from zerosearch_jax.generate import kernels
+from zerosearch_jax.generate.generator import check_max_tokens
 from zerosearch_jax.generate.kernels import DecodeInputs, DecodeState, PrefillChunk
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.weight_loader import sharded, weight_parts
@@ -61,7 +62,11 @@ def abstract_generator(
       prefill_tokens: the longest of the generator's `prefill_buckets`.
 
     `Generator` documents the other arguments.
+
+    Raises:
+      UserError: `max_tokens` exceeds the model's positions.
     """
+    check_max_tokens(max_tokens, config)
     graphdef, _ = abstract_model(config, dtype=dtype, stacked=False)
     rest, layer = weight_parts(config, mesh, dtype=dtype, int8_weights=int8_weights)
     params = join_layers(rest.weights, [layer.weights] * config.num_layers)

@@ -97,11 +97,7 @@ class Generator:
         int8_weights: bool = False,
         clock: DeviceClock | None = None,
     ):
-        if max_tokens > config.max_positions:
-            raise UserError(
-                f"max_tokens={max_tokens} is beyond the model's {config.max_positions} positions; "
-                "lower the generator's max_tokens"
-            )
+        check_max_tokens(max_tokens, config)
         self.slots = slots
         self.replicas = mesh.shape["data"] * mesh.shape["fsdp"]
         self.max_tokens = max_tokens
@@ -417,6 +413,15 @@ class Generator:
             **self._static,
         )
         return slot_at, result
+
+
+def check_max_tokens(max_tokens: int, config: ModelConfig) -> None:
+    """Raises UserError if a slot of `max_tokens` is longer than the model's positions."""
+    if max_tokens > config.max_positions:
+        raise UserError(
+            f"max_tokens={max_tokens} is beyond the model's {config.max_positions} positions; "
+            "lower the generator's max_tokens"
+        )
 
 
 def slots_by_replica(generator: Generator) -> list[list[int]]:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from zerosearch_jax.errors import UserError
+
 
 def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) -> np.ndarray:
     """Returns the transition table of an Aho-Corasick automaton with one step per token.
@@ -36,6 +38,35 @@ def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) 
         here = np.flatnonzero(column >= 0)
         table[:, here] = step[table[:, here], column[here]]
     return table
+
+
+def check_spellable(
+    token_bytes: Sequence[bytes], stop_strings: Sequence[str], name: str = "the tokenizer"
+) -> None:
+    """Raises UserError if no sequence of tokens contains one of the stop strings.
+
+    Args:
+      token_bytes: as for `build_stop_table`.
+      name: names the tokenizer in the message.
+    """
+    vocabulary = set(token_bytes)
+    for text in stop_strings:
+        data = text.encode()
+        if all(bytes([byte]) in vocabulary for byte in data):
+            continue
+        # With one string, state i of the automaton means that its first i bytes are written.
+        table = build_stop_table(token_bytes, [text])
+        reached, new = set(), {0}
+        while new:
+            reached |= new
+            new = {int(after) for state in new for after in np.unique(table[state])} - reached
+        if len(table) - 1 not in reached:
+            written = max(reached)
+            raise UserError(
+                f"{name} cannot spell {text!r}, which must end a text: its tokens write at most "
+                f"{data[:written]!r}, and none continues with {data[written:]!r}; use a tokenizer "
+                "with these bytes"
+            )
 
 
 def _byte_automaton(patterns: list[bytes]) -> np.ndarray:

@@ -67,6 +67,8 @@ class TextGenerator:
                 min_finished_fraction=MIN_FINISHED_FRACTION if queue else 1.0,
             )
             for slot, generation in stopped.items():
-                texts[active.pop(slot)] = decode(self.tokenizer, generation.tokens)
+                # An end token need not be a special token, which `decode` would leave out.
+                written = generation.tokens[: -1 if generation.finish == "end" else None]
+                texts[active.pop(slot)] = decode(self.tokenizer, written)
                 free[self.generator.replica_of(slot)].append(slot)
         return texts

@@ -36,6 +36,7 @@ from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.simulator.labeling import (
     agreement,
+    check_labeler,
     chosen_labels,
     make_labeler,
 )
@@ -123,7 +124,13 @@ def collect_episodes(config: CollectConfig, episodes: Records) -> None:
 
 
 def make_rollouts(config: CollectConfig) -> Rollouts:
-    """Builds the agent's rollouts, with its programs compiled."""
+    """Builds the agent's rollouts, with its programs compiled.
+
+    First checks the models, the labeler's included, whose stage comes last.
+    """
+    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
+    factory.check_simulator_model(config.search)
+    check_labeler(config.labeling)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)

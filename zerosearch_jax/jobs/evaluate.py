@@ -142,12 +142,15 @@ def evaluate_cases(
     """Yields each case with its episodes. Builds only the engines and models that they need."""
     if not cases:
         return
+    needed = {case["engine"] for case in cases} - {"none"}
+    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
+    for name in needed:
+        factory.check_simulator_model(config.engines[name])
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)
     engines = {
-        name: factory.make_engine(config.engines[name], config.seed, config.mesh)
-        for name in {case["engine"] for case in cases} - {"none"}
+        name: factory.make_engine(config.engines[name], config.seed, config.mesh) for name in needed
     }
     generate = None
     if any(case["method"] == "search_o1" for case in cases):

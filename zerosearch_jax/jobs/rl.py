@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
     check_workdir(workdir)
-    check_simulator(config)
+    check_models(config)
     sampler, eval_rows = load_questions(config)
     parts, state = build(config)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
@@ -184,6 +184,20 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     return Parts(policy, generator, learner, engine, eval_engine, clock), state
 
 
+def check_models(config: RLConfig) -> None:
+    """Checks the model directories, without reading weights, and the simulator's report.
+
+    Raises:
+      UserError: the files of a model contradict each other or the config, or the simulator fails
+        its gate.
+    """
+    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
+    if config.rollout.max_turns:
+        factory.check_simulator_model(config.search)
+        factory.check_simulator_model(config.eval.search)
+    check_simulator(config)
+
+
 def check_simulator(config: RLConfig) -> None:
     """Raises UserError if `simulator.gate.report` is set and its scores miss the thresholds."""
     simulator = config.search.simulator
@@ -290,7 +304,12 @@ def conclude(
     """
     policy = parts.policy
     trained_params = export(
-        workdir / "policy", parts.learner, state, policy.tokenizer, config.policy.model
+        workdir / "policy",
+        parts.learner,
+        state,
+        policy.tokenizer,
+        config.policy.model,
+        policy.generation,
     )
     rows = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
     parts.generator.load(policy.params)

@@ -7,10 +7,11 @@ longer falls. The result is a Hugging Face directory that every other job can lo
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, from_hf
+from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -32,7 +34,7 @@ from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
-from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
+from zerosearch_jax.text.tokenizer import train_tokenizer
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
@@ -54,7 +56,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    model_config, params = initial_model(config, tokenizer, mesh)
+    model_config, params, generation = initial_model(config, tokenizer, mesh)
+    check_positions(model_config, [*train, *validation])
     learner = factory.make_learner(
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
     )
@@ -107,7 +110,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 nonfinite.raise_error(step)
     if best:
         state = best.restore_into(state)
-    export(workdir / "model", learner, state, tokenizer, config.init)
+    export(workdir / "model", learner, state, tokenizer, config.init, generation)
     print(f"model written to {workdir / 'model'}")
 
 
@@ -121,12 +124,18 @@ def load_data(
     examples.
 
     Raises:
-      UserError: without a validation file, the training or the held-out part would be empty.
+      UserError: the files of `config.init` contradict each other, or its tokenizer lacks the
+        end-of-text token that `config.data.end_of_text` writes; or, without a validation file, the
+        training or the held-out part would be empty.
     """
+    tokenizer = read_model_files(config.init).tokenizer if config.init else None
+    if tokenizer is not None and config.data.end_of_text and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{config.init}: the tokenizer has no eos_token, which config.data.end_of_text=True "
+            "writes; set it in tokenizer_config.json"
+        )
     examples = load_examples(config)
-    if config.init:
-        tokenizer = load_tokenizer(config.init)
-    else:
+    if tokenizer is None:
         texts = (segment.text for example in examples for segment in example)
         tokenizer = train_tokenizer(texts, config.vocab_size, workdir / "model")
     sequences = fitting_sequences(examples, tokenizer, config)
@@ -246,13 +255,29 @@ def fitting_sequences(
 
 def initial_model(
     config: SFTConfig, tokenizer, mesh: jax.sharding.Mesh
-) -> tuple[ModelConfig, nnx.State]:
-    """Returns the model of `config.init`, or one with random parameters if that is empty."""
+) -> tuple[ModelConfig, nnx.State, Mapping[str, Any]]:
+    """Returns the model of `config.init`, or one with random parameters if that is empty.
+
+    Returns:
+      Sizes, parameters, and the content of the export's `generation_config.json`.
+    """
     if config.init:
         model = factory.load_model(config.init, mesh, "float32")
-        return model.config, model.params
+        return model.config, model.params, model.generation
     model_config = from_hf(config.model | {"vocab_size": len(tokenizer)})
-    return model_config, init_params(model_config, config.seed)
+    generation = {"eos_token_id": tokenizer.eos_token_id}
+    return model_config, init_params(model_config, config.seed), generation
+
+
+def check_positions(config: ModelConfig, sequences: Sequence[TokenSequence]) -> None:
+    """Raises UserError if a sequence is longer than the model's positions."""
+    longest = max(len(sequence.tokens) for sequence in sequences)
+    if longest > config.max_positions:
+        raise UserError(
+            f"the longest example has {longest} tokens, but the model has {config.max_positions} "
+            f"positions (max_position_embeddings); set config.learner.row_tokens to "
+            f"{config.max_positions} or less, which drops longer examples"
+        )
 
 
 def batch_of(

@@ -23,6 +23,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.intervals import wilson_interval
 from zerosearch_jax.files import write_atomically, write_json
 from zerosearch_jax.rl.rewards import exact_match
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest
 from zerosearch_jax.simulator.gate import simulator_identity
 from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
@@ -41,6 +42,9 @@ ReadSearch = tuple[Pair, Sequence[str], str | None]  # a search, its documents, 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes `report.md` and `report.json` to `workdir`, and prints the former."""
     config = config_flags.typed(SimulatorReportConfig, config)
+    factory.check_model(config.reader.model, config.reader.generator, STOP_STRINGS)
+    for search in config.simulators.values():
+        factory.check_simulator_model(search)
     identities = {name: simulator_identity(search) for name, search in config.simulators.items()}
     pairs = held_out(config.pairs, config.limit, config.seed)
     print(f"{len(pairs)} held-out searches", flush=True)

@@ -19,8 +19,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_json
-from zerosearch_jax.models.config import ModelConfig, to_hf
+from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.generation_config import write_configs
 from zerosearch_jax.models.weights import WEIGHTS, save_tensors
 from zerosearch_jax.text.tokenizer import save_tokenizer
 
@@ -66,13 +66,12 @@ def convert(gguf_file: Path, out: Path) -> None:
             weight = unpermute(weight, config.num_kv_heads)
         tensors[hf_name(tensor.name)] = np.ascontiguousarray(weight)
     save_tensors(out / WEIGHTS, tensors)
-    hf = to_hf(config) | {
-        "dtype": "float32",
+    generation = {
         "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
         "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
     }
-    write_json(out / "config.json", hf, indent=2)
+    write_configs(out, config, "float32", generation)
 
 
 def read_metadata(meta: dict[str, Any]) -> ModelConfig:

@@ -6,7 +6,8 @@ Import streams each parameter from safetensors into its sharding. Export writes 
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.numpy import save_file
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import atomic_path, write_json
-from zerosearch_jax.models.config import ModelConfig, to_hf
+from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.generation_config import write_configs
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
 from zerosearch_jax.parallel.processes import to_host
 
@@ -50,6 +52,7 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16")
 MAX_FILE_BYTES = 5 * 10**9
+CHECKED_ROWS = 4096  # rows of a tied head that are compared at a time
 
 
 def load_params(
@@ -61,8 +64,8 @@ def load_params(
     one parameter on the host. A tied model's redundant `lm_head.weight` is ignored.
 
     Raises:
-      UserError: a file is missing or truncated; or a tensor is missing, has another shape than
-        `config` gives, is not of a float type or does not belong to the model.
+      UserError: as `check_headers`; or a weight is NaN or infinite; or a tied model's
+        `lm_head.weight` differs from its embedding.
     """
     _, abstract = abstract_model(config, dtype=dtype)
     shardings = dict(nnx.to_flat_state(param_shardings(abstract, mesh)))
@@ -70,6 +73,8 @@ def load_params(
     with ExitStack() as stack:
         tensors = _open_tensors(Path(directory), stack)
         _check_tensors(Path(directory), tensors, flat, config)
+        if config.tie_embeddings:
+            _check_tied_head(tensors)
         loaded = {}
         for path, leaf in flat.items():
             shards: dict[tuple, np.ndarray] = {}
@@ -86,21 +91,35 @@ def load_params(
     return nnx.from_flat_state(loaded)
 
 
+def check_headers(directory: str | Path, config: ModelConfig) -> None:
+    """Checks the names, shapes and types of a directory's tensors without reading weights.
+
+    Raises:
+      UserError: a file is missing or truncated; or a tensor is missing, has another shape than
+        `config` gives, is not of a float type or does not belong to the model.
+    """
+    flat = dict(nnx.to_flat_state(abstract_model(config)[1]))
+    with ExitStack() as stack:
+        tensors = _open_tensors(Path(directory), stack)
+        _check_tensors(Path(directory), tensors, flat, config)
+
+
 def save_params(
     directory: str | Path,
     params: nnx.State,
     config: ModelConfig,
     *,
-    eos_token_id: int | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes stacked parameters as a Hugging Face directory, in their dtype.
+    """Writes stacked parameters and their configs as a Hugging Face directory, in their dtype.
 
     All weights are written before an older export in `directory` is replaced. `config.json` is
     written last, so a directory that has one is complete. Other files, such as a tokenizer's, are
     kept. Every process must call this; only process 0 writes.
 
     Args:
-      eos_token_id: token at which servers that load the directory stop.
+      generation: content of `generation_config.json`, which names the tokens at which servers that
+        load the directory stop (`read_generation_config`).
     """
     directory = Path(directory)
     writes = jax.process_index() == 0
@@ -130,10 +149,7 @@ def save_params(
         size = sum(leaf[...].nbytes for leaf in flat.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(directory / INDEX, index, indent=2)
-    hf = to_hf(config) | {"dtype": flat["embedding",][...].dtype.name}
-    # Without these keys transformers would use Llama's old ids 1 and 2.
-    hf |= {"bos_token_id": None, "eos_token_id": eos_token_id}
-    write_json(directory / "config.json", hf, indent=2)
+    write_configs(directory, config, flat["embedding",][...].dtype.name, generation or {})
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -178,7 +194,9 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, An
     for file in sorted(set(weight_map.values())):
         if not (directory / file).is_file():
             raise UserError(f"{index} names {file}, which is missing; fetch the model again")
-        tensors |= _open_file(directory / file, stack)
+        opened = _open_file(directory / file, stack)
+        # A file may still hold tensors that the index takes from another one.
+        tensors |= {name: at for name, at in opened.items() if weight_map.get(name, file) == file}
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(
@@ -200,6 +218,15 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
 def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConfig) -> None:
     """Checks that all tensors exist with the right shape and type, and that none is unused."""
     wanted = {name: _hf_shape(path, flat[path].shape) for name, path, _ in _entries(flat)}
+    layers = {int(i) for name in tensors for i in re.findall(r"^model\.layers\.(\d+)\.", name)}
+    if layers and len(layers) != config.num_layers:
+        raise UserError(
+            f"{directory} has weights of {len(layers)} layers, but config.json gives "
+            f"num_hidden_layers={config.num_layers}; fix config.json or fetch the model again"
+        )
+    head = NAMES["unembed"][0]
+    if config.tie_embeddings and head in tensors:
+        wanted[head] = wanted[NAMES["embedding"][0]]
     for name, shape in wanted.items():
         if name not in tensors:
             raise UserError(
@@ -218,12 +245,27 @@ def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConf
                 f"{path}: {name} is {found.get_dtype()}, not one of {', '.join(FLOATS)}; "
                 "quantised weights are not supported"
             )
-    ignored = {NAMES["unembed"][0]} if config.tie_embeddings else set()
     for name, (path, _) in tensors.items():
-        if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+        if name not in wanted and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(
                 f"{path}: {name} does not belong to a {config.family} model; fix model_type in "
                 "config.json or remove the tensor"
+            )
+
+
+def _check_tied_head(tensors: dict) -> None:
+    """Raises UserError if a tied model's `lm_head.weight` is not a copy of its embedding."""
+    embedding, head = NAMES["embedding"][0], NAMES["unembed"][0]
+    if head not in tensors:
+        return
+    left, right = (tensors[name][1].get_slice(name) for name in (embedding, head))
+    size = left.get_shape()[0]
+    for start in range(0, size, CHECKED_ROWS):
+        rows = slice(start, min(start + CHECKED_ROWS, size))
+        if not np.array_equal(left[rows].astype(np.float32), right[rows].astype(np.float32)):
+            raise UserError(
+                f"{tensors[head][0]}: {head} differs from {embedding}, but config.json gives "
+                "tie_word_embeddings=true; set it to false or remove the tensor"
             )
 
 
@@ -250,7 +292,16 @@ def _read_slice(
         # Of flattened dimensions only the outermost can be sharded (heads, never head_dim).
         inner = math.prod(shape[axis] for axis in rest)
         hf_index.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
-    block = tensors[name][1].get_slice(name)[tuple(hf_index)]
+    file, handle = tensors[name]
+    block = handle.get_slice(name)[tuple(hf_index)]
+    # A float64 sum of float32 values cannot overflow, so it is finite exactly if all of them are.
+    with np.errstate(invalid="ignore"):  # inf - inf
+        finite = np.isfinite(block.sum(dtype=np.float64))
+    if not finite:
+        raise UserError(
+            f"{file}: {name} holds {np.isnan(block).sum()} NaN and {np.isinf(block).sum()} "
+            "infinite weights; fetch the model again, or export an earlier checkpoint"
+        )
     order = [axis for group in groups for axis in group]
     block = block.reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
     return block.transpose(np.argsort(order))

@@ -20,6 +20,7 @@ from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.simulator.pairs import LABELS
@@ -34,6 +35,14 @@ from zerosearch_jax.training.sections import MeshConfig
 Search = tuple[str, Sequence[str], str, Sequence[str]]
 Labeler = Callable[[Sequence[Search]], list[str | None]]
 Complete = Callable[[Sequence[str], Sequence[tuple[int, int]]], list[str | SearchFailed]]
+
+
+def check_labeler(config: LabelingConfig) -> None:
+    """Raises UserError if the labeler runs here and its model directory cannot be used."""
+    if config.kind == "reader":
+        factory.check_model(config.model, config.generator, STOP_STRINGS)
+    elif config.kind == "local":
+        factory.check_model(config.model, config.generator, ())
 
 
 def make_labeler(config: LabelingConfig, seed: int, mesh_config: MeshConfig) -> Labeler | None:

@@ -3,6 +3,7 @@
 A thin layer over `transformers` and `tokenizers`.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from zerosearch_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
+# Some policies have these tags as special tokens. They are text all the same: actions consist of
+# them, so they keep their bytes and are decoded.
+_TAG = re.compile(r"</?(think|search|information|answer)>")
 
 
 def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -39,15 +43,15 @@ def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Returns the bytes of each vocabulary id, `[V]`.
 
-    Special tokens and ids without a token are `b""`, so they never complete a stop string. The
-    joined bytes of encoded text equal the text in UTF-8. A SentencePiece vocabulary adds one space
-    before the text.
+    Special tokens other than tags such as `</search>`, and ids without a token, are `b""`, so they
+    never complete a stop string. The joined bytes of encoded text equal the text in UTF-8. A
+    SentencePiece vocabulary adds one space before the text.
 
     Raises:
       UserError: the vocabulary is neither byte-level BPE nor SentencePiece.
     """
     vocabulary = tokenizer.get_vocab()
-    added, special = tokenizer.added_tokens_decoder, _special_ids(tokenizer)
+    added, special = tokenizer.added_tokens_decoder, _control_ids(tokenizer)
     piece_bytes = _piece_reader(tokenizer)
     result = [b""] * (max(vocabulary.values()) + 1)
     for piece, token_id in vocabulary.items():
@@ -101,9 +105,19 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the special ids that are not text, which are all but the tags."""
+    pieces = tokenizer.added_tokens_decoder
+    return {
+        i for i in _special_ids(tokenizer) if i not in pieces or not _TAG.fullmatch(str(pieces[i]))
+    }
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Decodes `ids` without special tokens; invalid UTF-8 becomes U+FFFD."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Decodes `ids` without special tokens other than tags; invalid UTF-8 becomes U+FFFD."""
+    control = _control_ids(tokenizer)
+    kept = [i for i in ids if i not in control]
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def train_tokenizer(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from flax import nnx
 from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.passages import load_passages
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import Generator
+from zerosearch_jax.generate.generator import Generator, check_max_tokens
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.generate.stops import build_stop_table
+from zerosearch_jax.generate.stops import build_stop_table, check_spellable
 from zerosearch_jax.generate.texts import TextGenerator
-from zerosearch_jax.models.config import ModelConfig, read_config
+from zerosearch_jax.models.config import ModelConfig
+from zerosearch_jax.models.directory import ModelFiles, read_model_files
 from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
@@ -32,7 +34,7 @@ from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
-from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
+from zerosearch_jax.text.tokenizer import token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
 
@@ -43,18 +45,45 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Model:
-    """A model read from a Hugging Face directory: sizes, parameters, tokenizer."""
+    """A model read from a Hugging Face directory.
+
+    Attributes:
+      generation: see `models.generation_config`; exports keep it.
+    """
 
     config: ModelConfig
     params: nnx.State
     tokenizer: object
+    generation: Mapping[str, Any]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """All token ids that end a text."""
+        return self.generation["eos_token_id"]
 
 
 def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
     """Reads a model directory onto a mesh, with parameters of the dtype named `dtype`."""
-    config = read_config(directory)
-    params = load_params(directory, config, mesh, dtype=dtype_of(dtype))
-    return Model(config, params, load_tokenizer(directory))
+    files = read_model_files(directory)
+    params = load_params(directory, files.config, mesh, dtype=dtype_of(dtype))
+    return Model(files.config, params, files.tokenizer, files.generation)
+
+
+def check_model(directory: str, config: GeneratorConfig, stop_strings: tuple[str, ...]) -> None:
+    """Raises UserError if no generator can be made of a directory; reads no weights."""
+    files = read_model_files(directory)
+    try:
+        check_max_tokens(config.max_tokens, files.config)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    stop_table(files, stop_strings)
+
+
+def check_simulator_model(config: SearchConfig) -> None:
+    """Does `check_model` for the model of a search engine that runs one here."""
+    simulator = config.simulator
+    if config.engine == "simulated" and not simulator.url:
+        check_model(simulator.model, simulator.generator, simulator_stops(config.topk))
 
 
 def dtype_of(name: str) -> jax.typing.DTypeLike:
@@ -75,7 +104,7 @@ def make_generator(
     generator = Generator(
         model.config,
         stop_table=stop_table(model, stop_strings),
-        end_ids=[model.tokenizer.eos_token_id],
+        end_ids=model.end_ids,
         slots=config.slots,
         max_tokens=config.max_tokens,
         mesh=mesh,
@@ -92,9 +121,14 @@ def make_generator(
     return generator
 
 
-def stop_table(model: Model, stop_strings: tuple[str, ...]) -> np.ndarray:
-    """Returns the stop automaton over the model's vocabulary, `[A, V]`."""
+def stop_table(model: Model | ModelFiles, stop_strings: tuple[str, ...]) -> np.ndarray:
+    """Returns the stop automaton over the model's vocabulary, `[A, V]`.
+
+    Raises:
+      UserError: the vocabulary cannot spell one of the stop strings.
+    """
     vocabulary = token_bytes(model.tokenizer)
+    check_spellable(vocabulary, stop_strings, f"{model.tokenizer.name_or_path}: the tokenizer")
     vocabulary += [b""] * (model.config.vocab_size - len(vocabulary))
     return build_stop_table(vocabulary, stop_strings)
 
@@ -195,8 +229,7 @@ def make_texts(
     _, own = local_meshes(whole, simulator.devices, simulator.tensor)
     model = load_model(simulator.model, own, simulator.generator.dtype)
     sampling = Sampling(simulator.temperature, simulator.top_k, simulator.top_p)
-    # The engine keeps `topk` documents, so generation stops where the next one would begin.
-    stops = (f"Doc {config.topk + 1}",)
+    stops = simulator_stops(config.topk)
     generator = make_generator(model, simulator.generator, own, stops, clock)
     generator.warm_up([sampling])
     return TextGenerator(
@@ -206,6 +239,11 @@ def make_texts(
         max_new_tokens=simulator.max_new_tokens,
         key=jax.random.fold_in(jax.random.key(seed), 1),
     )
+
+
+def simulator_stops(topk: int) -> tuple[str, ...]:
+    """Returns the stop strings of a simulator, whose engine keeps the first `topk` documents."""
+    return (f"Doc {topk + 1}",)
 
 
 def make_learner(

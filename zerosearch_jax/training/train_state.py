@@ -32,7 +32,12 @@ def resume(
 
 
 def export(
-    directory: Path, learner: Learner, state: TrainState, tokenizer, base_model: str
+    directory: Path,
+    learner: Learner,
+    state: TrainState,
+    tokenizer,
+    base_model: str,
+    generation: Mapping[str, Any],
 ) -> nnx.State:
     """Writes the policy as a model directory, with any adapters merged; returns its parameters.
 
@@ -40,12 +45,13 @@ def export(
 
     Args:
       base_model: name or path of the model that the adapters adapt.
+      generation: content of `generation_config.json`, see `models.generation_config`.
     """
     if learner.lora is not None:
         adapters, folder = state.params["policy"], directory.parent / "adapters"
         save_adapters(folder, adapters, learner.lora, learner.config, base_model)
     params = learner.policy(state)
-    save_params(directory, params, learner.config, eos_token_id=tokenizer.eos_token_id)
+    save_params(directory, params, learner.config, generation=generation)
     if jax.process_index() == 0:
         tokenizer.save_pretrained(directory)
     return params
