@@ -173,7 +173,7 @@ def test_question_cannot_spell_a_special_token_without_a_template(tokenizer):
     assert decode(tokenizer, ids) == "Who?<|endoftext|>me"
 
 
-PLAIN = ("Chad", "  ")
+PLAIN = ("Chad", "  ", "|")
 CONTROL = (
     "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_call>", "<|fim|>", "<|file|>", "[w]"
 )  # fmt: skip

@@ -21,9 +21,9 @@ END_OF_TEXT = "<|endoftext|>"
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
 
-# Added tokens that text may spell: words and whitespace, and the tags of the episode's grammar,
-# which `text.prompts` neutralises in all text from outside.
-_PLAIN = re.compile(r"[\w\s]+")
+# Added tokens that text may spell: words, whitespace and single characters, and the tags of the
+# episode's grammar, which `text.prompts` neutralises in all text from outside.
+_PLAIN = re.compile(r"[\w\s]+|.")
 _TAG = re.compile(r"</?(think|search|information|answer)>")
 
 
@@ -72,8 +72,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encodes `text` without adding tokens before or after it.
 
     A control token spelled out in `text` is ordinary text, so that a document cannot end a turn.
-    Control tokens are the special tokens and all other added tokens, except words, whitespace and
-    the tags of the episode's grammar.
+    Control tokens are the special tokens and all other added tokens, except words, whitespace,
+    single characters and the tags of the episode's grammar.
     """
     backend, _ = _unspellable(tokenizer)
     return backend.encode(text.replace(_MARK, "\ufffd"), add_special_tokens=False).ids
@@ -120,7 +120,8 @@ def _unspellable(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[st
     """Copies the tokenizer and gives its control tokens names that no text spells.
 
     Returns:
-      The copy, with the same ids, and the name of each control token by its content.
+      The copy, with the same ids, and the name of each control token by its content. The copy is
+      kept, so tokens must be added before the first text is encoded.
     """
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     data |= dict(truncation=None, padding=None, post_processor=None)
