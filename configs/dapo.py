@@ -3,7 +3,7 @@
   python -m zerosearch_jax.main --config=configs/dapo.py[:PRESET]
 
 Differs from grpo.py: a higher upper clip, two updates per step, dynamic sampling, no KL,
-and no loss on episodes that ended because an observation did not fit. Both use the token mean.
+and no loss on truncated episodes. Both use the token mean.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.771
 (docs/algorithms.md).

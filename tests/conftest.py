@@ -21,7 +21,7 @@ from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.text import prompts
-from zerosearch_jax.text.tokenizer import encode, train_tokenizer
+from zerosearch_jax.text.tokenizer import encode, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER_TEXTS = [
@@ -60,6 +60,16 @@ def _restore_compilation_cache():
 def tiny_tokenizer(tmp_path_factory):
     """A byte-level BPE tokenizer of at most 320 ids, one of them for each byte."""
     return train_tokenizer(TOKENIZER_TEXTS, 320, tmp_path_factory.mktemp("tiny-tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer(tiny_tokenizer, tmp_path_factory):
+    """The tiny tokenizer with a chat template that opens a thought, as DeepSeek-R1's."""
+    directory = tmp_path_factory.mktemp("thinking-tokenizer")
+    tiny_tokenizer.save_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = "{{ messages[-1].content }}<think>{{ '\n' }}"
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

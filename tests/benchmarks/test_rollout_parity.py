@@ -60,7 +60,7 @@ def naive(model):
         tokens = encode_prompt(tokenizer, prompts.policy_prompt(episode.question))
         logprobs = []
         for turn in range(LIMITS.max_turns + 1):
-            new = []
+            new, cut = [], True
             while len(new) < LIMITS.response_tokens and len(tokens) < MAX_TOKENS:
                 padded = np.zeros((1, MAX_TOKENS), np.int32)
                 padded[0, : len(tokens)] = tokens
@@ -70,12 +70,13 @@ def naive(model):
                 logprobs.append(float(logprob[0]))
                 text = decode(tokenizer, new)
                 if any(stop in text for stop in STOP_STRINGS) or new[-1] == tokenizer.eos_token_id:
+                    cut = False
                     break
             action = parse_action(decode(tokenizer, new), "")
             if action.kind == "answer":
                 return tokens, logprobs, "answer"
             if turn == LIMITS.max_turns:
-                return tokens, logprobs, "turns"
+                return tokens, logprobs, "length" if cut else "turns"
             text = prompts.INVALID_ACTION
             if action.kind == "search":
                 documents = [f"{action.content} is {episode.question}"] * (1 + turn)

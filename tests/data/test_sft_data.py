@@ -148,6 +148,21 @@ def test_loss_weights_depend_on_the_writer(tiny_tokenizer):
     assert decode(tiny_tokenizer, sequence.tokens) == "Ask.own doc"
 
 
+@pytest.mark.parametrize(
+    ("own", "text"),
+    [
+        ("<think> a </think> b", "Ask.<think>\n a </think> b doc"),
+        (" b", "Ask.<think>\n</think> b doc"),
+    ],
+)
+def test_an_example_continues_the_thought_of_the_template(thinking_tokenizer, own, text):
+    segments = [Segment("Ask.", False), Segment(own, True), Segment(" doc", False)]
+    sequence = tokenise(
+        segments, thinking_tokenizer, system="", inserted_weight=0.0, end_of_text=False
+    )
+    assert decode(thinking_tokenizer, sequence.tokens) == text
+
+
 def test_the_sft_baseline_answers_with_the_first_golden_answer():
     rows = [QARow("1", "Which river?", ("Chari", "Shari"), "t")]
     ((prompt, answer),) = answer_examples(rows)

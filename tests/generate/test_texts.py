@@ -62,6 +62,13 @@ def test_a_text_is_the_decoded_generation_without_the_prompt(texts, tiny_tokeniz
     assert text == decode(tiny_tokenizer, generation.tokens)
 
 
+def test_a_text_begins_with_the_thought_that_the_template_opened(texts, thinking_tokenizer):
+    options = dict(sampling=Sampling(), max_new_tokens=6, key=texts.key)
+    thinking = TextGenerator(texts.generator, thinking_tokenizer, **options)
+    (text,) = thinking(PROMPTS[:1], KEYS[:1])
+    assert text.startswith("<think>") and len(text) > len("<think>")
+
+
 def test_few_prompts_are_spread_over_all_replicas(make_texts, texts, monkeypatch):
     """Gives three prompts to two replicas of five slots each, twice."""
     spread = make_texts(slots=10, mesh=make_mesh(data=2))

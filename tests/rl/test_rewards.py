@@ -114,12 +114,27 @@ GOOD = ["<think>a</think><search>q</search>", "\n<think>b</think>\n<answer>Lima<
         (["<think>a</think>nothing", GOOD[1]], False),
         ([GOOD[1], GOOD[1]], False),
         (["<think>a<search>q</search></think>", GOOD[1]], False),
+        (["<think>or <answer>Lima</answer>"], False),
+        (
+            ["<think><information>Doc 1: Lima</information></think><search>q</search>", GOOD[1]],
+            False,
+        ),
+        (["<think>a</think><information>x</information><search>q</search>", GOOD[1]], False),
+        ([GOOD[0], "<think>< / Information ></think><answer>Lima</answer>"], False),
+        (["<think>the information is missing</think><search>q</search>", GOOD[1]], True),
     ],
 )
 def test_format_by_hand(policy_texts, valid):
     kinds = [parse_action(text).kind for text in policy_texts]
     assert rewards.has_valid_format(policy_texts, kinds) is valid
     assert rewards.format_reward(policy_texts, kinds) == float(valid)
+
+
+def test_an_answer_inside_a_thought_scores_nothing():
+    thought = "<think>it may be <answer>Lima</answer>"
+    assert _episode_reward("answer", [thought]) == 0.0
+    assert _episode_reward("answer", [thought + "</think><answer>Quito</answer>"]) == 0.0
+    assert _episode_reward("answer", [thought, GOOD[1]]) == pytest.approx(2 / 3)
 
 
 def test_a_forced_answer_has_no_valid_format():

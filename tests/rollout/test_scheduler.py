@@ -11,13 +11,15 @@ import pytest
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generation
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.rl.rewards import exact_match
+from zerosearch_jax.rl.rewards import exact_match, has_valid_format
 from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.search.http_client import JsonClient, answer_all
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, token_bytes
+from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.policy_update import sequences_of
 
 EPISODES = [
     Episode(10, "Who?", ("A", "a")),
@@ -76,6 +78,7 @@ class ScriptedPolicy:
     def start_decoding(self, slots, *, streams, max_new_tokens):
         assert not self.decoding.keys() & set(slots)
         self.decoding |= {slot: number for slot, (number, _) in zip(slots, streams, strict=True)}
+        self.max_new_tokens = max_new_tokens
 
     def decode_chunk(self, *, key, sampling):
         """Stops the first `stopping` of the decoding slots."""
@@ -85,10 +88,12 @@ class ScriptedPolicy:
         generations = {}
         for slot, number in stopped.items():
             del self.decoding[slot]
-            tokens = self.script[number][self.turns_done[number]]
+            turn = self.script[number][self.turns_done[number]]
+            tokens = turn[: self.max_new_tokens]
             self.turns_done[number] += 1
             self.held[slot] += tokens
-            generations[slot] = Generation(tokens, [-0.01 * t for t in tokens], "stop")
+            finish = "stop" if tokens == turn else "length"
+            generations[slot] = Generation(tokens, [-0.01 * t for t in tokens], finish)
         return generations
 
     def decode_until(self, *, key, sampling, min_finished_fraction):
@@ -122,13 +127,13 @@ class EchoEngine:
 
 
 def run(tokenizer, script, engine=None, episodes=None, policy=None, max_turns=3,
-         observation_tokens=500, **options):  # fmt: skip
+         observation_tokens=500, response_tokens=400, **options):  # fmt: skip
     policy = policy or ScriptedPolicy(tokenizer, script)
     rollouts = Rollouts(
         policy,
         engine or EchoEngine(),
         tokenizer,
-        limits=Limits(max_turns, 400, observation_tokens),
+        limits=Limits(max_turns, response_tokens, observation_tokens),
         sampling=Sampling(),
         **options,
     )
@@ -315,6 +320,57 @@ def test_an_observation_that_does_not_fit_ends_only_its_episode(tiny_tokenizer):
             tiny_tokenizer, script, EchoEngine("d"), policy=policy, episodes=EPISODES[:1]
         )
         assert trajectory.finish == finish
+
+
+@pytest.mark.parametrize(
+    ("turns", "finish", "kinds"),
+    [
+        (["ramble", ANSWER + " cut"], "answer", ["invalid", "answer"]),
+        (["ramble", "<think> so" + ANSWER], "length", ["invalid", "invalid"]),
+        (["ramble", "ramble"], "turns", ["invalid", "invalid"]),
+        (["ramble", search("a")], "turns", ["invalid", "search"]),
+        ([ANSWER[:-1] + " ", ANSWER], "answer", ["invalid", "answer"]),
+        (["<think> so" + ANSWER, ANSWER], "answer", ["invalid", "answer"]),
+    ],
+)
+def test_only_an_episode_whose_last_turn_is_cut_is_truncated(tiny_tokenizer, turns, finish, kinds):
+    (trajectory,), _ = run(tiny_tokenizer, {10: turns}, max_turns=1, response_tokens=len(ANSWER))
+    assert [turn.action.kind for turn in trajectory.turns] == kinds
+    assert trajectory.finish == finish
+    truncated = finish == "length"
+    assert episode_metrics([trajectory])["truncated_ratio"] == truncated
+    (kept,), (masked,) = (sequences_of([trajectory], overlong) for overlong in ("keep", "mask"))
+    assert sum(kept.mask) == trajectory.policy_tokens > 0
+    assert sum(masked.mask) == (0 if truncated else sum(kept.mask))
+
+
+def test_a_template_that_opens_a_thought_opens_that_of_the_first_turn(thinking_tokenizer):
+    script = {
+        10: ["hm </think>\n<search> a </search>", ANSWER],
+        11: ["hm <answer> B </answer>", ANSWER],
+        12: ["<search> c </search>", "hm </think>\n<answer> C </answer>"],
+    }
+    trajectories, policy = run(thinking_tokenizer, script, max_turns=1)
+    kinds = [[turn.action.kind for turn in t.turns] for t in trajectories]
+    assert kinds == [["search", "answer"], ["invalid", "answer"], ["invalid", "answer"]]
+    valid = [
+        has_valid_format([turn.text for turn in t.turns], of_turns)
+        for t, of_turns in zip(trajectories, kinds, strict=True)
+    ]
+    assert valid == [True, False, False]
+    for slot, trajectory in enumerate(trajectories):  # The template's tag is no policy token.
+        assert trajectory.tokens == policy.held[slot]
+        assert trajectory.policy_tokens == sum(map(len, script[trajectory.episode.number]))
+
+
+@pytest.mark.parametrize("opening", ["answer", "search"])
+def test_an_opening_continues_the_thought_of_the_template(thinking_tokenizer, opening):
+    script = {10: [" Rome </answer>" if opening == "answer" else ANSWER]}
+    (trajectory,), _ = run(thinking_tokenizer, script, opening=opening, max_turns=0)
+    assert trajectory.answer == ("Rome" if opening == "answer" else "Beijing")
+    text = trajectory.segments(thinking_tokenizer)[0][0].partition("Question: Who?\n")[2]
+    assert text.count("<think>") == text.count("</think>") == 1
+    assert text.startswith("<think>\n I ")
 
 
 def test_opening_answer_leaves_one_turn_that_completes_the_answer(tiny_tokenizer):

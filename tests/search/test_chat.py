@@ -102,6 +102,14 @@ def test_engine_sends_each_request_its_own_prompt(serve):
     }
 
 
+def test_thoughts_of_the_simulator_are_no_documents(serve):
+    reply = completion("<think>plan: Doc 1: x</think>\nDoc 1: a\nDoc 2: b")
+    reply["choices"][0]["message"]["reasoning_content"] = "Doc 1: y"
+    engine = SimulatedEngine(chat(serve(lambda call: (200, reply))[0]), form="prompted", topk=2)
+    (result,) = engine.search([SearchRequest(0, 0, "q", "Q?", ("a",))])
+    assert result == SearchResult((0, 0), ("a", "b"))
+
+
 def test_retry_sends_the_same_payload(serve):
     statuses = iter([503, 200])
     url, calls = serve(lambda call: (next(statuses), completion("t")))

@@ -58,9 +58,17 @@ def test_failed_and_empty_results_are_returned_unchanged():
     assert reader.calls == [{}]
 
 
-def test_empty_text_becomes_no_helpful_information():
-    (result,) = RefiningEngine(Engine(), Reader({(7, 0): " \n"})).search(REQUESTS[:1])
-    assert result.documents == (NO_HELPFUL_INFORMATION,)
+@pytest.mark.parametrize(
+    ("text", "document"),
+    [
+        (" \n", NO_HELPFUL_INFORMATION),
+        ("<think>Is it Chad?</think>\nIt is N'Djamena.", "It is N'Djamena."),
+        ("<think>It is N'Djamena, because", NO_HELPFUL_INFORMATION),
+    ],
+)
+def test_a_refined_document_is_the_text_without_thoughts(text, document):
+    (result,) = RefiningEngine(Engine(), Reader({(7, 0): text})).search(REQUESTS[:1])
+    assert result.documents == (document,)
 
 
 def test_missing_text_raises():

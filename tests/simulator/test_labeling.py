@@ -49,6 +49,8 @@ def test_the_prompt_holds_question_answers_and_neutralised_documents():
         ("\nNo, because yes", False),
         ("<think>No? yes!</think>\n\nno", False),
         ("<think> yes", None),
+        ("yes it may be </think> no", False),
+        ("no <think> or yes? </think>", False),
         ("None of them", None),
         ("Not sure: yes", None),
         ("", None),

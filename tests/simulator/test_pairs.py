@@ -97,6 +97,12 @@ def test_the_simulators_prompt_is_parsed_back(
     assert (pair.label, pair.prompt) == ("noisy" if noisy else "useful", prompt)
 
 
+def test_thoughts_in_an_answer_are_no_documents(tmp_path):
+    answer = f"<think>Doc 1: a plan</think>{ANSWER}"
+    (pair,) = load_pairs(_write(tmp_path / "a.jsonl", [{"prompt": PROMPT, "output": answer}]))
+    assert pair.documents == ("The Chari", "A lake.", "Sand.")
+
+
 GOOD = {"id": "a", "query": "q", "question": "?", "golden_answers": ["g"], "label": "noisy"} | {
     "last": True,
     "documents": ["d"],

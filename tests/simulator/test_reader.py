@@ -54,6 +54,19 @@ def test_reader_answers_in_order_and_a_search_is_no_answer(tiny_tokenizer, gener
     assert generator.prompts[1][:20] == start[:20]
 
 
+def test_reader_answer_inside_a_thought_is_no_answer(tiny_tokenizer):
+    generator = ScriptedGenerator(lambda _: encode(tiny_tokenizer, " 1. <answer> 1 </answer>"))
+    assert _read(generator, tiny_tokenizer, [("It is 1.",)]) == [None]
+
+
+def test_reader_documents_follow_no_open_thought(thinking_tokenizer, generator):
+    assert _read(generator, thinking_tokenizer, [("It is 0.",)]) == ["0"]
+    text = decode(thinking_tokenizer, generator.prompts[0]).partition("Who is 0?\n")[2]
+    assert text == (
+        "<think>\n</think>\n\n<information>Doc 1: It is 0.</information>\n\n<think> The query 0 is"
+    )
+
+
 def test_reader_documents_are_cut_and_neutralised_before_the_closing_tag(tiny_tokenizer, generator):
     _read(generator, tiny_tokenizer, [("</information> x",), ("y " * 99,)])
     for prompt in generator.prompts:

@@ -19,7 +19,13 @@ from zerosearch_jax.text.actions import INVALID, Action, final_answer, parse_act
         ("<search>two\nlines</search>,", Action("search", "two\nlines")),
         ("<think>I may <search> or <answer>.</think><search>q</search>", Action("search", "q")),
         ("<answer> a <search> q </search>", Action("search", "q")),
-        ("<think>unclosed <search>q</search>", Action("search", "q")),
+        ("<think>unclosed <search>q</search>", INVALID),
+        ("<think>unclosed <answer>a</answer>", INVALID),
+        ("<think>a <answer>a</answer> b</think><search>q</search>", Action("search", "q")),
+        ("<think>a</think><think>b <answer>a</answer>", INVALID),
+        ("<search> a <think> b </search>", INVALID),
+        ("the prompt opened this </think><answer>a</answer>", Action("answer", "a")),
+        ("<sea<think>x</think>rch>q</search>", INVALID),
         ("<search>q</search><answer>imagined</answer>", Action("search", "q")),
         ("<answer>5 < 6</answer>", Action("answer", "5 < 6")),
         ("", INVALID),
@@ -65,6 +71,8 @@ def test_final_answer_is_the_last_answer_of_the_policy():
     assert final_answer(["<answer>a</answer>", "nothing"]) == "a"
     assert final_answer(["<search>q</search>", " Lima</answer>"], open_tag="answer") == "Lima"
     assert final_answer([" Lima</answer>", "<search>q</search>"], open_tag="answer") is None
+    assert final_answer(["<think><answer>a</answer>", "<answer>b</answer>"]) == "b"
+    assert final_answer(["<answer>a</answer>", "<think>or <answer>b</answer>"]) == "a"
     assert final_answer(["<search>q</search>"]) is None
     assert final_answer([]) is None
 

@@ -152,6 +152,10 @@ def test_empty_and_failed_searches_have_distinct_texts():
         ("Doc 1: a\nDoc 2: b\nDoc 1: again", 5, ["a", "b"]),
         ("Doc 1:\nDoc 2: b", 5, ["b"]),
         ("Doc 6: beyond", 5, []),
+        ("<think>plan: Doc 1: x</think>\nDoc 1: a\nDoc 2: b", 2, ["a", "b"]),
+        ("plan: Doc 1: x\n</think>\n\nDoc 1: a\nDoc 2: b", 2, ["a", "b"]),
+        ("Doc 1: a\n<think>now Doc 2: x</think>\nDoc 2: b", 2, ["a", "b"]),
+        ("<think>plan: Doc 1: x\nDoc 2: y", 2, []),
         ("I cannot help.", 5, []),
         ("", 5, []),
     ],
@@ -184,6 +188,18 @@ def test_refinement_prompt_has_each_part_on_its_own_line():
     assert prompts.NO_HELPFUL_INFORMATION == "No helpful information found."
 
 
-@given(tag_soup, tag_soup, st.lists(tag_soup, min_size=1, max_size=3))
-def test_refinement_prompt_contains_no_tag(question, query, documents):
-    assert not ANY_TAG.search(prompts.refine_prompt(question, query, documents))
+@given(tag_soup)
+def test_no_prompt_takes_a_tag_from_outside(text):
+    """The policy's prompt and the forced search contain tags: those of the grammar."""
+    builders = (
+        lambda x: prompts.policy_prompt(x),
+        lambda x: prompts.forced_search(x),
+        lambda x: prompts.refine_prompt(x, x, [x, x]),
+        lambda x: prompts.labeling_prompt(x, [x, x], [x]),
+        lambda x: prompts.simulator_prompt(x, x, x, True, "finetuned", 2),
+        lambda x: prompts.simulator_prompt(x, x, x, False, "prompted", 2),
+        lambda x: prompts.reader_opening(x),
+        lambda x: prompts.search_failed(x),
+    )
+    for build in builders:
+        assert ANY_TAG.findall(build(text)) == ANY_TAG.findall(build("harmless"))

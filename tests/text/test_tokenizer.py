@@ -2,20 +2,24 @@
 
 import json
 from itertools import accumulate
+import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers.processors import TemplateProcessing
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.text.actions import Action, parse_action
+from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import (
     decode,
     encode,
     encode_prompt,
     load_tokenizer,
+    opens_thought,
     save_tokenizer,
     token_bytes,
     train_tokenizer,
@@ -190,6 +194,122 @@ def test_tags_that_are_added_tokens_stop_a_turn_and_parse(tmp_path, special):
         text = decode(tokenizer, [*ids, tokenizer.eos_token_id])
         assert text == b"".join(pieces[i] for i in ids).decode()
         assert parse_action(text) == Action(kind, "N'D")
+
+
+PLAIN = ("Chad", "  ", "|")
+CONTROL = (
+    "<|im_start|>", "<|im_end|>", "<tool_response>", "</tool_call>", "<|fim|>", "<|file|>", "[w]"
+)  # fmt: skip
+FLAGS = {
+    "</tool_call>": dict(lstrip=True),
+    "<|fim|>": dict(lstrip=True, rstrip=True),
+    "<|file|>": dict(normalized=True),
+    "[w]": dict(single_word=True, normalized=True),
+}
+
+
+@pytest.fixture(scope="module", params=[None, "NFKC"])
+def added_tokenizer(request, tmp_path_factory):
+    """A chat tokenizer with added tokens of all kinds; most are not special, as Qwen3's."""
+    directory = tmp_path_factory.mktemp("added")
+    tokenizer = train_tokenizer(TEXTS, 300, directory)
+    if request.param:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens(list(CONTROL[:2]), special_tokens=True)
+    for content in (*CONTROL[2:], "<think>", "</think>", *PLAIN):
+        flags = dict(normalized=False) | FLAGS.get(content, {})
+        tokenizer.add_tokens([AddedToken(content, special=False, **flags)])
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+hostile = st.lists(
+    st.sampled_from(
+        [*CONTROL, *PLAIN, "<think>", "</think>", "<|endoftext|>", "＜tool_response＞", "＜think＞"]
+        + ["<|im_", "end|>", "[", "w", "]", " ", "\n", "é", "\U0010fffd", "0", "\ue000"]
+    ),
+    min_size=1,
+    max_size=8,
+).map("".join)
+
+
+def added_tokens_in(tokenizer, ids):
+    added = tokenizer.added_tokens_decoder
+    return [added[i].content for i in ids if i in added and added[i].content not in PLAIN]
+
+
+@settings(max_examples=60, deadline=None)
+@given(hostile)
+def test_inserted_text_never_becomes_a_control_token(added_tokenizer, text):
+    form = "NFKC" if added_tokenizer.backend_tokenizer.normalizer else "NFC"
+    block = prompts.information_block(prompts.format_documents([text]))
+    ids = encode(added_tokenizer, block)
+    assert added_tokens_in(added_tokenizer, ids) == []
+    kept = unicodedata.normalize(form, block.replace("\U0010fffd", "\ufffd"))
+    assert decode(added_tokenizer, ids) == kept
+
+    def in_prompts(text):
+        texts = [
+            prompts.policy_prompt(text),
+            prompts.simulator_prompt(text, text, text, True, "finetuned", 2),
+            prompts.labeling_prompt(text, [text], [text]),
+        ]
+        prompt_ids = [encode_prompt(added_tokenizer, t, system="") for t in texts]
+        return [added_tokens_in(added_tokenizer, ids) for ids in prompt_ids]
+
+    assert in_prompts(text) == in_prompts("Who?")
+
+
+def test_words_and_tags_of_the_grammar_keep_their_added_tokens(added_tokenizer):
+    text = "<think> Chad  </think>"
+    ids = added_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode(added_tokenizer, text) == ids
+    names = added_tokenizer.convert_ids_to_tokens(ids)
+    assert {"<think>", "Chad", "  ", "</think>"} <= set(names)
+
+
+@pytest.fixture
+def with_post_processor(tmp_path):
+    """A tokenizer that writes a BOS token before and an EOS token after each text."""
+    tokenizer = train_tokenizer(TEXTS, 300, tmp_path)
+    tokenizer.add_tokens(["<s>", "</s>"], special_tokens=True)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $0 </s>", None, ids)
+    assert tokenizer.decode(tokenizer("a")["input_ids"]) == "<s>a</s>"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [(None, "<s>hi</s>"), ("<s>{{ messages[0].content }}[a]", "<s>hi</s>[a]")],
+)
+def test_prompts_end_with_no_token_of_the_post_processor(with_post_processor, template, prompt):
+    tokenizer = with_post_processor
+    tokenizer.chat_template = template
+    ids = encode_prompt(tokenizer, "hi</s>")
+    assert tokenizer.decode(ids, skip_special_tokens=False) == prompt
+    assert ids.count(tokenizer.convert_tokens_to_ids("<s>")) == 1
+    assert tokenizer.convert_tokens_to_ids("</s>") not in ids
+    assert tokenizer.decode(encode(tokenizer, "hi"), skip_special_tokens=False) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("ending", "opens"),
+    [
+        ("", False),
+        ("<think>\n", True),
+        ("<think>\n\n</think>\n\n", False),
+        ("{% if add_generation_prompt %}<think>{% endif %}", True),
+    ],
+)
+def test_a_template_may_open_a_thought(tokenizer, tmp_path, ending, opens):
+    """A thought in the question or in the user's turn opens none."""
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert not opens_thought(tokenizer)
+    tokenizer.chat_template = "<think>{{ messages[-1].content }}[assistant]" + ending
+    assert opens_thought(tokenizer) is opens_thought(tokenizer, system="") is opens
 
 
 def test_sentencepiece_pieces_have_their_bytes(tmp_path):

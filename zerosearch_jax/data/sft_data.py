@@ -16,8 +16,8 @@ from zerosearch_jax.data.embedded.world import (
 from zerosearch_jax.data.packing import TokenSequence
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.search.bm25 import BM25Engine
-from zerosearch_jax.text import prompts
-from zerosearch_jax.text.tokenizer import encode, encode_prompt
+from zerosearch_jax.text import prompts, thoughts
+from zerosearch_jax.text.tokenizer import encode, encode_prompt, opens_thought
 
 REAL_EVERY = 10  # Every tenth world of the transcripts is the real one.
 
@@ -113,8 +113,12 @@ def tokenise(
     """
     tokens = encode_prompt(tokenizer, segments[0].text, system)
     mask = [inserted_weight] * len(tokens)
+    in_thought = opens_thought(tokenizer, system)
     for segment in segments[1:]:
-        ids = encode(tokenizer, segment.text)
+        ids = encode(
+            tokenizer, thoughts.continue_thought(segment.text) if in_thought else segment.text
+        )
+        in_thought = False
         tokens += ids
         mask += [1.0 if segment.by_policy else inserted_weight] * len(ids)
     if end_of_text:

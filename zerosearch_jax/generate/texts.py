@@ -7,7 +7,8 @@ import jax
 
 from zerosearch_jax.generate.generator import MIN_FINISHED_FRACTION, Generator, slots_by_replica
 from zerosearch_jax.generate.sampling import Sampling
-from zerosearch_jax.text.tokenizer import decode, encode_prompt
+from zerosearch_jax.text import thoughts
+from zerosearch_jax.text.tokenizer import decode, encode_prompt, opens_thought
 
 
 class TextGenerator:
@@ -37,10 +38,12 @@ class TextGenerator:
     def __call__(self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]) -> list[str]:
         """Returns the completion of each prompt, given as the user turn with an empty system turn.
 
+        If the chat template opens a thought, each completion begins with the template's `<think>`.
+
         Args:
           keys: two numbers per prompt. A completion depends only on its prompt and keys.
         """
-        texts = [""] * len(prompts)
+        texts = [thoughts.OPEN if opens_thought(self.tokenizer, system="") else ""] * len(prompts)
         queue = deque(range(len(prompts)))
         free = [deque(slots) for slots in slots_by_replica(self.generator)]
         active: dict[int, int] = {}  # slot -> index of its prompt
@@ -69,6 +72,6 @@ class TextGenerator:
             for slot, generation in stopped.items():
                 # An end token need not be a special token, which `decode` would leave out.
                 written = generation.tokens[: -1 if generation.finish == "end" else None]
-                texts[active.pop(slot)] = decode(self.tokenizer, written)
+                texts[active.pop(slot)] += decode(self.tokenizer, written)
                 free[self.generator.replica_of(slot)].append(slot)
         return texts

@@ -20,6 +20,7 @@ from zerosearch_jax.errors import UserError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
+_INFORMATION_TAG = re.compile(r"<\s*/?\s*information\s*>", re.IGNORECASE)
 _THINK_FIRST = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -91,6 +92,9 @@ def _best(
 def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> bool:
     """Returns whether every turn thinks first and then acts, and only the last turn answers.
 
+    An information tag in a turn makes the format invalid, also inside a thought: only searches
+    insert documents.
+
     Args:
       policy_texts: the policy's text of every turn.
       action_kinds: the kind of every turn's action from `parse_action`: "search", "answer" or
@@ -106,7 +110,9 @@ def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -
 
 def _thinks_first(text: str, kind: str) -> bool:
     match = _THINK_FIRST.match(text)
-    return match is not None and bool(match[1].strip()) and f"<{kind}>" in match[2]
+    if match is None or _INFORMATION_TAG.search(text):
+        return False
+    return bool(match[1].strip()) and f"<{kind}>" in match[2]
 
 
 def format_reward(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> float:

@@ -26,9 +26,9 @@ from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import closed_on_interrupt
-from zerosearch_jax.text import prompts
+from zerosearch_jax.text import prompts, thoughts
 from zerosearch_jax.text.actions import parse_action
-from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
+from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, opens_thought
 
 STOP_STRINGS = ("</search>", "</answer>")
 OPENINGS = ("", "answer", "search")
@@ -41,7 +41,8 @@ class Limits:
     Attributes:
       max_turns: maximum number of turns that search or are invalid. One final turn may follow them,
         so an episode has at most `max_turns + 1` turns. A search in the final turn is not run.
-      response_tokens: maximum number of tokens sampled in one turn.
+      response_tokens: maximum number of tokens sampled in one turn. A turn that is cut there has
+        no valid action. It ends the episode if it is the last (`Trajectory.finish` "length").
       observation_tokens: maximum number of tokens inserted after one search, tags included.
     """
 
@@ -159,6 +160,7 @@ class Rollouts:
         self.concurrent_searches = concurrent_searches
         self.searching = searching
         self._invalid = encode(tokenizer, prompts.INVALID_ACTION)
+        self._opens_thought = opens_thought(tokenizer)
 
     def run(self, episodes: Sequence[Episode], key: jax.Array) -> list[Trajectory]:
         """Runs all episodes, as many at once as the generator has slots.
@@ -218,12 +220,16 @@ class Rollouts:
         """Tokens inserted before the first turn: the prompt and the opening."""
         question = trajectory.episode.question
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
+        if not self.opening:
+            return prompt
         if self.opening == "answer":
             trajectory.answer_prefix = "answer"
-            return prompt + encode(self.tokenizer, prompts.FORCED_ANSWER)
-        if self.opening == "search":
-            return prompt + encode(self.tokenizer, prompts.forced_search(question))
-        return prompt
+            text = prompts.FORCED_ANSWER
+        else:
+            text = prompts.forced_search(question)
+        if self._opens_thought:
+            text = thoughts.continue_thought(text)
+        return prompt + encode(self.tokenizer, text)
 
     def _finish_turn(self, state: SchedulerState, slot: int, generation: Generation) -> None:
         """Records a sampled turn and acts on it: ends the episode, or queues its next step."""
@@ -231,12 +237,14 @@ class Rollouts:
         trajectory = state.active[slot]
         trajectory.append_sampled(generation.tokens, generation.logprobs)
         text = decode(self.tokenizer, generation.tokens)
+        if self._opens_thought and not trajectory.turns and not self.opening:
+            text = thoughts.OPEN + text
         action = parse_action(text, trajectory.answer_prefix)
         trajectory.turns.append(Turn(text, action))
         if action.kind == "answer":
             state.end_episode(slot, "answer")
         elif len(trajectory.turns) > self.limits.max_turns:
-            state.end_episode(slot, "turns")
+            state.end_episode(slot, "length" if generation.finish == "length" else "turns")
         elif action.kind == "search":
             turn = len(trajectory.turns) - 1
             state.pending[slot] = self._request(trajectory, turn, action.content)

@@ -27,7 +27,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the policy: its text and the action parsed from it."""
+    """One turn of the policy: its text and the action parsed from it.
+
+    If the chat template opened a thought, the text of the first turn begins with the template's
+    `<think>`.
+    """
 
     text: str
     action: Action
@@ -45,8 +49,12 @@ class Trajectory:
       turns: the policy's turns, in order.
       searches: requests with their results, in order.
       answer_prefix: "answer" if the opening tag of the answer was inserted, else "".
-      finish: why the episode ended: "answer", "turns" (no turns left) or "length" (the next
-        observation did not fit); "" while it runs.
+      finish: why the episode ended; "" while it runs.
+        "answer": the policy answered.
+        "turns": the last allowed turn was complete, but without an answer.
+        "length": the episode was truncated. Its last allowed turn reached the limit of sampled
+        tokens or the end of the slot, or the next observation did not fit the slot. A turn that
+        is cut earlier only counts as invalid, because the episode goes on.
     """
 
     episode: Episode

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
 from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
+from zerosearch_jax.text.thoughts import without_thoughts
 
 
 class RefiningEngine:
@@ -31,7 +32,7 @@ class RefiningEngine:
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         """Returns one result per request; failed and empty results are returned unchanged.
 
-        An empty text of the model becomes `NO_HELPFUL_INFORMATION`.
+        The model's thoughts are removed. An empty rest becomes `NO_HELPFUL_INFORMATION`.
         """
         by_key = {request.key: request for request in requests}
         results = self.engine.search(requests)
@@ -40,8 +41,9 @@ class RefiningEngine:
             refine_prompt(by_key[r.key].question, by_key[r.key].query, r.documents) for r in found
         ]
         texts = self.generate(prompts, [result.key for result in found])
+        helpful = [without_thoughts(text).strip() or NO_HELPFUL_INFORMATION for text in texts]
         refined = {
-            result.key: replace(result, documents=(text.strip() or NO_HELPFUL_INFORMATION,))
-            for result, text in zip(found, texts, strict=True)
+            result.key: replace(result, documents=(text,))
+            for result, text in zip(found, helpful, strict=True)
         }
         return [refined.get(result.key, result) for result in results]

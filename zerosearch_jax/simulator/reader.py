@@ -9,9 +9,9 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
-from zerosearch_jax.text import prompts
+from zerosearch_jax.text import prompts, thoughts
 from zerosearch_jax.text.actions import parse_action
-from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt
+from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, opens_thought
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.job_configs import LabelingConfig, ReaderConfig
 from zerosearch_jax.training.sections import MeshConfig
@@ -56,7 +56,9 @@ class Reader:
                 sampling=GREEDY,
             )
             for generation in generations:
-                action = parse_action(decode(self.tokenizer, generation.tokens))
+                # The inserted opening began a thought.
+                text = thoughts.OPEN + decode(self.tokenizer, generation.tokens)
+                action = parse_action(text)
                 answers.append(action.content if action.kind == "answer" else None)
         return answers
 
@@ -64,7 +66,10 @@ class Reader:
         text = encode(self.tokenizer, prompts.format_documents(documents))
         block = prompts.information_block(decode(self.tokenizer, text[: self.observation_tokens]))
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
-        return prompt + encode(self.tokenizer, block + prompts.READER_OPENING.format(query=query))
+        text = block + prompts.reader_opening(query)
+        if opens_thought(self.tokenizer):
+            text = thoughts.continue_thought(text)
+        return prompt + encode(self.tokenizer, text)
 
 
 def make_reader(config: ReaderConfig | LabelingConfig, mesh_config: MeshConfig) -> Reader:

@@ -12,7 +12,7 @@ EPISODE_METRICS: dict[str, str] = {
     "finish_ratio": "share of episodes that ended with an answer, 0–1",
     "invalid_ratio": "share of policy turns without a valid action, 0–1",
     "truncated_ratio": (
-        "share of episodes that ended because an observation did not fit the slot, 0–1"
+        "share of truncated episodes: the last turn was cut or an observation did not fit, 0–1"
     ),
     "failed_search_ratio": "share of searches that failed after their retries, 0–1",
     "policy_tokens_per_episode": "mean number of policy tokens per episode",

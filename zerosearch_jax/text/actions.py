@@ -7,15 +7,21 @@ count as the policy's answer (in the released code they can).
 Grammar of a turn. Generation stops at the first `</search>` or `</answer>`, so the closing tag
 ends the text. Only spare bytes of the token that completed the tag ('>\\n') may follow; they are
 ignored. The action is the block that this tag closes. The block begins at the *last* `<search>` or
-`<answer>` before the closing tag, and the two names must agree. Tags that the policy only mentions
-while thinking therefore do not count, and a query or answer contains no search or answer tag. (The
-released code uses the first opening tag instead.) Tags are exact: lower case, without spaces.
+`<answer>` before the closing tag, and the two names must agree. A query or answer therefore
+contains no search or answer tag. (The released code uses the first opening tag instead.) Tags are
+exact: lower case, without spaces.
+
+Thoughts do not count (`text.thoughts` defines them). A search or an answer inside a thought is no
+action, also if the thought is never closed: its turn is invalid. (The released code accepts both.)
+The parser decides for all: the action that ends an episode is the one that is scored.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from zerosearch_jax.text.thoughts import without_thoughts
 
 _TAG = re.compile(r"<(/?)(search|answer)>")
 
@@ -45,14 +51,15 @@ def parse_action(text: str, open_tag: str = "") -> Action:
         as for a forced answer. `text` then needs only the closing tag.
 
     Returns:
-      The action of the first complete block. It is invalid if there is no block, if the closing
-      tag does not match the last opening tag, or if the block is empty.
+      The action of the first complete block outside thoughts. It is invalid if there is no block,
+      if the closing tag does not match the last opening tag, or if the block is empty.
 
     Raises:
       ValueError: `open_tag` is unknown.
     """
     if open_tag not in ("", "search", "answer"):
         raise ValueError(f'open_tag is {open_tag!r}: use "", "search" or "answer"')
+    text = without_thoughts(text)
     opened, start = open_tag, 0
     for tag in _TAG.finditer(text):
         closing, name = tag.groups()

@@ -1,12 +1,15 @@
 """All texts that models read: prompts, observations, and requests to simulator and labeller.
 
 The wording is an interface: released policies and simulators were trained on it, so it changes only
-together with the checkpoints. Documents come from outside (a model, the web). This module
-neutralises their tags, because here they become text of an episode.
+together with the checkpoints. Questions, answers, queries and documents come from outside (a data
+set, a model, the web). This module neutralises their tags, because here they become text of a
+prompt or an episode.
 """
 
 import re
 from collections.abc import Sequence
+
+from zerosearch_jax.text.thoughts import without_thoughts
 
 _POLICY = (
     "Answer the given question. You must conduct reasoning inside <think> and </think> first "
@@ -45,13 +48,6 @@ _REFINE = (
     "\n"
     "Helpful information:"
 )
-
-READER_OPENING = "<think> The {query} is"
-"""Inserted after the documents from which a fixed reader answers.
-
-Without it, a reader that does not know how its episode came to this query continues to search. A
-reader that must answer at once, without a thought, extracts the answer less reliably.
-"""
 
 _LABELING = (
     "You judge the results of a search engine. Below are a question, its correct answer and the "
@@ -130,12 +126,21 @@ _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
 
 def policy_prompt(question: str) -> str:
     """Returns the policy's user turn, without any chat template."""
-    return _POLICY.replace("{question}", question)
+    return _POLICY.replace("{question}", neutralise_tags(question))
 
 
 def forced_search(query: str) -> str:
     """Returns a search in the policy's format, for insertion before the policy's first turn."""
     return f"<think> I search for the question. </think>\n<search> {_one_line(query)} </search>"
+
+
+def reader_opening(query: str) -> str:
+    """Returns the text inserted after the documents from which a fixed reader answers.
+
+    Without it, a reader that does not know how its episode came to this query continues to search.
+    A reader that must answer at once, without a thought, extracts the answer less reliably.
+    """
+    return f"<think> The {neutralise_tags(query)} is"
 
 
 def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
@@ -156,7 +161,7 @@ def labeling_prompt(question: str, golden_answers: Sequence[str], documents: Seq
     """Returns the labeller's user turn, with at most the first five gold answers."""
     return _LABELING.format(
         question=_one_line(question),
-        answer=" or ".join(golden_answers[:_MAX_ALIASES]),
+        answer=neutralise_tags(" or ".join(golden_answers[:_MAX_ALIASES])),
         documents=format_documents(documents),
     )
 
@@ -164,9 +169,9 @@ def labeling_prompt(question: str, golden_answers: Sequence[str], documents: Seq
 def parse_verdict(text: str) -> bool | None:
     """Returns whether the labeller's answer begins with yes; None if with neither yes nor no.
 
-    The thoughts of a reasoning model, up to `</think>`, are not part of its answer.
+    The thoughts of a reasoning model are not part of its answer.
     """
-    match = _VERDICT.match(text.rpartition("</think>")[2])
+    match = _VERDICT.match(without_thoughts(text))
     return None if match is None else match.group(1).lower() == "yes"
 
 
@@ -240,11 +245,11 @@ def simulator_prompt(
 
 
 def _simulator_request(question: str, answer: str, query: str, kind: str, prompted: bool) -> str:
+    question, answer = neutralise_tags(question), neutralise_tags(answer)
     task = _SIMULATOR_TASK.format(question=question, answer=answer, kind=kind)
     if prompted:
         task += _PROMPTED_AIM[kind] + _PROMPTED_ONLY
-    query = " ".join(query.split())
-    return task + _SIMULATOR_TAIL.format(query=query, Kind=kind.capitalize())
+    return task + _SIMULATOR_TAIL.format(query=_one_line(query), Kind=kind.capitalize())
 
 
 def cut_documents(text: str, topk: int) -> list[str]:
@@ -252,10 +257,10 @@ def cut_documents(text: str, topk: int) -> list[str]:
 
     Reads 'Doc i: …' with increasing i, and skips missing numbers and empty documents. The last
     document ends before `Doc {topk+1}`, or where the numbers start again because a model repeats
-    itself. Returns [] if the text contains no document.
+    itself. Thoughts are removed first. Returns [] if the rest contains no document.
     """
     # The text before the first header, then the number and the text of each document.
-    _, *pieces = _DOCUMENT_HEADER.split(text)
+    _, *pieces = _DOCUMENT_HEADER.split(without_thoughts(text))
     documents, last_number = [], 0
     for number, document in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
         if not last_number < number <= topk:

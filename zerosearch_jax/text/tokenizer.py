@@ -3,8 +3,11 @@
 A thin layer over `transformers` and `tokenizers`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,9 +15,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.text import thoughts
 
 END_OF_TEXT = "<|endoftext|>"
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
+_MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
+
+# Added tokens that text may spell: words, whitespace and single characters, and the tags of the
+# episode's grammar, which `text.prompts` neutralises in all text from outside.
+_PLAIN = re.compile(r"[\w\s]+|.")
 # Some policies have these tags as special tokens. They are text all the same: actions consist of
 # them, so they keep their bytes and are decoded.
 _TAG = re.compile(r"</?(think|search|information|answer)>")
@@ -64,9 +73,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encodes `text` without adding tokens before or after it.
 
-    A special token spelled out in `text` is ordinary text, so that a document cannot end a turn.
+    A control token spelled out in `text` is ordinary text, so that a document cannot end a turn.
+    Control tokens are the special tokens and all other added tokens, except words, whitespace,
+    single characters and the tags of the episode's grammar.
     """
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    backend, _ = _unspellable(tokenizer)
+    return backend.encode(text.replace(_MARK, "\ufffd"), add_special_tokens=False).ids
 
 
 def encode_prompt(
@@ -76,21 +88,71 @@ def encode_prompt(
 
     With a chat template, the prompt is a system turn (unless `system` is None; it may be empty),
     the user turn and the opening of the assistant's turn. Without a template, it is the plain text
-    after the special tokens that the tokenizer adds. A special token spelled out in `user_text` is
-    ordinary text, so that a question cannot end its turn. `system` is trusted.
+    after the special tokens that the tokenizer adds in front, such as a BOS token. Tokens that it
+    would append, such as an EOS token, are left out, because the model continues the prompt. A
+    control token spelled out in `user_text` is ordinary text, so that a question cannot end its
+    turn. `system` is trusted.
     """
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
-        return tokenizer(text, split_special_tokens=True)["input_ids"]
+        return _added_in_front(tokenizer) + encode(tokenizer, text)
+    backend, names = _unspellable(tokenizer)
     text = _render(tokenizer, user_text, system)
     head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = _special_ids(tokenizer)
-    ids = []
-    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        by_user = len(head) <= start < len(text) - len(tail)
-        ids += encode(tokenizer, text[start:end]) if by_user and token_id in special else [token_id]
-    return ids
+    user = text[len(head) : len(text) - len(tail)].replace(_MARK, "\ufffd")
+    contents = sorted(names, key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
+    head, tail = (control.sub(lambda match: names[match[0]], part) for part in (head, tail))
+    return backend.encode(head + user + tail, add_special_tokens=False).ids
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> bool:
+    """Returns whether a prompt of `encode_prompt` ends inside a thought.
+
+    The chat templates of DeepSeek-R1 and its distillations, for example, end with `<think>`.
+    """
+    if tokenizer.chat_template is None:
+        return False
+    tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)[2]
+    return tail.rfind(thoughts.OPEN) > tail.rfind(thoughts.CLOSE)
+
+
+@lru_cache(maxsize=8)
+def _unspellable(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[str, str]]:
+    """Copies the tokenizer and gives its control tokens names that no text spells.
+
+    Returns:
+      The copy, with the same ids, and the name of each control token by its content. The copy is
+      kept, so tokens must be added before the first text is encoded.
+    """
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data |= dict(truncation=None, padding=None, post_processor=None)
+    names: dict[str, str] = {}
+    for token in data["added_tokens"]:
+        content = token["content"]
+        if _TAG.fullmatch(content):
+            token["normalized"] = False  # so that normalisation turns no other text into a tag
+        elif token["special"] or not _PLAIN.fullmatch(content):
+            names[content] = f"{_MARK}{len(names)}{_MARK}"
+            token |= dict(content=names[content], normalized=False, single_word=False)
+    model = data["model"]
+    vocab, merges = model["vocab"], model.get("merges", [])
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in vocab.items()}
+    else:  # Unigram: pieces with their scores
+        model["vocab"] = [(names.get(piece, piece), score) for piece, score in vocab]
+    if merges:
+        model["merges"] = [(a, b) for a, b in merges if names.keys().isdisjoint((a, b, a + b))]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return Tokenizer.from_str(json.dumps(data)), names
+
+
+def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the special tokens that the tokenizer adds before a text."""
+    encoded = tokenizer("x", return_special_tokens_mask=True)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return [token_id for token_id, _ in takewhile(lambda pair: pair[1], pairs)]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | None) -> str:

@@ -121,8 +121,9 @@ class UpdateConfig:
     """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
     `learner` before a step's first update."""
     overlong: str
-    """`mask` excludes an episode from the loss if it ended because an observation did not fit its
-    slot (DAPO). `keep` trains on it."""
+    """`mask` excludes truncated episodes from the loss (DAPO): the last turn was cut at
+    rollout.response_tokens or the slot's end, or an observation did not fit the slot. `keep` trains
+    on them."""
     document_mask: bool
     """True trains only on sampled tokens. False also trains on text inserted after the prompt, for
     Search-R1's ablation."""

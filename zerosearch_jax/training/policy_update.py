@@ -136,9 +136,9 @@ def sequences_of(
     """Returns token ids and log-probs as sampled, with provenance as the mask.
 
     Args:
-      overlong: "keep", or "mask", which excludes an episode from the loss if it ended because an
-        observation did not fit (DAPO's overlong filtering, arXiv 2503.14476 §3.4). Its reward still
-        counts in its group.
+      overlong: "keep", or "mask", which excludes truncated episodes (`Trajectory.finish` "length")
+        from the loss: DAPO's overlong filtering, arXiv 2503.14476 §3.4. Their rewards still count
+        in their groups.
       document_mask: False also trains on text inserted after the prompt. It only serves to show
         the effect of the mask (Search-R1's ablation, arXiv 2503.09516 §5).
     """
