@@ -11,6 +11,7 @@ from flax import nnx
 
 from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.passages import load_passages
+from zerosearch_jax.data.recordings import load_recording
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
@@ -31,7 +32,7 @@ from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
-from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
+from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine
 from zerosearch_jax.text.tokenizer import load_tokenizer, token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
