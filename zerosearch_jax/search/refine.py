@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
+from zerosearch_jax.search.http_client import SearchFailed, failed_result
 from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
 
 
@@ -22,7 +23,7 @@ class RefiningEngine:
     def __init__(
         self,
         engine: SearchEngine,
-        generate: Callable[[list[str], list[tuple[int, int]]], list[str]],
+        generate: Callable[[list[str], list[tuple[int, int]]], Sequence[str | SearchFailed]],
     ):
         self.name = f"refined {engine.name}"
         self.engine = engine
@@ -41,7 +42,9 @@ class RefiningEngine:
         ]
         texts = self.generate(prompts, [result.key for result in found])
         refined = {
-            result.key: replace(result, documents=(text.strip() or NO_HELPFUL_INFORMATION,))
+            result.key: failed_result(result.key, text)
+            if isinstance(text, SearchFailed)
+            else replace(result, documents=(text.strip() or NO_HELPFUL_INFORMATION,))
             for result, text in zip(found, texts, strict=True)
         }
         return [refined.get(result.key, result) for result in results]

@@ -12,7 +12,13 @@ from zerosearch_jax.errors import UserError, check_choice, check_positive
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
-from zerosearch_jax.training.sections import DTYPES, MeshConfig, PolicyConfig, SearchConfig
+from zerosearch_jax.training.sections import (
+    DTYPES,
+    OVERLONG_QUESTIONS,
+    MeshConfig,
+    PolicyConfig,
+    SearchConfig,
+)
 
 OLD_LOGPROBS = ("sampler", "learner")
 OVERLONG = ("keep", "mask")
@@ -201,6 +207,12 @@ class DataConfig:
     """Split of `eval_source` for the evaluation after training."""
     train_limit: int | None
     """Number of training questions, at least 1: the first of the split. None uses all."""
+    overlong: str
+    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
+    `error` refuses the first one, `drop` drops them and prints their number."""
+
+    def __post_init__(self):
+        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zerosearch_jax.errors import UserError, check_choice
 
 DTYPES = ("float32", "bfloat16")
+OVERLONG_QUESTIONS = ("error", "drop")
 ENGINES = {
     "bm25": ("corpus",),
     "noisy_bm25": ("corpus", "noise"),

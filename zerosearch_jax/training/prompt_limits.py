@@ -1,0 +1,140 @@
+"""Measures the prompts of questions against the slots of the models, before anything is compiled.
+
+A question that is too long for a slot would otherwise end a run in the middle of a batch. Only
+tokenizers are needed here, no jax.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from zerosearch_jax.data.qa import QARow
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.text import prompts
+from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
+from zerosearch_jax.training.sections import PolicyConfig, SearchConfig, SimulatorConfig
+
+# Tokens that a prompt may have beyond its template's and its texts', because pieces merge less.
+_MARGIN = 32
+# ASCII text has at most one token per character. Prompts contain a question at most twice.
+_COPIES = 2
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """Most tokens of a prompt that is made from a question.
+
+    Attributes:
+      name: the prompt's, for errors.
+      tokens: counts the tokens of a row's prompt.
+      most: most tokens that the slot can hold.
+      slot: the config values that `most` follows from.
+    """
+
+    name: str
+    tokens: Callable[[QARow], int]
+    most: int
+    slot: str
+
+    def excess(self, row: QARow, template_tokens: int) -> str:
+        """Describes by how much the row's prompt is too long; "" if it fits.
+
+        Args:
+          template_tokens: tokens of the prompt of an empty row.
+        """
+        text = row.question + max(row.golden_answers, key=len)
+        surely = template_tokens + _COPIES * len(text) + _MARGIN
+        if text.isascii() and surely <= self.most:
+            return ""  # Most rows are not tokenised.
+        tokens = self.tokens(row)
+        if tokens <= self.most:
+            return ""
+        return f"the {self.name} has {tokens} tokens, and at most {self.most} fit ({self.slot})"
+
+
+def prompt_limits(
+    policy: PolicyConfig,
+    response_tokens: int,
+    searches: Iterable[SearchConfig] = (),
+    methods: Sequence[str] = ("search",),
+) -> list[PromptLimit]:
+    """Returns the limits of the policy's prompt and of the simulators' prompts.
+
+    Args:
+      response_tokens: the policy's prompt must leave room for one turn of this length.
+      searches: search engines; only those with a simulator in this process have a limit. A
+        simulator's prompt is measured with the question as the query, and must leave room for
+        `max_new_tokens`. A longer query of the policy may fail its own search.
+      methods: names of `evaluation.baselines.METHODS`, which begin with different texts.
+    """
+    tokenizer = load_tokenizer(policy.model)
+
+    def policy_tokens(row: QARow) -> int:
+        prompt = len(encode_prompt(tokenizer, prompts.policy_prompt(row.question)))
+        openings = {
+            "direct": prompts.FORCED_ANSWER,
+            "rag": prompts.forced_search(row.question),
+        }
+        texts = [openings[method] for method in methods if method in openings]
+        return prompt + max((len(encode(tokenizer, text)) for text in texts), default=0)
+
+    size = policy.generator.max_tokens
+    limits = [
+        PromptLimit(
+            "policy's prompt",
+            policy_tokens,
+            size - response_tokens,
+            f"config.policy.generator.max_tokens={size} less response_tokens={response_tokens}",
+        )
+    ]
+    local = [s for s in searches if s.engine == "simulated" and not s.simulator.url]
+    return limits + [_simulator_limit(search.simulator, search.topk) for search in local]
+
+
+def _simulator_limit(simulator: SimulatorConfig, topk: int) -> PromptLimit:
+    tokenizer = load_tokenizer(simulator.model)
+
+    def tokens(row: QARow) -> int:
+        question, answer = row.question, row.golden_answers[0]
+        texts = [
+            prompts.simulator_prompt(question, answer, question, noisy, simulator.form, topk)
+            for noisy in (True, False)
+        ]
+        return max(len(encode_prompt(tokenizer, text, system="")) for text in texts)
+
+    size, new = simulator.generator.max_tokens, simulator.max_new_tokens
+    slot = f"simulator.generator.max_tokens={size} less simulator.max_new_tokens={new}"
+    return PromptLimit("simulator's prompt", tokens, size - new, slot)
+
+
+def fitting(rows: Sequence[QARow], limits: Sequence[PromptLimit], overlong: str) -> list[QARow]:
+    """Returns the rows whose prompts fit all `limits`, in order.
+
+    Args:
+      overlong: "error" refuses the first row that does not fit. "drop" drops such rows and prints
+        their number.
+
+    Raises:
+      UserError: a row does not fit, or with "drop" no row fits.
+    """
+    empty = QARow("", "", ("",), "")
+    template_tokens = [limit.tokens(empty) for limit in limits]
+    kept, excesses = [], []
+    for row in rows:
+        measured = zip(limits, template_tokens, strict=True)
+        excess = next(filter(None, (limit.excess(row, tokens) for limit, tokens in measured)), "")
+        if excess:
+            excesses.append(f"{row.where}: {excess}")
+        else:
+            kept.append(row)
+    if not excesses:
+        return kept
+    count = f"{len(excesses)} of {len(rows)} questions are too long"
+    if overlong == "error":
+        raise UserError(
+            f"{excesses[0]}; {count}: shorten them, raise max_tokens, or set "
+            "config.data.overlong=drop"
+        )
+    if not kept:
+        raise UserError(f"{excesses[0]}; {count}, so none is left: raise max_tokens")
+    print(f"{count} and dropped; the first: {excesses[0]}", flush=True)
+    return kept
