@@ -43,7 +43,8 @@ class RolloutConfig:
     """Sampling temperature of the policy, above 0. Evaluations are greedy."""
     stop_on_failure: bool
     """Stop the run when a training search fails after all attempts. False inserts a failure text
-    instead, as evaluations always do."""
+    instead, as evaluations always do. A query that is too long for the engine never stops a run,
+    because the policy wrote it: it gets the failure text and counts in `failed_search_ratio`."""
     concurrent_searches: int
     """Most batches of searches in flight while the policy decodes. 0 alternates searching and
     decoding, which is deterministic."""
