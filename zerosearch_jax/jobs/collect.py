@@ -94,7 +94,7 @@ def collect_episodes(config: CollectConfig, episodes: Records) -> None:
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
     and with it rounding, therefore does not depend on the kill.
     """
-    limits = prompt_limits(config.policy, config.limits.response_tokens, [config.search])
+    limits = prompt_limits(config.policy, config.limits, [config.search])
     loaded = load_qa(config.data.source, config.data.split, config.data.limit)
     rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     planned = [

@@ -126,9 +126,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def load_sets(config: EvaluateConfig) -> dict[str, list[QARow]]:
     """Loads the question sets by name, without the questions that `data.overlong` drops."""
-    limits = prompt_limits(
-        config.policy, config.limits.response_tokens, config.engines.values(), config.methods
-    )
+    limits = prompt_limits(config.policy, config.limits, config.engines.values(), config.methods)
     return {
         name: fitting(load_set(name, config.data.limit), limits, config.data.overlong)
         for name in config.data.sets

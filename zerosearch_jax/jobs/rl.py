@@ -208,9 +208,8 @@ def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow], list[QARo
     """
     data, size = config.data, config.rollout.questions_per_step
     searches = [config.search] if config.rollout.max_turns else []
-    response_tokens = config.rollout.response_tokens
-    training = prompt_limits(config.policy, response_tokens, searches)
-    evaluation = prompt_limits(config.policy, response_tokens, (), ("search", "direct"))
+    training = prompt_limits(config.policy, config.rollout, searches)
+    evaluation = prompt_limits(config.policy, config.rollout, (), ("search", "direct"))
     rows = load_qa(data.source, data.train_split, data.train_limit)
     eval_rows = load_qa(data.eval_source, data.eval_split, config.eval.questions)
     test_rows = load_qa(data.eval_source, data.test_split, config.eval.test_questions)

@@ -7,16 +7,23 @@ tokenizers are needed here, no jax.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.config import read_config
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
-from zerosearch_jax.training.sections import PolicyConfig, SearchConfig, SimulatorConfig
+from zerosearch_jax.training.config import RolloutConfig
+from zerosearch_jax.training.sections import (
+    LimitsConfig,
+    PolicyConfig,
+    SearchConfig,
+    SimulatorConfig,
+)
 
-# Tokens that a prompt may have beyond its template's and its texts', because pieces merge less.
-_MARGIN = 32
-# ASCII text has at most one token per character. Prompts contain a question at most twice.
-_COPIES = 2
+# A prompt contains a question at most twice. Where its texts join, pieces of the template split.
+_COPIES, _MARGIN_TOKENS = 2, 16
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,14 @@ class PromptLimit:
 
     Attributes:
       name: the prompt's, for errors.
+      tokenizer: the model's.
       tokens: counts the tokens of a row's prompt.
       most: most tokens that the slot can hold.
       slot: the config values that `most` follows from.
     """
 
     name: str
+    tokenizer: PreTrainedTokenizerBase
     tokens: Callable[[QARow], int]
     most: int
     slot: str
@@ -41,10 +50,12 @@ class PromptLimit:
         Args:
           template_tokens: tokens of the prompt of an empty row.
         """
-        text = row.question + max(row.golden_answers, key=len)
-        surely = template_tokens + _COPIES * len(text) + _MARGIN
-        if text.isascii() and surely <= self.most:
-            return ""  # Most rows are not tokenised.
+        # Encoding whole prompts takes milliseconds per row, so it is the last resort. First count
+        # characters, of which an ASCII token has at least one, then the tokens of the texts alone.
+        room = (self.most - template_tokens - _MARGIN_TOKENS) // _COPIES
+        text = f"{row.question} {row.golden_answers[0]}"
+        if text.isascii() and len(text) <= room or len(encode(self.tokenizer, text)) <= room:
+            return ""
         tokens = self.tokens(row)
         if tokens <= self.most:
             return ""
@@ -53,20 +64,30 @@ class PromptLimit:
 
 def prompt_limits(
     policy: PolicyConfig,
-    response_tokens: int,
+    episode: LimitsConfig | RolloutConfig,
     searches: Iterable[SearchConfig] = (),
     methods: Sequence[str] = ("search",),
 ) -> list[PromptLimit]:
     """Returns the limits of the policy's prompt and of the simulators' prompts.
 
     Args:
-      response_tokens: the policy's prompt must leave room for one turn of this length.
+      episode: limits of an episode. The policy's prompt must leave room for one turn of
+        `response_tokens`.
       searches: search engines; only those with a simulator in this process have a limit. A
         simulator's prompt is measured with the question as the query, and must leave room for
         `max_new_tokens`. A longer query of the policy may fail its own search.
       methods: names of `evaluation.baselines.METHODS`, which begin with different texts.
+
+    Raises:
+      UserError: a directory holds no model or no tokenizer, or `observation_tokens` is too small.
     """
-    tokenizer = load_tokenizer(policy.model)
+    tokenizer = _tokenizer(policy.model)
+    tags = len(encode(tokenizer, prompts.information_block("")))
+    if episode.max_turns and episode.observation_tokens <= tags:
+        raise UserError(
+            f"observation_tokens={episode.observation_tokens} leaves no room between the {tags} "
+            "tokens of the information tags; raise it"
+        )
 
     def policy_tokens(row: QARow) -> int:
         prompt = len(encode_prompt(tokenizer, prompts.policy_prompt(row.question)))
@@ -77,10 +98,11 @@ def prompt_limits(
         texts = [openings[method] for method in methods if method in openings]
         return prompt + max((len(encode(tokenizer, text)) for text in texts), default=0)
 
-    size = policy.generator.max_tokens
+    size, response_tokens = policy.generator.max_tokens, episode.response_tokens
     limits = [
         PromptLimit(
             "policy's prompt",
+            tokenizer,
             policy_tokens,
             size - response_tokens,
             f"config.policy.generator.max_tokens={size} less response_tokens={response_tokens}",
@@ -90,8 +112,13 @@ def prompt_limits(
     return limits + [_simulator_limit(search.simulator, search.topk) for search in local]
 
 
+def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    read_config(directory)  # names a missing model directory better than the tokenizer's loader
+    return load_tokenizer(directory)
+
+
 def _simulator_limit(simulator: SimulatorConfig, topk: int) -> PromptLimit:
-    tokenizer = load_tokenizer(simulator.model)
+    tokenizer = _tokenizer(simulator.model)
 
     def tokens(row: QARow) -> int:
         question, answer = row.question, row.golden_answers[0]
@@ -103,7 +130,7 @@ def _simulator_limit(simulator: SimulatorConfig, topk: int) -> PromptLimit:
 
     size, new = simulator.generator.max_tokens, simulator.max_new_tokens
     slot = f"simulator.generator.max_tokens={size} less simulator.max_new_tokens={new}"
-    return PromptLimit("simulator's prompt", tokens, size - new, slot)
+    return PromptLimit("simulator's prompt", tokenizer, tokens, size - new, slot)
 
 
 def fitting(rows: Sequence[QARow], limits: Sequence[PromptLimit], overlong: str) -> list[QARow]:
