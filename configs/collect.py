@@ -56,7 +56,7 @@ def embedded() -> ConfigDict:
             # simulator could then not learn noisy documents for a good query.
             search=engines
             | dict(engine="noisy_bm25", noise=0.4, topk=2, corpus="synthetic:1200:7"),
-            data=dict(source="synthetic:1200:7", split="train", limit=12000),
+            data=dict(source="synthetic:1200:7", split="train", limit=12000, overlong="error"),
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             rollout=dict(stop_on_failure=True, concurrent_searches=0),
             collect=dict(

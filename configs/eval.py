@@ -60,6 +60,7 @@ def get_config(preset: str = "") -> ConfigDict:
             data=dict(
                 sets=("world/test", "world/compositions", "world/validation"),
                 limit=placeholder(int),  # None
+                overlong="error",
             ),
             methods=("search",),
             engines=config_flags.choose(PRESETS, preset, __file__)(training),

@@ -76,6 +76,7 @@ def embedded() -> ConfigDict:
                 eval_split="validation",
                 test_split="test",
                 train_limit=placeholder(int),  # None
+                overlong="error",
             ),
             policy=dict(model="zerosearch_jax/assets/policy", generator=dict(GENERATOR)),
             search=_simulated_search(),

@@ -29,12 +29,19 @@ def test_the_title_of_a_passage_is_searched_and_shown(tmp_path):
     assert found.documents == ("Chad: Its capital is N'Djamena.",)
 
 
+def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('\ufeff{"id": 1.50, "contents": "a"}\n\n{"id": 2, "contents": "b"}\n \n')
+    assert [(p.id, p.text) for p in load_passages(str(path))] == [("1.50", "a"), ("2", "b")]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "no passages"),
+        ("", "no rows"),
         ('{"id": 1}\n', "row 1: expected"),
-        ('{"id": 1, "contents": "a"}\n{"id": 2, "con', "row 2: expected"),
+        ('{"id": 1, "contents": "a"}\n\n{"id": 2, "con', "row 3: not JSON"),
+        ('{"id": null, "contents": "a"}\n', "row 1: key 'id' is None"),
         ('{"id": 1, "contents": " "}\n', "row 1: key 'contents' is empty"),
     ],
 )

@@ -1,5 +1,7 @@
 """Question sources: the embedded world and files of three formats, valid and broken."""
 
+import csv
+import io
 import json
 
 import pyarrow
@@ -52,14 +54,14 @@ def test_zerosearch_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     reward = {"style": "rule", "ground_truth": {"target": ["B"]}}
     rows = [
-        {"id": "1", "question": "P?", "golden_answers": ["A"], "data_source": "hotpotqa",
+        {"id": "1", "question": "P?", "golden_answers": ["Aa"], "data_source": "hotpotqa",
          "reward_model": reward},
         {"id": "2", "question": "Q?", "golden_answers": None, "data_source": "nq",
          "reward_model": reward},
     ]  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert load_qa(str(path), "train") == [
-        QARow("1", "P?", ("A",), "hotpotqa"),
+        QARow("1", "P?", ("Aa",), "hotpotqa"),
         QARow("2", "Q?", ("B",), "nq"),
     ]
     path.write_bytes(path.read_bytes()[:100])
@@ -72,8 +74,10 @@ def test_dpr_tables(tmp_path):
     tsv.write_text("who sang it\t['A, B', \"C's\"]\n")
     assert load_qa(str(tsv), "dev")[0].golden_answers == ("A, B", "C's")
     table = tmp_path / "trivia.csv"
-    table.write_text('"who, then?","[""A"", \'B\']"\n')
-    assert load_qa(str(table), "dev") == [QARow("trivia/dev/1", "who, then?", ("A", "B"), "trivia")]
+    table.write_text('"who, then?","[""Aa"", \'B\']"\n')
+    assert load_qa(str(table), "dev") == [
+        QARow("trivia/dev/1", "who, then?", ("Aa", "B"), "trivia")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,6 @@ def test_dpr_tables(tmp_path):
         ("a.jsonl", '{"question": "q", "golden_answers": []}\n', "row 1: key 'golden_answers'"),
         ("a.jsonl", "[1]\n", "row 1: expected an object"),
         ("a.tsv", "only a question\n", "row 1: 1 columns"),
-        ("a.tsv", "q\tParis\n", "row 1: key 'golden_answers': 'Paris' is not a list"),
         ("a.txt", "q", "not a data source"),
     ],
 )
@@ -95,6 +98,100 @@ def test_invalid_files_are_refused_with_row_and_key(tmp_path, name, content, mes
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         load_qa(str(path), "test")
+
+
+BOM = "\ufeff"
+ANSWERS = [
+    # golden answers as JSON, as a cell of a table, and as loaded
+    ('["Paris", "City of Light"]', "['Paris', 'City of Light']", ("Paris", "City of Light")),
+    ('"[\'Paris\', \\"City\\"]"', '["Paris", "City"]', ("Paris", "City")),
+    ('"Paris"', "Paris", ("Paris",)),
+    ("5", "5", ("5",)),
+    ("1.50", "1.50", ("1.50",)),
+    ('[-7, 2.50, "x", 1e3]', "[-7, 2.50, 'x', 1e3]", ("-7", "2.50", "x", "1e3")),
+    ('"[sic] Paris"', "[sic] Paris", ("[sic] Paris",)),
+    ('["C\'s, \\"D\\""]', "['C\\'s, \"D\"']", ('C\'s, "D"',)),
+    ('["The", "!", "Lima"]', "['The', '!', 'Lima']", ("Lima",)),
+    ('["北京", "。"]', "['北京', '。']", ("北京",)),
+]
+
+
+def _write_as(path, rows):
+    """Writes (question, answers as JSON, answers as a cell) in the file's format."""
+    if path.suffix == ".jsonl":
+        lines = [f'{{"question": {json.dumps(q)}, "golden_answers": {a}}}' for q, a, _ in rows]
+    elif path.suffix in (".tsv", ".csv"):
+        text = io.StringIO()
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(
+            (q, cell) for q, _, cell in rows
+        )
+        lines = text.getvalue().splitlines()
+    else:  # a parquet column has one type, so each row is a text or a list of texts
+        table = [{"question": q, "golden_answers": cell} for q, _, cell in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+        return
+    path.write_text(BOM + "\n\n".join(lines) + "\n\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".tsv", ".csv"])
+def test_the_same_rows_load_alike_from_every_format(tmp_path, suffix, capsys):
+    path = tmp_path / f"data{suffix}"
+    questions = ['who, "then"?', "wo?", "日本?"]
+    rows = [(questions[i % 3], *answers[:2]) for i, answers in enumerate(ANSWERS)]
+    _write_as(path, rows)
+    loaded = load_qa(str(path), "test")
+    expected = [(q, answers[2]) for (q, *_), answers in zip(rows, ANSWERS, strict=True)]
+    assert [(row.question, row.golden_answers) for row in loaded] == expected
+    assert "3 gold answers without a word dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "loaded"), [(5, "5"), (2.5, "2.5"), (["x", "y"], "x y"), ([3, 4], "3 4")]
+)
+def test_parquet_columns_of_numbers_and_lists(tmp_path, value, loaded):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_pylist([{"question": "q", "golden_answers": value}])
+    pyarrow.parquet.write_table(table, path)
+    assert load_qa(str(path), "test")[0].golden_answers == tuple(loaded.split())
+
+
+@pytest.mark.parametrize(
+    "answers",
+    ["null", "true", "[null]", '["x", false]', "NaN", "[[1]]", '{"a": 1}', "[]", '["The", "!"]',
+     '""', '"[\'Paris\', x]"', '"[\'Paris\' \'Lima\']"', '"[\'Paris\'"'],
+)  # fmt: skip
+def test_answers_that_are_no_text_are_refused_with_the_row(tmp_path, answers):
+    path = tmp_path / "a.jsonl"
+    good = '{"question": "q", "golden_answers": "x"}\n'
+    path.write_text(good + f'{{"question": "q", "golden_answers": {answers}}}\n' + good)
+    with pytest.raises(UserError, match=r"a\.jsonl: row 2: "):
+        load_qa(str(path), "test")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        '"who sang it{}x',  # swallowed the next rows up to their first mark
+        "who sang it{}\"['x']",
+        '"Hello" by whom{}x',  # the marks of the text would be lost
+    ],
+)
+def test_an_unclosed_quote_is_refused_where_it_opens(tmp_path, suffix, row):
+    delimiter = "\t" if suffix == ".tsv" else ","
+    path = tmp_path / f"a{suffix}"
+    good = f'"a ""b"" c"{delimiter}x\n'
+    path.write_text(good + "\n" + row.format(delimiter) + "\n" + good * 2)
+    with pytest.raises(UserError, match=rf"a\{suffix}: row 3: a quotation mark"):
+        load_qa(str(path), "test")
+
+
+def test_tables_with_a_header_and_dprs_csv_with_tabs(tmp_path):
+    path = tmp_path / "nq.csv"
+    path.write_text("Question\tanswers\nwho, then?\t['x']\n")
+    (row,) = load_qa(str(path), "dev")
+    assert (row.question, row.golden_answers, row.where) == ("who, then?", ("x",), f"{path}: row 2")
 
 
 def test_missing_and_undecodable_files_are_refused(tmp_path):

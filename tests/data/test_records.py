@@ -55,7 +55,7 @@ def test_truncation_at_any_byte_loses_only_the_cut_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "{}", '{"id": 3}', "", "\udcff"], ids=["cut", "list", "no", "int", "", "ff"]
+    "line", ["{", "[]", "{}", '{"id": 3}', "\udcff"], ids=["cut", "list", "no", "int", "ff"]
 )
 def test_a_broken_line_is_refused_with_its_number(tmp_path, line):
     path = tmp_path / "records.jsonl"
@@ -63,6 +63,14 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path, line):
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"records\.jsonl: row 2: .*'id'"):
         Records(path)
+
+
+def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('\ufeff{"id": "a"}\n\n{"id": "b"}\n\n')
+    records = Records(path)
+    records.append([{"id": "b"}, {"id": "c"}])
+    assert [record["id"] for record in records] == ["a", "b", "c"] == list(records.ids)
 
 
 WRITER = """

@@ -9,6 +9,7 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.generate.texts import TextGenerator
 from zerosearch_jax.models.transformer import param_shardings
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.text.tokenizer import decode, encode, token_bytes
 
 
@@ -51,6 +52,14 @@ def test_a_text_depends_only_on_its_prompt_and_key(texts):
     assert [texts([p], [k])[0] for p, k in zip(PROMPTS, KEYS, strict=True)] == together
     assert texts(PROMPTS[::-1], KEYS[::-1]) == together[::-1]
     assert texts(PROMPTS[:1], [(8, 8)]) != together[:1]
+
+
+def test_a_prompt_that_is_too_long_fails_alone(texts):
+    long = "the capital of Chad " * 20
+    replies = texts([PROMPTS[0], long, PROMPTS[1]], [KEYS[0], (8, 8), KEYS[1]])
+    assert replies[::2] == texts(PROMPTS[:2], KEYS[:2])
+    assert isinstance(replies[1], TooLong) and "at most 63" in str(replies[1])
+    assert isinstance(texts([long], [(8, 8)])[0], TooLong)
 
 
 def test_a_text_is_the_decoded_generation_without_the_prompt(texts, tiny_tokenizer):

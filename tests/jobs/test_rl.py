@@ -73,6 +73,30 @@ def run_and_count(config, workdir) -> list[int]:
     return counts
 
 
+@pytest.mark.parametrize(
+    ("key", "split", "row"),
+    [("source", "train", 2), ("eval_source", "eval", 3), ("eval_source", "test", 9)],
+)
+def test_a_long_question_of_any_split_is_found_before_compiling(
+    rl_config, questions, tmp_path, key, split, row, capsys
+):
+    path = tmp_path / "long.jsonl"
+    lines = questions.read_text().splitlines()
+    lines[row - 1] = json.dumps({"question": "word " * 600, "golden_answers": ["Chad"]})
+    path.write_text("\n".join(lines))
+    config = config_flags.load(str(rl_config))
+    config.data[key] = str(path)
+    config.eval.test_questions = 12
+    with pytest.raises(UserError, match=rf"long\.jsonl: row {row}: the policy's prompt .* 372 fit"):
+        rl.load_questions(config_flags.typed(RLConfig, config))
+    config.data.overlong = "drop"
+    sampler, *evaluation = rl.load_questions(config_flags.typed(RLConfig, config))
+    loaded = dict(zip(("train", "eval", "test"), (sampler.rows, *evaluation), strict=True))
+    whole = {"train": 12, "eval": 4, "test": 12}[split]
+    assert len(loaded[split]) == whole - 1
+    assert f"1 of {whole} questions" in capsys.readouterr().out
+
+
 def test_summary_holds_the_documented_keys(finished):
     workdir, _ = finished
     summary = json.loads((workdir / "summary.json").read_text())

@@ -1,5 +1,7 @@
 """Scores and rewards by hand, and properties of the scores."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +45,13 @@ def test_normalise_by_hand(text, normal):
         ("Paris", ["Lima", "Quito"], 0, 0, 0),
         ("Paris", ["The"], 0, 0, 0),
         ("", ["Lima"], 0, 0, 0),
-        ("The The", ["The The"], 1, 1, 1),
+        ("The The", ["The The"], 0, 0, 0),
+        ("", ["!", "Lima"], 0, 0, 0),
+        ("北京市", ["北京"], 0, 4 / 5, 1),
+        ("北京。", ["北 京"], 0, 1, 1),
+        ("Tokyo 東京", ["東京都"], 0, 4 / 6, 0),
+        ("パリ", ["バリ"], 0, 1 / 2, 0),
+        ("서울 특별시", ["서울"], 0, 2 / 3, 1),
         (None, ["Lima"], 0, 0, 0),
     ],
 )
@@ -90,6 +98,14 @@ def test_scores_are_ordered_and_take_the_best_alias(answer, golden_answers):
     assert em <= cover
     for name, value in (("em", em), ("f1", f1), ("cover_em", cover)):
         assert value == max(rewards.score(name, answer, [gold]) for gold in golden_answers)
+
+
+@given(st.text(st.characters(max_codepoint=0x2FFF)), st.text(st.characters(max_codepoint=0x2FFF)))
+def test_f1_of_text_without_cjk_is_squads(answer, gold):
+    a, b = (rewards.normalise(text).split() for text in (answer, gold))
+    shared = sum((Counter(a) & Counter(b)).values())
+    f1 = 2 * shared / (len(a) + len(b)) if shared else 0.0  # SQuAD 1.1's script
+    assert rewards.token_f1(answer, [gold]) == pytest.approx(f1)
 
 
 @given(texts, texts)

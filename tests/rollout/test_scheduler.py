@@ -296,6 +296,22 @@ def test_a_failed_search_is_observed_or_stops_the_run(tiny_tokenizer):
         run(tiny_tokenizer, script, engine, stop_on_failure=True)
 
 
+@pytest.mark.parametrize("concurrent_searches", [0, 1])
+def test_a_query_that_is_too_long_never_stops_the_run(tiny_tokenizer, concurrent_searches):
+    """The policy wrote the query, so the engine has not failed."""
+    engine = EchoEngine(
+        change=lambda results: [
+            SearchResult(r.key, (), "too long: 900 tokens", True) for r in results
+        ]
+    )
+    (trajectory,), _ = run(
+        tiny_tokenizer, {10: [search("a " * 50), ANSWER]}, engine,
+        stop_on_failure=True, concurrent_searches=concurrent_searches,
+    )  # fmt: skip
+    assert "The search failed (too long: 900 tokens)" in inserted(trajectory, tiny_tokenizer)[0]
+    assert trajectory.finish == "answer"
+
+
 def test_an_empty_result_is_observed(tiny_tokenizer):
     engine = EchoEngine(change=lambda results: [SearchResult(r.key, ()) for r in results])
     (trajectory,), _ = run(tiny_tokenizer, {10: [search("a"), ANSWER]}, engine)

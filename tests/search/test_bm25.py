@@ -1,12 +1,18 @@
 """Tests of the BM25 engine."""
 
+import re
+import unicodedata
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from zerosearch_jax.data.embedded.world import corpus, load_entities, write_questions
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest
-from zerosearch_jax.text.matching import mentions
+from zerosearch_jax.text import matching
+from zerosearch_jax.text.matching import mentions, words
 
 
 def passage(number: int, text: str) -> Passage:
@@ -80,6 +86,39 @@ def test_case_accents_and_punctuation_do_not_matter():
     for query in ("n’djamena", "BRASÍLIA?"):
         assert [p.id for p in engine.ranked(query, 3)] == ["0"]
     assert [p.id for p in engine.ranked("k", 3)] == ["1"]
+
+
+def test_chinese_and_japanese_are_found_by_character():
+    texts = ["東京は日本の首都である", "大阪は日本の都市", "北京市是中国的首都", "パリ", "バリ島"]
+    engine = BM25Engine([passage(i, t) for i, t in enumerate(texts)])
+    for query, best in (("日本の首都", "0"), ("中国的首都", "2"), ("バリ", "4"), ("大阪", "1")):
+        assert engine.ranked(query, 3)[0].id == best, query
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("北京市是中国的首都。", "北京", True),
+        ("東京は日本の首都である", "日本の首都", True),
+        ("京北", "北京", False),
+        ("バリ島", "パリ", False),  # the voicing signs are no accents
+        ("Hauptstadt: Tokyo東京", "tokyo", True),
+        ("party", "art", False),
+    ],
+)
+def test_names_are_found_as_whole_words_or_characters(text, name, found):
+    assert mentions(text, name) is found
+
+
+LATIN = st.characters(max_codepoint=0x052F) | st.sampled_from("’“ẽṥ–ﬁ")
+
+
+@given(st.text(LATIN))
+def test_words_of_latin_greek_and_cyrillic_text_are_those_of_a_plain_regex(text):
+    """Character tokens of other scripts must change no published figure."""
+    decomposed = unicodedata.normalize("NFKD", text.translate(matching._LETTERS))
+    plain = "".join(c for c in decomposed if not unicodedata.combining(c))
+    assert words(text) == re.findall(r"\w+(?:['.]\w+)*", plain.lower())
 
 
 def test_empty_corpus_and_bad_topk_are_refused():

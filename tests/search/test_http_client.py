@@ -13,7 +13,7 @@ import pytest
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed, TooLong, answer_all
 
 
 def make_client(url, *, timeout_secs=10.0, attempts=3, backoff_secs=0.5, **rest):
@@ -125,6 +125,26 @@ def test_permanent_errors_are_not_retried_and_redirects_not_followed(serve, stat
     with pytest.raises(SearchFailed, match=f"^POST /x: HTTP {status}$"):
         client.post("/x", {})
     assert [call.path for call in calls] == ["/x"] and client.waits == []
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "too_long"),
+    [
+        (413, "", True),
+        (414, "", True),
+        (400, "This model's maximum context length is 4096 tokens. However, you requested", True),
+        (400, "The input (5000 tokens) is longer than the model's context length", True),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 4096", True),
+        (400, "top_p must be in (0, 1]", False),
+        (404, "The model `context length` does not exist", False),
+        (500, "context length", False),
+    ],
+)
+def test_a_request_that_is_too_long_is_told_from_other_failures(serve, status, message, too_long):
+    url, _ = serve(lambda call: (status, {"error": {"message": message}}))
+    with pytest.raises(SearchFailed, match=f"HTTP {status}") as raised:
+        make_client(url, attempts=1).post("/x", {})
+    assert isinstance(raised.value, TooLong) is too_long
 
 
 def test_reply_that_is_not_json_fails_at_once(serve):

@@ -3,6 +3,7 @@
 import pytest
 
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
 
@@ -69,6 +70,14 @@ def test_failed_and_empty_results_are_returned_unchanged():
 def test_a_refined_document_is_the_text_without_thoughts(text, document):
     (result,) = RefiningEngine(Engine(), Reader({(7, 0): text})).search(REQUESTS[:1])
     assert result.documents == (document,)
+
+
+def test_documents_too_long_for_the_model_fail_only_their_search():
+    texts = {(7, 0): TooLong("too long: 9 tokens, at most 5"), (3, 2): "Fe"}
+    refining = RefiningEngine(Engine(), Reader(texts))
+    results = {result.key: result for result in refining.search(REQUESTS[:2])}
+    assert results[7, 0] == SearchResult((7, 0), (), "too long: 9 tokens, at most 5", True)
+    assert results[3, 2].documents == ("Fe",)
 
 
 def test_missing_text_raises():

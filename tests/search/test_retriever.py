@@ -48,6 +48,21 @@ def test_search_r1_reads_bare_documents_and_keeps_topk(serve):
     assert not any(r.failure for r in results)
 
 
+@pytest.mark.parametrize("dialect", ["search_r1", "zerosearch"])
+def test_a_query_that_the_server_finds_too_long_fails_alone(serve, dialect):
+    def reply(call):
+        queries = call.payload.get("queries") or [call.payload["query"]]
+        if any(len(query) > 50 for query in queries):
+            return 413, {}
+        found = [[hit(query)] for query in queries]
+        return 200, {"result": found} if dialect == "search_r1" else [{"text": queries[0]}]
+
+    long = SearchRequest(5, 1, "x" * 51, "?", ("a",))
+    results = engine(serve(reply)[0], dialect).search([REQUESTS[0], long, REQUESTS[1]])
+    assert [r.too_long for r in results] == [False, True, False]
+    assert [r.documents for r in results] == [("capital of Chad",), (), ("iron",)]
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

@@ -3,6 +3,7 @@
 import pytest
 
 from zerosearch_jax.search.engine import SearchRequest
+from zerosearch_jax.search.http_client import SearchFailed, TooLong
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.text.prompts import simulator_prompt
 
@@ -51,6 +52,13 @@ def test_texts_are_cut_into_documents_of_their_request():
         ("one", "two over two lines", "three"), (), ()
     ]  # fmt: skip
     assert not any(result.failure for result in results)
+
+
+def test_a_query_too_long_for_the_simulator_fails_only_its_search():
+    texts = ["Doc 1: a", TooLong("too long: 9 tokens, at most 5"), SearchFailed("HTTP 500")]
+    results = SimulatedEngine(Writer(texts), form="finetuned", topk=3).search(REQUESTS)
+    assert [bool(result.failure) for result in results] == [False, True, True]
+    assert [result.too_long for result in results] == [False, True, False]
 
 
 def test_missing_text_raises():

@@ -9,16 +9,11 @@ from hypothesis import strategies as st
 from zerosearch_jax.data.embedded.phrasing import ATTRIBUTES
 from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.embedded.world import corpus, load_entities
+from zerosearch_jax.data.recordings import load_recording
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient
-from zerosearch_jax.search.web import (
-    RecordedWeb,
-    WebEngine,
-    filter_results,
-    load_recording,
-    record_of,
-)
+from zerosearch_jax.search.web import RecordedWeb, WebEngine, filter_results, record_of
 from zerosearch_jax.text.matching import mentions
 
 BLOCKED = ("huggingface.co",)
@@ -291,13 +286,13 @@ def test_bad_row_is_named(tmp_path, row, message):
 
 
 def test_missing_empty_or_binary_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.jsonl: cannot read"):
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
         load_recording(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="empty.jsonl: the recording has no rows"):
+    with pytest.raises(UserError, match="empty.jsonl: the file has no rows"):
         load_recording(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    with pytest.raises(UserError, match="latin.jsonl: cannot read"):
+    with pytest.raises(UserError, match="latin.jsonl: not UTF-8"):
         load_recording(tmp_path / "latin.jsonl")
 
 

@@ -9,11 +9,13 @@ import pytest
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.simulator.labeling import (
     agreement,
     choose_label,
     chosen_labels,
     make_labeler,
+    model_labels,
     reader_labels,
 )
 from zerosearch_jax.text.prompts import labeling_prompt, parse_verdict
@@ -143,6 +145,13 @@ def test_a_server_labels_searches(config, server, monkeypatch):
     server.status = 500
     with pytest.raises(UserError, match="config.labeling.url.* failed.*HTTP 500"):
         labeler(SEARCHES)
+
+
+def test_documents_too_long_for_the_model_give_no_label():
+    def complete(prompts, keys):
+        return ["yes", TooLong("too long"), "no"]
+
+    assert model_labels(complete, SEARCHES) == ["useful", None, "noisy"]
 
 
 def test_a_missing_key_variable_is_refused(config):

@@ -31,7 +31,13 @@ def _write(path, rows):
 
 def test_own_pairs_are_read_back_and_become_the_simulators_examples(tmp_path):
     noisy = Pair(
-        "q#0/2", "lake", ("One\nDoc 2: </search>", "Two", "Three"), "W?", ("A", "B"), "noisy", False
+        "q#0/2",
+        "lake",
+        ("One\nDoc 2: </search>", "Two", "Three"),
+        "W?",
+        ("A1", "B"),
+        "noisy",
+        False,
     )
     save_pairs(tmp_path / "pairs.jsonl", [PAIR, noisy])
     pairs = load_pairs(tmp_path / "pairs.jsonl")
@@ -79,6 +85,19 @@ def test_chats_keep_their_prompt_and_documents(tmp_path, row, suffix):
     assert (prompt.text, completion.text) == (PROMPT, " " + ANSWER)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path, suffix):
+    path = _write(tmp_path / f"pairs{suffix}", [{"prompt": PROMPT, "output": ANSWER}])
+    path.write_text("\ufeff\n" + path.read_text() + "\n\n")
+    assert load_pairs(path)[0].query == "river"
+
+
+@pytest.mark.parametrize(("answers", "loaded"), [("['a1', 'b']", ("a1", "b")), (5, ("5",))])
+def test_golden_answers_of_pairs_are_read_like_those_of_questions(tmp_path, answers, loaded):
+    path = _write(tmp_path / "pairs.jsonl", [GOOD | {"golden_answers": answers}])
+    assert load_pairs(path)[0].golden_answers == loaded
+
+
 WORDS = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=8)
 TEXTS = st.lists(WORDS, min_size=1, max_size=5).map(" ".join)
 
@@ -113,8 +132,11 @@ GOOD = {"id": "a", "query": "q", "question": "?", "golden_answers": ["g"], "labe
     ("row", "message"),
     [
         (GOOD | {"query": ""}, "key 'query'"),
-        (GOOD | {"golden_answers": "a"}, "key 'golden_answers' must be a list of strings"),
-        (GOOD | {"golden_answers": []}, "key 'golden_answers' is empty"),
+        (
+            GOOD | {"golden_answers": [None]},
+            "key 'golden_answers': None is neither",
+        ),
+        (GOOD | {"golden_answers": []}, "key 'golden_answers' .* empty"),
         (GOOD | {"label": "good"}, "key 'label' is 'good'"),
         (GOOD | {"documents": "d"}, "key 'documents'"),
         (GOOD | {"last": 1}, "key 'last'"),
@@ -137,7 +159,7 @@ def test_a_bad_row_is_refused_with_its_number(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", "", "holds no pairs"),
+        ("a.jsonl", "", "has no rows"),
         ("a.json", "{}", "expected a list"),
         ("a.json", "{", "not JSON"),
         ("a.jsonl", "{\n", "row 1: not JSON"),

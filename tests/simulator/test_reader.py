@@ -12,6 +12,7 @@ class ScriptedGenerator:
     """A generator with two slots that returns `reply(prompt)` for each prompt."""
 
     slots = 2
+    max_tokens = 600
 
     def __init__(self, reply):
         self.reply = reply
@@ -65,6 +66,12 @@ def test_reader_documents_follow_no_open_thought(thinking_tokenizer, generator):
     assert text == (
         "<think>\n</think>\n\n<information>Doc 1: It is 0.</information>\n\n<think> The query 0 is"
     )
+
+
+def test_a_query_too_long_for_the_slot_has_no_answer(tiny_tokenizer, generator):
+    reader = Reader(generator, tiny_tokenizer, response_tokens=32, observation_tokens=12)
+    questions, queries = [f"Who is {i}?" for i in range(4)], ["q", "q " * 600, "q", "q"]
+    assert reader(questions, queries, [("x",)] * 4) == ["0", None, "2", None]
 
 
 def test_reader_documents_are_cut_and_neutralised_before_the_closing_tag(tiny_tokenizer, generator):

@@ -1,8 +1,8 @@
 """Tests of tokenizers and of the bytes of their tokens."""
 
 import json
-from itertools import accumulate
 import unicodedata
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +12,8 @@ from tokenizers.processors import TemplateProcessing
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.stops import build_stop_table
-from zerosearch_jax.text.actions import Action, parse_action
 from zerosearch_jax.text import prompts
+from zerosearch_jax.text.actions import Action, parse_action
 from zerosearch_jax.text.tokenizer import (
     decode,
     encode,

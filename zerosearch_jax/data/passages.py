@@ -1,11 +1,11 @@
 """Loads the passages of a corpus, which real engines search."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
 from zerosearch_jax.data.embedded.world import corpus, load_entities
+from zerosearch_jax.data.rows import as_text, read_rows
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import Passage
 
@@ -30,25 +30,17 @@ def load_passages(source: str) -> list[Passage]:
         raise UserError(
             f"corpus {source!r}: choose world, {PREFIX}COUNT:SEED or an existing .jsonl file"
         )
-    passages = list(_rows(path))
-    if not passages:
-        raise UserError(f"{path}: the corpus has no passages; use a file with at least one")
-    return passages
+    return [_passage(f"{path}: row {number}", row) for number, row in read_rows(path)]
 
 
-def _rows(path: Path) -> Iterator[Passage]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}: row {number}"
-            try:
-                row = json.loads(line)
-                key, contents = str(row["id"]), row["contents"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f'{where}: expected {{"id", "contents"}} ({error!r}); fix or delete the row'
-                ) from error
-            if not isinstance(contents, str) or not contents.strip():
-                raise UserError(f"{where}: key 'contents' is empty; set it to a text")
-            title, _, text = contents.strip().partition("\n")
-            title, text = title.strip().strip('"'), text.strip()
-            yield Passage(key, key, title, f"{title}: {text}" if text else title, ())
+def _passage(where: str, row: object) -> Passage:
+    if not isinstance(row, Mapping) or not {"id", "contents"} <= row.keys():
+        raise UserError(f'{where}: expected {{"id", "contents"}}; fix or delete the row')
+    key, contents = as_text(row["id"]), row["contents"]
+    if key is None:
+        raise UserError(f"{where}: key 'id' is {row['id']!r}; set it to a text or a number")
+    if not isinstance(contents, str) or not contents.strip():
+        raise UserError(f"{where}: key 'contents' is empty; set it to a text")
+    title, _, text = contents.strip().partition("\n")
+    title, text = title.strip().strip('"'), text.strip()
+    return Passage(key, key, title, f"{title}: {text}" if text else title, ())

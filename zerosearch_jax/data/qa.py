@@ -2,19 +2,25 @@
 
 Sources: "world" (the embedded world), "synthetic:COUNT:SEED" (a synthetic world), FlashRAG .jsonl,
 ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are not changed and get no prompt.
+
+Gold answers mean the same in every format: a list, or one answer, which may be a number, or a text
+that holds a list such as `['Paris', 'City of Light']`. See `data.rows` for the files themselves.
 """
 
-import ast
-import csv
 import itertools
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
-from zerosearch_jax.data.embedded.world import write_questions
+from zerosearch_jax.data.embedded.world import Question, write_questions
+from zerosearch_jax.data.rows import as_list, as_text, read_rows
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.text.matching import score_tokens
+
+SUFFIXES = (".jsonl", ".parquet", ".tsv", ".csv")
+TABLES = (".tsv", ".csv")
+_ANSWER_COLUMNS = ("answer", "answers", "golden_answers")
 
 
 @dataclass(frozen=True)
@@ -23,20 +29,25 @@ class QARow:
 
     Attributes:
       id: unique in its source.
-      golden_answers: any of them is correct; at least one.
+      golden_answers: any of them is correct; at least one. Each has a token that can be scored.
       data_source: name of the data set.
+      where: file and row, or source and id, for error messages.
     """
 
     id: str
     question: str
     golden_answers: tuple[str, ...]
     data_source: str
+    where: str = field(default="", compare=False)
 
 
 def load_qa(
     source: str, split: str, limit: int | None = None, data_dir: str | Path | None = None
 ) -> list[QARow]:
     """Loads the first `limit` rows of `source`, or all if `limit` is None.
+
+    Gold answers without a token, such as "The" or "!", are dropped, and their number is printed:
+    every score of them is 0.
 
     Args:
       source: "world", "synthetic:COUNT:SEED", or the path of a .jsonl, .parquet, .tsv or .csv file.
@@ -54,93 +65,98 @@ def load_qa(
         from zerosearch_jax.data.embedded.world_tfds import load_questions
 
         questions = load_questions(split, data_dir)[:limit]
-        return [QARow(q.id, q.question, q.golden_answers, "world") for q in questions]
+        return [_world_row(q, source) for q in questions]
     if source.startswith(PREFIX):
         entities, seed = synthetic_world(source)
         questions = write_questions(entities, split, seed)[:limit]
         if not questions:
             raise UserError(f"{source} has no split {split!r}; use split 'train'")
-        return [QARow(q.id, q.question, q.golden_answers, source) for q in questions]
+        return [_world_row(q, source) for q in questions]
     path = Path(source)
-    readers = {".jsonl": _jsonl, ".parquet": _parquet, ".tsv": _delimited, ".csv": _delimited}
-    if path.suffix not in readers:
+    if path.suffix not in SUFFIXES:
         raise UserError(
             f"{source}: not a data source; use 'world', '{PREFIX}COUNT:SEED' or a file that ends "
-            f"in {', '.join(readers)}"
+            f"in {', '.join(SUFFIXES)}"
         )
-    if not path.is_file():
-        raise UserError(f"{source}: no such file; fix the path of the data set")
-    try:
-        rows = list(itertools.islice(readers[path.suffix](path, split), limit))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: not a readable table ({error}); fix it") from error
-    if not rows:
-        raise UserError(f"{source}: the file has no rows; use a file with at least one question")
-    return rows
+    rows = ((n, raw) for n, raw in read_rows(path) if not _is_header(path, raw))
+    loaded, dropped = [], []
+    for number, raw in itertools.islice(rows, limit):
+        row = _row(path, number, split, raw)
+        kept = scored_answers(row.where, row.golden_answers)
+        dropped += [(row.where, text) for text in row.golden_answers if text not in kept]
+        loaded.append(replace(row, golden_answers=kept))
+    if not loaded:
+        raise UserError(f"{path}: the file has no rows; use a file with at least one question")
+    if dropped:
+        where, text = dropped[0]
+        print(f"{len(dropped)} gold answers without a word dropped, first in {where}: {text!r}")
+    return loaded
 
 
-def _jsonl(path: Path, split: str) -> Iterator[QARow]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                raw = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}: row {number}: not JSON ({error}); fix the row") from error
-            yield _row(path, number, split, raw)
+def golden_answers(where: str, value: object) -> tuple[str, ...]:
+    """Returns gold answers as texts.
 
-
-def _parquet(path: Path, split: str) -> Iterator[QARow]:
-    for number, raw in enumerate(parquet_rows(path), 1):
-        yield _row(path, number, split, raw)
-
-
-def parquet_rows(path: Path) -> Iterator[dict]:
-    """Yields the rows of a parquet file, one batch in memory at a time.
+    Args:
+      where: file and row, for errors.
+      value: a list, one answer, or a text that holds a list.
 
     Raises:
-      UserError: the file is not a readable parquet file.
+      UserError: there is no answer, or one is neither text nor number.
     """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    found = as_list(value)
+    if found is None:
         raise UserError(
-            f"{path}: not a readable parquet file ({error}); download or write it again"
-        ) from error
+            f"{where}: key 'golden_answers': {value!r} is not a readable list; write a list such "
+            "as ['Paris', 'City of Light']"
+        )
+    texts = [as_text(answer) for answer in found]
+    if None in texts and value is not None:
+        raise UserError(
+            f"{where}: key 'golden_answers': {found[texts.index(None)]!r} is neither text nor a "
+            "number; write it as a text or delete it"
+        )
+    if value is None or not texts:
+        raise UserError(
+            f"{where}: key 'golden_answers' (or reward_model.ground_truth.target) is missing or"
+            " empty; set it to a list of texts"
+        )
+    return tuple(texts)
 
 
-def _delimited(path: Path, split: str) -> Iterator[QARow]:
-    """Reads DPR rows: a question and a Python list of answers, separated by a tab or a comma."""
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        for number, fields in enumerate(csv.reader(lines, delimiter=delimiter), 1):
-            if not fields:
-                continue
-            if len(fields) != 2:
-                raise UserError(
-                    f"{path}: row {number}: {len(fields)} columns, expected two: question and "
-                    "answers; fix the row"
-                )
-            try:
-                answers = ast.literal_eval(fields[1])
-            except (ValueError, SyntaxError) as error:
-                raise UserError(
-                    f"{path}: row {number}: key 'golden_answers': {fields[1]!r} is not a list; "
-                    "write a list such as ['Paris']"
-                ) from error
-            yield _row(path, number, split, {"question": fields[0], "golden_answers": answers})
+def scored_answers(where: str, answers: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the answers with a token that can be scored. Raises UserError if there is none."""
+    kept = tuple(answer for answer in answers if score_tokens(answer))
+    if not kept:
+        raise UserError(
+            f"{where}: key 'golden_answers': nothing of {', '.join(map(repr, answers))} is left "
+            "without punctuation and articles, so no answer could be right; add an answer or "
+            "delete the row"
+        )
+    return kept
+
+
+def _world_row(question: Question, source: str) -> QARow:
+    where = f"{source}: question {question.id}"
+    return QARow(question.id, question.question, question.golden_answers, source, where)
+
+
+def _is_header(path: Path, raw: object) -> bool:
+    """Whether the row of a table names its columns: "question", and "answers" or a similar name."""
+    if path.suffix not in TABLES or len(raw) != 2:
+        return False
+    first, second = (cell.strip().lower() for cell in raw)
+    return first == "question" and second in _ANSWER_COLUMNS
 
 
 def _row(path: Path, number: int, split: str, raw: object) -> QARow:
+    """Turns a row of a file into a `QARow`, with all its gold answers."""
     where = f"{path}: row {number}"
+    if path.suffix in TABLES:
+        if len(raw) != 2:
+            raise UserError(
+                f"{where}: {len(raw)} columns, expected two: question and answers; fix the row"
+            )
+        raw = dict(zip(("question", "golden_answers"), raw, strict=True))
     if not isinstance(raw, Mapping):
         raise UserError(
             f"{where}: expected an object with 'question' and 'golden_answers'; fix the row"
@@ -149,23 +165,19 @@ def _row(path: Path, number: int, split: str, raw: object) -> QARow:
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: key 'question' is missing or empty; set it to a text")
     answers = raw.get("golden_answers")
-    if answers is None:
-        answers = _target(raw)
-    if isinstance(answers, str):
-        answers = [answers]
-    if (
-        not isinstance(answers, list | tuple)
-        or not answers
-        or not all(isinstance(a, str) and a.strip() for a in answers)
-    ):
-        raise UserError(
-            f"{where}: key 'golden_answers' (or reward_model.ground_truth.target) is missing or"
-            " empty; set it to a list of texts"
-        )
-    name = raw.get("data_source") or path.stem
-    key = raw.get("id")
-    identity = f"{path.stem}/{split}/{number}" if key is None else str(key)
-    return QARow(identity, question, tuple(answers), str(name))
+    answers = golden_answers(where, _target(raw) if answers is None else answers)
+    name = _label(where, raw, "data_source") or path.stem
+    id_ = _label(where, raw, "id") or f"{path.stem}/{split}/{number}"
+    return QARow(id_, question, answers, name, where)
+
+
+def _label(where: str, raw: Mapping, key: str) -> str:
+    """Returns the text or number under `key`; "" if it is missing or null."""
+    value = raw.get(key)
+    text = "" if value is None else as_text(value)
+    if text is None:
+        raise UserError(f"{where}: key {key!r} is {value!r}; set it to a text or delete it")
+    return text
 
 
 def _target(raw: Mapping) -> object:

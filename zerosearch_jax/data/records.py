@@ -13,6 +13,7 @@ class Records:
 
     A record is complete once its line break is written. A last line without a line break was cut
     by a kill; opening the file drops it. Only the ids are kept in memory. One writer at a time.
+    Blank lines and a byte order mark, which editors add, are skipped, as in `data.rows`.
     """
 
     def __init__(self, path: str | Path, key: str = "id"):
@@ -31,10 +32,10 @@ class Records:
         if not self.path.exists():
             return
         complete = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.endswith(b"\n"):
-                    complete += len(line)
+        for number, line in self._lines():
+            if line.endswith(b"\n"):
+                complete += len(line)
+                if line.strip():
                     self._ids[self._parse(number, line)[key]] = None
         if complete < self.path.stat().st_size:
             os.truncate(self.path, complete)
@@ -52,12 +53,11 @@ class Records:
         if not self._ids:
             return
         seen = set()
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                record = self._parse(number, line)
-                if record[self.key] not in seen:
-                    seen.add(record[self.key])
-                    yield record
+        for number, line in self._lines():
+            record = self._parse(number, line) if line.strip() else None
+            if record and record[self.key] not in seen:
+                seen.add(record[self.key])
+                yield record
 
     def append(self, records: Sequence[Mapping]) -> None:
         """Appends the records with new ids in one write, and flushes them to disk."""
@@ -74,9 +74,13 @@ class Records:
             os.fsync(file.fileno())
         self._ids |= dict.fromkeys(new)
 
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as lines:
+            yield from enumerate(lines, 1)
+
     def _parse(self, number: int, line: bytes) -> dict:
         try:
-            record = json.loads(line)
+            record = json.loads(line)  # also decodes a byte order mark
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get(self.key), str):

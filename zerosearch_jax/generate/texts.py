@@ -7,6 +7,7 @@ import jax
 
 from zerosearch_jax.generate.generator import MIN_FINISHED_FRACTION, Generator, slots_by_replica
 from zerosearch_jax.generate.sampling import Sampling
+from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.text import thoughts
 from zerosearch_jax.text.tokenizer import decode, encode_prompt, opens_thought
 
@@ -35,16 +36,28 @@ class TextGenerator:
         self.max_new_tokens = max_new_tokens
         self.key = key
 
-    def __call__(self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]) -> list[str]:
+    def __call__(
+        self, prompts: Sequence[str], keys: Sequence[tuple[int, int]]
+    ) -> list[str | TooLong]:
         """Returns the completion of each prompt, given as the user turn with an empty system turn.
 
         If the chat template opens a thought, each completion begins with the template's `<think>`.
+        A prompt that leaves no room in a slot gets `TooLong` in place of a completion, and the
+        other prompts are completed.
 
         Args:
           keys: two numbers per prompt. A completion depends only on its prompt and keys.
         """
-        texts = [thoughts.OPEN if opens_thought(self.tokenizer, system="") else ""] * len(prompts)
-        queue = deque(range(len(prompts)))
+        encoded = [encode_prompt(self.tokenizer, prompt, system="") for prompt in prompts]
+        opening = thoughts.OPEN if opens_thought(self.tokenizer, system="") else ""
+        most = self.generator.max_tokens - 1
+        texts: list[str | TooLong] = [
+            opening
+            if len(tokens) <= most
+            else TooLong(f"too long: {len(tokens)} tokens, at most {most}")
+            for tokens in encoded
+        ]
+        queue = deque(i for i, tokens in enumerate(encoded) if len(tokens) <= most)
         free = [deque(slots) for slots in slots_by_replica(self.generator)]
         active: dict[int, int] = {}  # slot -> index of its prompt
         while queue or active:
@@ -53,10 +66,7 @@ class TextGenerator:
             while queue and any(free):
                 new[max(free, key=len).popleft()] = queue.popleft()
             if new:
-                self.generator.start(
-                    list(new),
-                    [encode_prompt(self.tokenizer, prompts[i], system="") for i in new.values()],
-                )
+                self.generator.start(list(new), [encoded[i] for i in new.values()])
                 self.generator.start_decoding(
                     list(new),
                     streams=[keys[i] for i in new.values()],

@@ -51,6 +51,7 @@ from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
 from zerosearch_jax.training.job_configs import CollectConfig
+from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
 
 
@@ -94,7 +95,9 @@ def collect_episodes(config: CollectConfig, episodes: Records) -> None:
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
     and with it rounding, therefore does not depend on the kill.
     """
-    rows = with_unique_ids(load_qa(config.data.source, config.data.split, config.data.limit))
+    limits = prompt_limits(config.policy, config.limits, [config.search])
+    loaded = load_qa(config.data.source, config.data.split, config.data.limit)
+    rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     planned = [
         (f"{row.id}#{sample}", row) for row in rows for sample in range(config.collect.samples)
     ]

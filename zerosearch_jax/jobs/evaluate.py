@@ -27,6 +27,7 @@ from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.job_configs import EvaluateConfig
+from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
 
 # Generator settings that change sampled tokens; the others change only speed and memory.
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
     cases, rows = eval_cases(config), read_rows(path)
-    question_sets = {name: load_set(name, config.data.limit) for name in config.data.sets}
+    question_sets = load_sets(config)
     missing = [case for case in cases if not _rows_of(case, rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     text_path.unlink(missing_ok=True)
@@ -121,6 +122,15 @@ def read_rows(path: Path) -> list[dict]:
     for row in rows:
         check_format(row.get("settings", {}), path.parent)
     return rows
+
+
+def load_sets(config: EvaluateConfig) -> dict[str, list[QARow]]:
+    """Loads the question sets by name, without the questions that `data.overlong` drops."""
+    limits = prompt_limits(config.policy, config.limits, config.engines.values(), config.methods)
+    return {
+        name: fitting(load_set(name, config.data.limit), limits, config.data.overlong)
+        for name in config.data.sets
+    }
 
 
 def load_set(name: str, limit: int | None) -> list[QARow]:

@@ -48,6 +48,7 @@ from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
+from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.train_state import export, resume
@@ -68,7 +69,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     check(config)
     check_workdir(workdir)
     check_models(config)
-    sampler, eval_rows = load_questions(config)
+    sampler, eval_rows, test_rows = load_questions(config)
     parts, state = build(config)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -133,7 +134,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if stopping:
                 raise_collapse(done, workdir)
 
-    conclude(config, workdir, parts, state, began)
+    conclude(config, workdir, parts, state, began, test_rows)
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,26 @@ def check_simulator(config: RLConfig) -> None:
         )
 
 
-def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
-    """Returns a sampler of training questions, and the questions of evaluations during training."""
+def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow], list[QARow]]:
+    """Returns a sampler of training questions, and the questions of evaluations.
+
+    Returns:
+      The sampler; the questions of evaluations during training; those of the evaluation after it.
+
+    Raises:
+      UserError: also for a question too long for a slot, see `data.overlong`.
+    """
     data, size = config.data, config.rollout.questions_per_step
+    searches = [config.search] if config.rollout.max_turns else []
+    training = prompt_limits(config.policy, config.rollout, searches)
+    evaluation = prompt_limits(config.policy, config.rollout, (), ("search", "direct"))
     rows = load_qa(data.source, data.train_split, data.train_limit)
+    eval_rows = load_qa(data.eval_source, data.eval_split, config.eval.questions)
+    test_rows = load_qa(data.eval_source, data.test_split, config.eval.test_questions)
+    rows = fitting(rows, training, data.overlong)
     sampler = RowSampler(rows, size, config.seed, "config.rollout.questions_per_step")
-    return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
+    eval_rows, test_rows = (fitting(r, evaluation, data.overlong) for r in (eval_rows, test_rows))
+    return sampler, eval_rows, test_rows
 
 
 def step_noise(config: RLConfig, step: int) -> float:
@@ -289,7 +304,12 @@ def raise_collapse(done: int, workdir: Path) -> NoReturn:
 
 
 def conclude(
-    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
+    config: RLConfig,
+    workdir: Path,
+    parts: Parts,
+    state: TrainState,
+    began: float,
+    rows: Sequence[QARow],
 ) -> None:
     """Exports the trained policy and evaluates the base policy and the trained policy.
 
@@ -301,6 +321,7 @@ def conclude(
 
     Args:
       began: `time.monotonic()` at the run's start.
+      rows: the questions of the evaluation.
     """
     policy = parts.policy
     trained_params = export(
@@ -311,7 +332,6 @@ def conclude(
         config.policy.model,
         policy.generation,
     )
-    rows = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
     parts.generator.load(policy.params)
     episodes = {"base": evaluate(config, parts, rows)}
     parts.generator.load(trained_params)

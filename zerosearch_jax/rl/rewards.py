@@ -12,30 +12,21 @@ these papers, with our format check `has_valid_format` in place of their tags an
 
 import operator
 import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.text.matching import normalise, score_tokens
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
 _INFORMATION_TAG = re.compile(r"<\s*/?\s*information\s*>", re.IGNORECASE)
+_Form = TypeVar("_Form", str, list[str])
 _THINK_FIRST = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-
-
-def normalise(text: str) -> str:
-    """Returns SQuAD's normal form: lower case, no ASCII punctuation, no a/an/the, single spaces.
-
-    Rajpurkar et al. 2016 (arXiv 1606.05250). Nothing more is normalised, so that scores are
-    comparable with published ones.
-    """
-    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str | None, golden_answers: Sequence[str]) -> float:
     """Returns 1.0 if the normalised answer *equals* a normalised gold answer, else 0.0."""
-    return _best(operator.eq, answer, golden_answers)
+    return _best(operator.eq, normalise, answer, golden_answers)
 
 
 def token_f1(answer: str | None, golden_answers: Sequence[str]) -> float:
@@ -44,15 +35,13 @@ def token_f1(answer: str | None, golden_answers: Sequence[str]) -> float:
         F1 = 2 IN / (PN + RN)
 
     IN is the number of shared tokens, PN that of the answer's and RN that of the gold answer's
-    tokens. This is the reward of ZeroSearch (arXiv 2505.04588). If either has no token after
-    normalisation, the score is 1.0 if both have none and 0.0 otherwise, as in SQuAD 2.
+    tokens. This is the reward of ZeroSearch (arXiv 2505.04588). A Chinese or Japanese character is
+    one token, see `text.matching`.
     """
-    return _best(_f1, answer, golden_answers)
+    return _best(_f1, score_tokens, answer, golden_answers)
 
 
 def _f1(answer: list[str], gold: list[str]) -> float:
-    if not answer or not gold:
-        return float(answer == gold)
     shared = sum((Counter(answer) & Counter(gold)).values())
     return 2 * shared / (len(answer) + len(gold))
 
@@ -63,30 +52,31 @@ def cover_exact_match(answer: str | None, golden_answers: Sequence[str]) -> floa
     The released ZeroSearch code calls containment "EM" and tests for a substring, so that "party"
     contains "art"; here it does not. Containment rewards long answers; do not report it as EM.
     """
-    return _best(_covers, answer, golden_answers)
+    return _best(_covers, score_tokens, answer, golden_answers)
 
 
 def _covers(tokens: list[str], gold: list[str]) -> bool:
-    if not gold:  # every answer contains an empty run, but only an empty one may score
-        return not tokens
     starts = range(len(tokens) - len(gold) + 1)
     return any(tokens[i : i + len(gold)] == gold for i in starts)
 
 
 def _best(
-    compare: Callable[[list[str], list[str]], float],
+    compare: Callable[[_Form, _Form], float],
+    normal: Callable[[str], _Form],
     answer: str | None,
     golden_answers: Sequence[str],
 ) -> float:
-    """Returns the best `compare(answer, gold)` of normalised tokens; 0 without an answer."""
+    """Returns the best `compare` of the normal forms of the answer and a gold answer.
+
+    An empty normal form scores 0. SQuAD's metric would give 1 to an empty answer if the gold answer
+    is "The".
+    """
     if isinstance(golden_answers, str):
         raise TypeError("golden_answers is one string; pass a sequence of strings")
     if not golden_answers:
         raise UserError("a question has no gold answer; fill golden_answers or drop the row")
-    if answer is None:
-        return 0.0
-    tokens = normalise(answer).split()
-    return float(max(compare(tokens, normalise(gold).split()) for gold in golden_answers))
+    given, golds = normal(answer or ""), filter(None, map(normal, golden_answers))
+    return float(max((compare(given, gold) for gold in golds), default=0)) if given else 0.0
 
 
 def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> bool:

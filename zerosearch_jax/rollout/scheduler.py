@@ -114,8 +114,8 @@ class Rollouts:
       engine: may be None if no search is run: `limits.max_turns` is 0 and `opening` is not
         "search".
       noisy: `(episode number, turn) -> bool`, the curriculum's draw.
-      stop_on_failure: whether a failed search stops the run with an error. Otherwise the episode
-        gets a "search failed" observation.
+      stop_on_failure: whether a failed search stops the run with an error. Otherwise, and always
+        if the query was too long for the engine, the episode gets a "search failed" observation.
       opening: text inserted after the prompt, before the policy's only turn (requires
         `max_turns=0`). "answer": the opening of the answer, which the policy completes. "search":
         a search with the question as query, and the documents found. "": nothing.
@@ -320,7 +320,8 @@ class Rollouts:
             answered = self.engine.search(requests)
         if sorted(result.key for result in answered) != sorted(r.key for r in requests):
             raise ValueError(f"engine {self.engine.name} must answer each request exactly once")
-        failed = [result for result in answered if result.failure]
+        # A query that is too long is the policy's failure, from which it can learn.
+        failed = [result for result in answered if result.failure and not result.too_long]
         if failed and self.stop_on_failure:
             raise UserError(
                 f"{len(failed)} of {len(requests)} searches failed ({failed[0].failure}); fix the "

@@ -57,11 +57,14 @@ class SearchResult:
       key: the request's `(episode, turn)`.
       documents: documents, best first; empty if nothing was found or the search failed.
       failure: reason of a search that failed after its retries, or "" for a successful one.
+      too_long: whether the search failed because its text was too long for the engine. The policy
+        is at fault then, not the engine, so that such a failure never ends a run.
     """
 
     key: tuple[int, int]
     documents: tuple[str, ...]
     failure: str = ""
+    too_long: bool = False
 
 
 class SearchEngine(Protocol):

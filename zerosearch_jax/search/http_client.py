@@ -7,6 +7,7 @@ import asyncio
 import functools
 import json
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,12 +41,24 @@ class SearchFailed(Exception):
     """One search failed after its retries; the message is a short phrase."""
 
 
+class TooLong(SearchFailed):
+    """A search that failed because its text is too long for the model or the server."""
+
+
+# Parts of the replies with status 400 or 422 to a prompt beyond the context of a language model:
+# of OpenAI and vLLM; SGLang; TGI; others.
+_CONTEXT_EXCEEDED = re.compile(
+    rb"context.length|longer than the model|max_new_tokens` must be|too long"
+)
+
+
 class _Reply(NamedTuple):
-    """Outcome of one try: the body, or the trouble and whether it may pass."""
+    """Outcome of one try: the body, or the trouble and whether it may pass or is length."""
 
     content: bytes = b""
     trouble: str = ""
     transient: bool = False
+    too_long: bool = False
 
 
 class JsonClient:
@@ -122,7 +135,8 @@ class JsonClient:
           headers: additional headers of this request.
 
         Raises:
-          SearchFailed: no reply, an error status, a reply that is too large or not JSON, or
+          TooLong: the server refused the request because of its length.
+          SearchFailed: no reply, another error status, a reply that is too large or not JSON, or
             `close` was called.
         """
         content = json.dumps(payload, allow_nan=False).encode()
@@ -152,7 +166,8 @@ class JsonClient:
             if not reply.transient:
                 break
         tries = f" in {attempt + 1} tries" if reply.transient else ""
-        raise SearchFailed(f"{method} {path}: {reply.trouble}{tries}")
+        kind = TooLong if reply.too_long else SearchFailed
+        raise kind(f"{method} {path}: {reply.trouble}{tries}")
 
     def _run(self, method: str, path: str, arguments: dict[str, object]) -> _Reply:
         """Waits for one try, or for `close`."""
@@ -191,7 +206,11 @@ class JsonClient:
         status = response.status_code
         if 200 <= status < 300:
             return _Reply(bytes(content))
-        return _Reply(trouble=f"HTTP {status}", transient=status == 429 or status >= 500)
+        too_long = status in (413, 414) or (
+            status in (400, 422) and _CONTEXT_EXCEEDED.search(content) is not None
+        )
+        transient = status == 429 or status >= 500
+        return _Reply(trouble=f"HTTP {status}", transient=transient, too_long=too_long)
 
 
 _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()
@@ -228,7 +247,12 @@ def answer(request: SearchRequest, ask: Callable[[SearchRequest], Iterable[str]]
     try:
         return SearchResult(request.key, tuple(ask(request)))
     except SearchFailed as failure:
-        return SearchResult(request.key, (), str(failure))
+        return failed_result(request.key, failure)
+
+
+def failed_result(key: tuple[int, int], failure: SearchFailed) -> SearchResult:
+    """Returns the result of a failed search."""
+    return SearchResult(key, (), str(failure), isinstance(failure, TooLong))
 
 
 def answer_all(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
+from zerosearch_jax.search.http_client import SearchFailed, failed_result
 from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
 from zerosearch_jax.text.thoughts import without_thoughts
 
@@ -23,7 +24,7 @@ class RefiningEngine:
     def __init__(
         self,
         engine: SearchEngine,
-        generate: Callable[[list[str], list[tuple[int, int]]], list[str]],
+        generate: Callable[[list[str], list[tuple[int, int]]], Sequence[str | SearchFailed]],
     ):
         self.name = f"refined {engine.name}"
         self.engine = engine
@@ -41,9 +42,12 @@ class RefiningEngine:
             refine_prompt(by_key[r.key].question, by_key[r.key].query, r.documents) for r in found
         ]
         texts = self.generate(prompts, [result.key for result in found])
-        helpful = [without_thoughts(text).strip() or NO_HELPFUL_INFORMATION for text in texts]
         refined = {
-            result.key: replace(result, documents=(text,))
-            for result, text in zip(found, helpful, strict=True)
+            result.key: failed_result(result.key, text)
+            if isinstance(text, SearchFailed)
+            else replace(
+                result, documents=(without_thoughts(text).strip() or NO_HELPFUL_INFORMATION,)
+            )
+            for result, text in zip(found, texts, strict=True)
         }
         return [refined.get(result.key, result) for result in results]

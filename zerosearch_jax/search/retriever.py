@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 from zerosearch_jax.errors import UserError, check_positive
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer, answer_all
+from zerosearch_jax.search.http_client import (
+    JsonClient,
+    SearchFailed,
+    TooLong,
+    answer,
+    answer_all,
+    failed_result,
+)
 
 _QUOTED_LINE = re.compile(r'\A[^\S\n]*"([^\n]+)"[^\S\n]*\n')
 
@@ -47,8 +54,13 @@ class RetrieverEngine:
             return []
         try:
             found = self._ask_batch([request.query for request in requests])
+        except TooLong as failure:
+            if len(requests) == 1:
+                return [failed_result(requests[0].key, failure)]
+            # One long query must not fail the others.
+            return [self.search([request])[0] for request in requests]
         except SearchFailed as failure:
-            return [SearchResult(request.key, (), str(failure)) for request in requests]
+            return [failed_result(request.key, failure) for request in requests]
         return [
             answer(request, lambda _, hits=hits: self._batch_documents(hits))
             for request, hits in zip(requests, found, strict=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import SearchFailed
+from zerosearch_jax.search.http_client import SearchFailed, failed_result
 from zerosearch_jax.text.prompts import cut_documents, simulator_prompt
 
 
@@ -12,7 +12,8 @@ class SimulatedEngine:
 
     Args:
       generate: `(prompts, keys) -> texts`; each text depends only on its prompt and key. A
-        `SearchFailed` in place of a text makes that request's result a failure.
+        `SearchFailed` in place of a text makes that request's result a failure. A prompt with a
+        long query may be `TooLong` for the model, which fails only this search.
       form: "finetuned" or "prompted", see `text.prompts.simulator_prompt`.
       topk: number of documents to request.
     """
@@ -48,7 +49,7 @@ class SimulatedEngine:
         ]
         texts = self.generate(prompts, [request.key for request in requests])
         return [
-            SearchResult(request.key, (), str(text))
+            failed_result(request.key, text)
             if isinstance(text, SearchFailed)
             else SearchResult(request.key, tuple(cut_documents(text, self.topk)))
             for request, text in zip(requests, texts, strict=True)

@@ -5,9 +5,7 @@ answers would turn a test of searching into a test of finding that page. DeepRes
 (arXiv 2504.03160) trains on the live web.
 """
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 
 from zerosearch_jax.errors import UserError, check_positive
@@ -16,7 +14,8 @@ from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
 
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
-_KEYS = ("title", "snippet", "link")
+KEYS = ("title", "snippet", "link")
+"""Keys of a result that are read; the values are texts."""
 _PAGE = 10  # results on one page of Google; the filter needs more than topk
 
 SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.com"}
@@ -37,7 +36,7 @@ def filter_results(
     blocked = [domain.lower().strip(".") for domain in blocked_domains]
     links, snippets, kept = set(), set(), []
     for result in organic:
-        title, snippet, link = (" ".join(str(result.get(key) or "").split()) for key in _KEYS)
+        title, snippet, link = (" ".join(str(result.get(key) or "").split()) for key in KEYS)
         link, host = urldefrag(link).url, _host(link)
         if not (title and snippet and host) or link in links or snippet in snippets:
             continue
@@ -151,7 +150,7 @@ class RecordedWeb:
     def __init__(
         self, responses: Iterable[Mapping], *, topk: int, blocked_domains: Collection[str]
     ):
-        """Indexes `responses`, rows of `load_recording`.
+        """Indexes `responses`, rows of `data.recordings.load_recording`.
 
         Raises:
           UserError: topk < 1, or filtering drops all results.
@@ -188,41 +187,5 @@ class RecordedWeb:
 
 def record_of(query: str, organic: Iterable[Organic]) -> dict:
     """Returns one row of a recording: a reply of Serper's `/search`, reduced to the keys in use."""
-    results = [{key: result[key] for key in _KEYS if key in result} for result in organic]
+    results = [{key: result[key] for key in KEYS if key in result} for result in organic]
     return {"searchParameters": {"q": query}, "organic": results}
-
-
-def load_recording(path: str | Path) -> list[dict]:
-    """Reads a .jsonl file of Serper's replies into rows like those of `record_of`.
-
-    Raises:
-      UserError: the file is missing, empty or not UTF-8, or a row is not a reply of Serper.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the recording ({error})") from error
-    rows = [_row(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise UserError(f"{path}: the recording has no rows; record at least one search")
-    return rows
-
-
-def _row(path: str | Path, number: int, line: str) -> dict:
-    where = f"{path}: row {number}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    parameters = row.get("searchParameters") if isinstance(row, dict) else None
-    query = parameters.get("q") if isinstance(parameters, dict) else None
-    if not isinstance(query, str):
-        raise UserError(f"{where}: searchParameters.q, the query, is missing or not text")
-    organic = row.get("organic")
-    if not isinstance(organic, list) or not all(isinstance(result, dict) for result in organic):
-        raise UserError(f"{where}: organic is missing or not a list of results")
-    for rank, result in enumerate(organic):
-        bad = [key for key in _KEYS if not isinstance(result.get(key, ""), str)]
-        if bad:
-            raise UserError(f"{where}: organic[{rank}].{bad[0]} is not text")
-    return record_of(query, organic)

@@ -22,7 +22,7 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.search.chat import ChatClient
-from zerosearch_jax.search.http_client import SearchFailed
+from zerosearch_jax.search.http_client import SearchFailed, TooLong
 from zerosearch_jax.simulator.pairs import LABELS
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions
@@ -89,7 +89,9 @@ def reader_labels(reader: Reader, searches: Sequence[Search]) -> list[str | None
 
 
 def model_labels(complete: Complete, searches: Sequence[Search]) -> list[str | None]:
-    """Returns the language model's label of each search; None if it says neither yes nor no.
+    """Returns the language model's label of each search.
+
+    None if it says neither yes nor no, or if the documents are too long for it.
 
     Raises:
       UserError: the server failed after its retries.
@@ -98,13 +100,13 @@ def model_labels(complete: Complete, searches: Sequence[Search]) -> list[str | N
     # Decoding is greedy, so the keys only have to differ.
     replies = complete(texts, [(i, 0) for i in range(len(texts))])
     for reply in replies:
-        if isinstance(reply, SearchFailed):
+        if isinstance(reply, SearchFailed) and not isinstance(reply, TooLong):
             raise UserError(
                 f"the labeler's server (config.labeling.url) failed: {reply}; fix it and "
                 "repeat the command, which keeps all earlier labels"
             )
     labels = {True: "useful", False: "noisy", None: None}
-    return [labels[parse_verdict(reply)] for reply in replies]
+    return [labels[parse_verdict(r) if isinstance(r, str) else None] for r in replies]
 
 
 def chosen_labels(records: Iterable[Mapping], label_by: str) -> dict[str, str | None]:

@@ -8,17 +8,19 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.scripted_agent import Segment
-from zerosearch_jax.data.qa import parquet_rows
+from zerosearch_jax.data.qa import golden_answers, scored_answers
+from zerosearch_jax.data.rows import read_rows
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.text import prompts
 
 LABELS = ("useful", "noisy")
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _TEXT_KEYS = ("id", "query", "question", "label")
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _ALL_DOCUMENTS = 1_000_000  # `cut_documents` requires a limit.
@@ -69,15 +71,15 @@ def load_pairs(path: str | Path) -> list[Pair]:
       UserError: the file is missing, a row has another form, or a prompt is not the simulator's.
     """
     path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: not a file of pairs; give a file ending in {', '.join(SUFFIXES)}")
     pairs = []
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in read_rows(path):
         where = f"{path}: row {number}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object, not {type(row).__name__}")
         id_ = f"{path.stem}/{number}"
         pairs.append(_own_pair(where, row) if "documents" in row else _chat_pair(where, id_, row))
-    if not pairs:
-        raise UserError(f"{path}: the file holds no pairs; give a file with at least one row")
     return pairs
 
 
@@ -213,54 +215,21 @@ def _count_labels(pairs: Collection[Pair]) -> dict[str, int]:
     return {label: counts[label] for label in LABELS} | {"all": len(pairs)}
 
 
-def _rows(path: Path) -> Iterator[object]:
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": parquet_rows}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: not a file of pairs; give a file ending in {', '.join(readers)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; create one with configs/collect.py")
-    try:
-        yield from readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def _json_lines(path: Path) -> Iterator[object]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: row {number}: not JSON ({error})") from error
-
-
-def _json_list(path: Path) -> Iterator[object]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, not {type(rows).__name__}")
-    yield from rows
-
-
 def _own_pair(where: str, row: Mapping) -> Pair:
     for key in _TEXT_KEYS:
         if not isinstance(row.get(key), str) or not row[key]:
             raise UserError(f"{where}: key {key!r} is missing or empty; give a string")
     if row["label"] not in LABELS:
         raise UserError(f"{where}: key 'label' is {row['label']!r}; use {' or '.join(LABELS)}")
-    for key in ("documents", "golden_answers"):
-        if not isinstance(row.get(key), list) or not all(isinstance(t, str) for t in row[key]):
-            raise UserError(f"{where}: key {key!r} must be a list of strings")
-    if not row["golden_answers"]:
-        raise UserError(f"{where}: key 'golden_answers' is empty; give at least one")
+    documents = row["documents"]
+    if not isinstance(documents, list) or not all(isinstance(text, str) for text in documents):
+        raise UserError(f"{where}: key 'documents' must be a list of strings")
     if not isinstance(row.get("last"), bool):
         raise UserError(f"{where}: key 'last' must be true or false")
     return Pair(
         **{key: row[key] for key in _TEXT_KEYS},
-        documents=tuple(row["documents"]),
-        golden_answers=tuple(row["golden_answers"]),
+        documents=tuple(documents),
+        golden_answers=scored_answers(where, golden_answers(where, row.get("golden_answers"))),
         last=row["last"],
     )
 

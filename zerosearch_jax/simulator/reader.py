@@ -40,26 +40,30 @@ class Reader:
         queries: Sequence[str],
         documents: Sequence[Sequence[str]],
     ) -> list[str | None]:
-        """Returns the answer to each question from the documents of its query, or None."""
+        """Returns the answer to each question from the documents of its query, or None.
+
+        A prompt that leaves no room in a slot, because of its question or query, has no answer.
+        """
         rows = zip(questions, queries, documents, strict=True)
         token_rows = [self._prompt(*row) for row in rows]
-        answers = []
-        for start in range(0, len(token_rows), self.generator.slots):
-            batch = token_rows[start : start + self.generator.slots]
+        fitting = [i for i, t in enumerate(token_rows) if len(t) < self.generator.max_tokens]
+        answers: list[str | None] = [None] * len(token_rows)
+        for start in range(0, len(fitting), self.generator.slots):
+            batch = fitting[start : start + self.generator.slots]
             slots = list(range(len(batch)))
-            self.generator.start(slots, batch)
+            self.generator.start(slots, [token_rows[i] for i in batch])
             generations = self.generator.decode(
                 slots,
                 key=jax.random.key(0),
-                streams=[(start + slot, 0) for slot in slots],
+                streams=[(i, 0) for i in batch],
                 max_new_tokens=self.response_tokens,
                 sampling=GREEDY,
             )
-            for generation in generations:
+            for i, generation in zip(batch, generations, strict=True):
                 # The inserted opening began a thought.
                 text = thoughts.OPEN + decode(self.tokenizer, generation.tokens)
                 action = parse_action(text)
-                answers.append(action.content if action.kind == "answer" else None)
+                answers[i] = action.content if action.kind == "answer" else None
         return answers
 
     def _prompt(self, question: str, query: str, documents: Sequence[str]) -> list[int]:

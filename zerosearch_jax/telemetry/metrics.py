@@ -14,7 +14,10 @@ EPISODE_METRICS: dict[str, str] = {
     "truncated_ratio": (
         "share of truncated episodes: the last turn was cut or an observation did not fit, 0–1"
     ),
-    "failed_search_ratio": "share of searches that failed after their retries, 0–1",
+    "failed_search_ratio": (
+        "share of searches that failed after their retries, or whose query was too long for the "
+        "engine, 0–1"
+    ),
     "policy_tokens_per_episode": "mean number of policy tokens per episode",
     "tokens_per_episode": "mean number of tokens per episode, including prompt and documents",
 }

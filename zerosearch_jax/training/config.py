@@ -12,7 +12,13 @@ from zerosearch_jax.errors import UserError, check_choice, check_positive
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
-from zerosearch_jax.training.sections import DTYPES, MeshConfig, PolicyConfig, SearchConfig
+from zerosearch_jax.training.sections import (
+    DTYPES,
+    OVERLONG_QUESTIONS,
+    MeshConfig,
+    PolicyConfig,
+    SearchConfig,
+)
 
 OLD_LOGPROBS = ("sampler", "learner")
 OVERLONG = ("keep", "mask")
@@ -37,7 +43,8 @@ class RolloutConfig:
     """Sampling temperature of the policy, above 0. Evaluations are greedy."""
     stop_on_failure: bool
     """Stop the run when a training search fails after all attempts. False inserts a failure text
-    instead, as evaluations always do."""
+    instead, as evaluations always do. A query that is too long for the engine never stops a run,
+    because the policy wrote it: it gets the failure text and counts in `failed_search_ratio`."""
     concurrent_searches: int
     """Most batches of searches in flight while the policy decodes. 0 alternates searching and
     decoding, which is deterministic."""
@@ -202,6 +209,12 @@ class DataConfig:
     """Split of `eval_source` for the evaluation after training."""
     train_limit: int | None
     """Number of training questions, at least 1: the first of the split. None uses all."""
+    overlong: str
+    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
+    `error` refuses the first one, `drop` drops them and prints their number."""
+
+    def __post_init__(self):
+        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)

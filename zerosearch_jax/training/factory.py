@@ -12,6 +12,7 @@ from flax import nnx
 
 from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.passages import load_passages
+from zerosearch_jax.data.recordings import load_recording
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator, check_max_tokens
 from zerosearch_jax.generate.sampling import Sampling
@@ -33,7 +34,7 @@ from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
-from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, load_recording
+from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine
 from zerosearch_jax.text.tokenizer import token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig

@@ -12,6 +12,7 @@ from zerosearch_jax.errors import UserError, check_choice, check_positive
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
+    OVERLONG_QUESTIONS,
     GeneratorConfig,
     LimitsConfig,
     MeshConfig,
@@ -122,6 +123,12 @@ class CollectDataConfig:
     """Split of `source`. A file has only one split."""
     limit: int
     """Number of questions, at least 1: the first of the split."""
+    overlong: str
+    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
+    `error` refuses the first one, `drop` drops them and prints their number."""
+
+    def __post_init__(self):
+        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)
@@ -259,6 +266,12 @@ class EvaluateDataConfig:
     """SOURCE/SPLIT, such as world/test, or a .jsonl, .parquet, .tsv or .csv file."""
     limit: int | None
     """Number of questions per set, at least 1: the first of the set. None uses all."""
+    overlong: str
+    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
+    `error` refuses the first one, `drop` drops them and prints their number."""
+
+    def __post_init__(self):
+        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zerosearch_jax.errors import UserError, check_choice
 
 DTYPES = ("float32", "bfloat16")
+OVERLONG_QUESTIONS = ("error", "drop")
 ENGINES = {
     "bm25": ("corpus",),
     "noisy_bm25": ("corpus", "noise"),
@@ -151,7 +152,8 @@ class SimulatorConfig:
     """Sample from the most likely tokens whose probabilities add up to this, in (0, 1]. 1 samples
     from all."""
     max_new_tokens: int
-    """Most tokens written per search."""
+    """Most tokens written per search. A long query may leave room for fewer. A search whose prompt
+    leaves no room fails alone, see rollout.stop_on_failure."""
     generator: GeneratorConfig
 
 
