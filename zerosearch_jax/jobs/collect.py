@@ -49,6 +49,7 @@ from zerosearch_jax.simulator.pairs import (
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import CollectConfig
 from zerosearch_jax.training.step_rollouts import limits_of
 
@@ -57,9 +58,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Writes episodes, labels, pairs, held-out pairs and `summary.json` to `workdir`."""
     config = config_flags.typed(CollectConfig, config)
     workdir = Path(workdir)
+    check_job(config)
+    rows = with_unique_ids(load_qa(config.data.source, config.data.split, config.data.limit))
     workdir.mkdir(parents=True, exist_ok=True)
     episodes = Records(workdir / "episodes.jsonl")
-    collect_episodes(config, episodes)
+    collect_episodes(config, rows, episodes)
     labels = Records(workdir / "labels.jsonl")
     label_searches(config, episodes, labels)
     train, heldout, counts = extract_pairs(
@@ -87,13 +90,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 # Stage 1: collect.
 
 
-def collect_episodes(config: CollectConfig, episodes: Records) -> None:
-    """Runs the episodes that `episodes` lacks, one batch of questions at a time.
+def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Records) -> None:
+    """Runs the episodes of `rows` that `episodes` lacks, one batch of questions at a time.
 
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
     and with it rounding, therefore does not depend on the kill.
     """
-    rows = with_unique_ids(load_qa(config.data.source, config.data.split, config.data.limit))
     planned = [
         (f"{row.id}#{sample}", row) for row in rows for sample in range(config.collect.samples)
     ]

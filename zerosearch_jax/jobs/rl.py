@@ -46,12 +46,12 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
+from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.train_state import export, resume
-from zerosearch_jax.training.validate import check
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
 
@@ -64,12 +64,12 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     """
     began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    check(config)
+    check_job(config)
     check_workdir(workdir)
     check_simulator(config)
-    sampler, eval_rows = load_questions(config)
+    sampler, eval_rows, test_rows = load_questions(config)
     parts, state = build(config)
+    workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
     kept = {"kl_coef": kl.coef, "skipped_in_a_row": 0}
@@ -133,7 +133,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if stopping:
                 raise_collapse(done, workdir)
 
-    conclude(config, workdir, parts, state, began)
+    conclude(config, workdir, parts, state, test_rows, began)
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,18 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     """Loads the models, builds the engines, and returns them with a fresh training state."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
-    policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
+    own = (simulator.devices, simulator.tensor) if simulator else (0, 0)
+    policy_mesh, _ = local_meshes(mesh, *own)
     policy = factory.load_model(config.policy.model, mesh, "float32")
     clock = DeviceClock()
-    print("compiling the programs of the simulator and the policy", flush=True)
     engine = eval_engine = None
-    if config.rollout.max_turns:  # with max_turns=0 a search ends the episode: no engine is needed
-        engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
+    # With max_turns=0 a search ends the episode, and no engine is needed. The evaluation engine
+    # compiles nothing, so its corpus is read first.
+    if config.rollout.max_turns:
         eval_engine = factory.make_engine(config.eval.search, config.seed, config.mesh)
+    print("compiling the programs of the simulator and the policy", flush=True)
+    if config.rollout.max_turns:
+        engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
     generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
@@ -174,6 +178,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         mesh,
         config.optimizer,
         config.learner,
+        steps=config.rl.steps,
         critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
         updates_per_step=config.rl.epochs * config.rl.minibatches,
@@ -196,12 +201,14 @@ def check_simulator(config: RLConfig) -> None:
         )
 
 
-def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
-    """Returns a sampler of training questions, and the questions of evaluations during training."""
+def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow], list[QARow]]:
+    """Returns a sampler of training questions, and the evaluation questions during and after."""
     data, size = config.data, config.rollout.questions_per_step
     rows = load_qa(data.source, data.train_split, data.train_limit)
     sampler = RowSampler(rows, size, config.seed, "config.rollout.questions_per_step")
-    return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
+    eval_rows = load_qa(data.eval_source, data.eval_split, config.eval.questions)
+    test_rows = load_qa(data.eval_source, data.test_split, config.eval.test_questions)
+    return sampler, eval_rows, test_rows
 
 
 def step_noise(config: RLConfig, step: int) -> float:
@@ -275,7 +282,12 @@ def raise_collapse(done: int, workdir: Path) -> NoReturn:
 
 
 def conclude(
-    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
+    config: RLConfig,
+    workdir: Path,
+    parts: Parts,
+    state: TrainState,
+    rows: Sequence[QARow],
+    began: float,
 ) -> None:
     """Exports the trained policy and evaluates the base policy and the trained policy.
 
@@ -286,13 +298,13 @@ def conclude(
     `summary.json`.
 
     Args:
+      rows: questions of the evaluation.
       began: `time.monotonic()` at the run's start.
     """
     policy = parts.policy
     trained_params = export(
         workdir / "policy", parts.learner, state, policy.tokenizer, config.policy.model
     )
-    rows = load_qa(config.data.eval_source, config.data.test_split, config.eval.test_questions)
     parts.generator.load(policy.params)
     episodes = {"base": evaluate(config, parts, rows)}
     parts.generator.load(trained_params)

@@ -41,11 +41,15 @@ class SearchFailed(Exception):
 
 
 class _Reply(NamedTuple):
-    """Outcome of one try: the body, or the trouble and whether it may pass."""
+    """Outcome of one try: the body, or the trouble and whether it may pass.
+
+    `replied` is whether the server sent a status.
+    """
 
     content: bytes = b""
     trouble: str = ""
     transient: bool = False
+    replied: bool = False
 
 
 class JsonClient:
@@ -133,6 +137,11 @@ class JsonClient:
         """Returns the parsed JSON reply to a GET with query parameters. Raises as `post` does."""
         return self._request("GET", path, headers={}, params=dict(params))
 
+    def no_reply(self) -> str:
+        """Sends one GET and returns why the server did not reply; "" if it did, with any status."""
+        reply = self._run("GET", "", {"headers": {}})
+        return "" if reply.replied else reply.trouble
+
     def close(self) -> None:
         """Ends all waiting requests at once; they and later requests raise `SearchFailed`."""
         if not self._closed.done():
@@ -181,17 +190,17 @@ class JsonClient:
                 async for piece in response.aiter_bytes():
                     content += piece
                     if len(content) > self.max_reply_bytes:
-                        return _Reply(
-                            trouble=f"the reply is larger than {self.max_reply_bytes} bytes"
-                        )
+                        trouble = f"the reply is larger than {self.max_reply_bytes} bytes"
+                        return _Reply(trouble=trouble, replied=True)
         except TimeoutError:
             return _Reply(trouble="Timeout", transient=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return _Reply(trouble=type(error).__name__, transient=isinstance(error, _TRANSIENT))
         status = response.status_code
         if 200 <= status < 300:
-            return _Reply(bytes(content))
-        return _Reply(trouble=f"HTTP {status}", transient=status == 429 or status >= 500)
+            return _Reply(bytes(content), replied=True)
+        transient = status == 429 or status >= 500
+        return _Reply(trouble=f"HTTP {status}", transient=transient, replied=True)
 
 
 _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()
