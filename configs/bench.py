@@ -90,7 +90,7 @@ def decode() -> ConfigDict:
 OPTIMIZER = dict(
     learning_rate=1e-6,
     warmup_steps=0,
-    schedule_steps=1000,
+    schedule_steps=0,
     final_fraction=1.0,
     beta1=0.9,
     beta2=0.999,

@@ -145,7 +145,7 @@ def _update() -> dict:
         optimizer=dict(
             learning_rate=5e-4,
             warmup_steps=2,
-            schedule_steps=10,
+            schedule_steps=0,  # as many as rl.steps
             final_fraction=0.05,
             beta1=0.9,
             beta2=0.99,
@@ -234,6 +234,7 @@ def smollm2_135m() -> ConfigDict:
             ),
             rl=dict(steps=1),
             optimizer=dict(learning_rate=1e-6, warmup_steps=0, beta2=0.999),
+            critic=dict(warmup_steps=0),
             learner=dict(row_tokens=480, rows=2, remat="full"),
             eval=dict(every=1, questions=2, test_questions=4),
         )
@@ -302,7 +303,6 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
             optimizer=dict(
                 learning_rate=1e-6,
                 warmup_steps=193,
-                schedule_steps=203,
                 final_fraction=1.0,
                 beta2=0.999,
                 weight_decay=0.01,

@@ -24,7 +24,7 @@ from zerosearch_jax.search.curriculum import noise_probability
 READER = "zerosearch_jax/assets/reader"
 ARMS = {
     "zerosearch": ("grpo", {}),
-    "real_engine": ("grpo", {"search.engine": "bm25"}),
+    "real_engine": ("grpo", {"search.engine": "bm25", "curriculum.end": 0.0}),
     # The model that the simulator is fine-tuned from, with the prompt for untuned models.
     "prompted_simulator": (
         "grpo",
@@ -95,7 +95,7 @@ def simulator(quick: bool) -> ConfigDict:
     config = _load("sft_simulator")
     if quick:
         config.sft.update(dict(steps=10, eval_every=5, checkpoint_every=5))
-        config.optimizer.schedule_steps = 10
+        config.optimizer.warmup_steps = 2
     return config
 
 
@@ -112,7 +112,7 @@ def trained(arm: str, quick: bool) -> ConfigDict:
     config = _load(file)
     config.update_from_flattened_dict(changes)
     steps = 2 if quick else 6
-    config.update(dict(rl=dict(steps=steps), optimizer=dict(schedule_steps=steps)))
+    config.rl.steps = steps
     if arm == "constant_noise":
         rising = [noise_probability(i, steps - 1, **config.curriculum) for i in range(steps)]
         config.curriculum.update(dict.fromkeys(("start", "end"), sum(rising) / steps))
@@ -130,7 +130,6 @@ def sft(quick: bool) -> ConfigDict:
     config.init = "zerosearch_jax/assets/policy"
     steps = 10 if quick else 100
     config.sft.update(dict(steps=steps, eval_every=steps, checkpoint_every=steps))
-    config.optimizer.schedule_steps = steps
     return config
 
 

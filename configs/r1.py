@@ -23,4 +23,5 @@ def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{GRPO}:{preset}")
     config.rollout.max_turns = 0
     config.search.engine = config.eval.search.engine = "none"
+    config.curriculum.end = 0.0  # only the simulator reads it
     return config

@@ -25,6 +25,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{REINFORCE_PP}:{preset}")
     share = 1 / 6 if preset in ("", "smollm2-135m") else 350 / 8498
     config.search.engine = "bm25"
+    config.curriculum.end = 0.0  # only the simulator reads it
     config.reward.rule = "r1_searcher"
     config.reward.stage_one_steps = round(share * config.rl.steps)
     return config

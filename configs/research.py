@@ -22,5 +22,6 @@ PRESETS = config_flags.presets(GRPO)
 def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{GRPO}:{preset}")
     config.search.engine = "bm25"
+    config.curriculum.end = 0.0  # only the simulator reads it
     config.reward.rule = "research"
     return config

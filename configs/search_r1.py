@@ -24,6 +24,7 @@ PRESETS = config_flags.presets(GRPO)
 def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{GRPO}:{preset}")
     config.search.engine = "bm25"
+    config.curriculum.end = 0.0  # only the simulator reads it
     config.reward.name = "em"
     if preset not in ("", "smollm2-135m"):
         config.search.topk = config.eval.search.topk = 3

@@ -26,6 +26,6 @@ def get_config(preset: str = "") -> ConfigDict:
         config.data.update(
             dict(examples="answers", source="world", split="train", inserted_weight=0.0)
         )
-    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=10, schedule_steps=100))
+    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=10))
     config.sft.steps = 100
     return config

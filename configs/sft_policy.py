@@ -82,7 +82,7 @@ def reader() -> ConfigDict:
             optimizer=dict(
                 learning_rate=3e-3,
                 warmup_steps=100,
-                schedule_steps=1400,
+                schedule_steps=0,  # as many as sft.steps
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.98,
@@ -118,7 +118,7 @@ def behaviours(config: ConfigDict) -> ConfigDict:
     config.data.behaviours.update(
         dict(guess=0.25, vague=0.7, stop_early=0.7, misread=0.05, retry=0.3)
     )
-    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=30, schedule_steps=250))
+    config.optimizer.update(dict(learning_rate=1e-3, warmup_steps=30))
     config.sft.steps = 250
     return config
 
@@ -143,7 +143,7 @@ def smollm2_135m(config: ConfigDict) -> ConfigDict:
                     retry=1.0,
                 ),
             ),
-            optimizer=dict(learning_rate=1e-4, warmup_steps=2, schedule_steps=10),
+            optimizer=dict(learning_rate=1e-4, warmup_steps=2),
             learner=dict(rows=1, remat="full"),
             sft=dict(steps=10, examples_per_step=8, eval_every=10, checkpoint_every=10),
         )

@@ -45,7 +45,7 @@ def embedded() -> ConfigDict:
             optimizer=dict(
                 learning_rate=1.5e-3,
                 warmup_steps=30,
-                schedule_steps=1500,
+                schedule_steps=0,  # as many as sft.steps
                 final_fraction=0.05,
                 beta1=0.9,
                 beta2=0.98,
@@ -85,7 +85,7 @@ def smollm2_135m_wikipedia() -> ConfigDict:
                 validation="runs/wikipedia/collect/heldout.jsonl",
                 topk=3,
             ),
-            optimizer=dict(learning_rate=2e-4, warmup_steps=2, schedule_steps=steps),
+            optimizer=dict(learning_rate=2e-4, warmup_steps=2),
             learner=dict(rows=1, remat="full"),
             sft=dict(steps=steps, examples_per_step=8, eval_every=steps, checkpoint_every=steps),
         )

@@ -25,7 +25,15 @@ TIERS = (
     ("errors",),
 )
 """Rooms from top to bottom. A room imports lower tiers, and its own tier without a cycle."""
-NO_JAX = ("search", "data", "rl.rewards", "text")
+NO_JAX = (
+    "search",
+    "data",
+    "rl.rewards",
+    "text",
+    *("rl.config", "experiments.config", "benchmarks.config", "tpu_aot.config"),
+    *("training.sections", "training.config", "training.job_configs"),
+    *("training.validate", "training.inputs"),
+)
 """Modules that do not reach jax, not even through other modules."""
 ONLY_JAX = ("rl.losses", "rl.advantages")
 """Modules that import jax and nothing else besides `STDLIB`."""

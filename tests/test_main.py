@@ -2,7 +2,9 @@
 
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,10 +33,22 @@ def get_config(preset=""):
 """
 
 
+@dataclass(frozen=True)
+class Config:
+    """The type of `CONFIG`."""
+
+    job: str
+    rl: dict[str, Any]
+    optimizer: dict[str, Any]
+    generator: dict[str, Any]
+    eval: dict[str, Any]
+
+
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """A config file in an empty directory and a job that records its calls."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "config_class", lambda config: Config)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "grpo.py").write_text(CONFIG)
     calls = []
@@ -187,7 +201,7 @@ def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch,
     assert main.cli(["main", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     section = lines.index(next(line for line in lines if line.startswith("config.rl: ")))
-    assert lines[section + 1].split()[:5] == ["steps", "int", "7", "Training", "steps."]
+    assert " ".join(lines[section + 1].split()) == "steps int ≥ 1 7 Training steps."
     assert any(line.startswith("config.search.simulator.generator: ") for line in lines)
     shown = {tuple(line.split()[:3]) for line in lines}
     assert {("int8_weights", "bool", "False"), ("normalize_std", "bool", "True")} <= shown

@@ -263,8 +263,8 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         value = _converted(arguments[0], value, key)
-        if value not in arguments[1]:
-            raise UserError(f"{key}={value!r} must be {arguments[1]}")
+        if bound := arguments[1].broken_bound(value):
+            raise UserError(f"{key}={value!r} must be {bound}")
         return value
     if origin in (types.UnionType, typing.Union):
         (inner,) = (one for one in arguments if one is not types.NoneType)
@@ -283,10 +283,15 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
 
 
 def _name_of(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Annotated:
-        base, interval = typing.get_args(hint)
-        return f"{_name_of(base)} {interval}"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return f"{_name_of(arguments[0])} {arguments[1]}"
+    if origin in (types.UnionType, typing.Union):
+        return " | ".join(map(_name_of, arguments))
+    if arguments:
+        return f"{origin.__name__}[{', '.join(map(_name_of, arguments))}]"
+    names = {types.NoneType: "None", Ellipsis: "...", Any: "Any"}
+    return names.get(hint) or hint.__name__
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The error for bad input, and checks that raise it."""
+"""The error for bad input, and a check that raises it."""
 
 
 class UserError(Exception):
@@ -7,13 +7,6 @@ class UserError(Exception):
     The message is one line that names the thing and says how to fix it. `main` prints it without
     a traceback and exits with status 2.
     """
-
-
-def check_positive(where: str = "", **values: int) -> None:
-    """Raises UserError for a value below 1. `where` precedes the key in the message."""
-    for key, value in values.items():
-        if value < 1:
-            raise UserError(f"{where}{key}={value} must be at least 1")
 
 
 def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -85,15 +85,21 @@ def _run(argv: Sequence[str]) -> None:
     config = config_flags.parse(values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    typed = config_flags.typed(config_class(config), config)
     if describe.value:
-        print(config_flags.describe(config_flags.typed(config_class(config), config)))
+        print(config_flags.describe(typed))
         return
     for flag, jobs in ((multi_process, ("rl",)), (profile, ("rl", "sft"))):
         if flag.value and config.job not in jobs:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
     directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
-    import jax  # imported late, so that a misspelt flag is refused at once
+    if not multi_process.value:  # a process that ends here would let the others wait
+        from zerosearch_jax.training import inputs, validate
+
+        validate.check(typed)
+        inputs.check_inputs(typed)
+    import jax  # imported late, so that a wrong config is refused at once
 
     from zerosearch_jax.parallel import distributed
 

@@ -1,12 +1,15 @@
 """Number types of config fields: a type and the interval that its values must lie in.
 
-A field `learning_rate: PositiveFloat` is documented and checked by its type.
+A field `learning_rate: LearningRate` is documented and checked by its type.
 `config_flags.typed` refuses a value outside the interval with the full key.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Annotated
+
+# An int beyond this bound is a typing error and would overflow int32.
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -18,26 +21,46 @@ class Range:
     open_low: bool = False
     open_high: bool = False
 
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
+    def broken_bound(self, value: float) -> str:
+        """Returns the bound that `value` breaks, such as "at least 1", or "" if it breaks none."""
+        if value < self.low or (self.open_low and value == self.low):
+            return f"{'above' if self.open_low else 'at least'} {self.low}"
+        if value > self.high or (self.open_high and value == self.high):
+            return f"{'below' if self.open_high else 'at most'} {self.high}"
+        return ""
 
     def __str__(self) -> str:
-        """The words of error messages: "at least 1", "above 0 and below 1"."""
-        low = f"{'above' if self.open_low else 'at least'} {self.low}"
-        high = f"{'below' if self.open_high else 'at most'} {self.high}"
-        ends = [(low, self.low), (high, self.high)]
-        return " and ".join(words for words, bound in ends if math.isfinite(bound))
+        """The interval as `--describe` shows it: "≥ 1", "> 0" or "in [0, 1)"."""
+        if self.high in (math.inf, MAX_INT):
+            return f"{'>' if self.open_low else '≥'} {self.low}"
+        low, high = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {low}{self.low}, {self.high}{high}"
 
-
-# An int beyond this bound is a typing error, and would exhaust memory or overflow int32.
-MAX_INT = 2**31 - 1
 
 Count = Annotated[int, Range(1, MAX_INT)]
 CountOrZero = Annotated[int, Range(0, MAX_INT)]
+Rows = Annotated[int, Range(1, 2**16)]
+"""Rows or sequences that are in memory at once."""
+Tokens = Annotated[int, Range(1, 2**20)]
+"""Tokens of a sequence. No supported model has more positions, and a cache has room for all."""
+Documents = Annotated[int, Range(1, 1000)]
+"""Documents per search."""
+Threads = Annotated[int, Range(1, 1024)]
+"""Requests in flight at once. Each has its own thread."""
+ThreadsOrZero = Annotated[int, Range(0, 1024)]
+Attempts = Annotated[int, Range(1, 100)]
+Devices = Annotated[int, Range(1, 2**16)]
+DevicesOrZero = Annotated[int, Range(0, 2**16)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 """A probability or a fraction."""
+LearningRate = Annotated[float, Range(0, 10, open_low=True)]
+DecayRate = Annotated[float, Range(0, 1, open_high=True)]
+"""Decay rate of a moment. At 1 the moment would never change."""
+Timeout = Annotated[float, Range(0, 3600, open_low=True)]
+"""Deadline in seconds: every wait is bounded."""
+Backoff = Annotated[float, Range(0, 600)]
+"""Seconds between two attempts."""

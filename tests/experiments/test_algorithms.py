@@ -80,7 +80,7 @@ def test_each_config_runs_once_with_the_same_budget(config, tmp_path, monkeypatc
 
 def test_an_algorithm_run_has_the_common_budget_and_the_algorithm_of_its_config(config):
     single = algorithms.algorithm_run(config, "single")
-    assert (single.seed, single.rl.steps, single.optimizer.schedule_steps) == (3, 1, 1)
+    assert (single.seed, single.rl.steps, single.optimizer.schedule_steps) == (3, 1, 0)
     assert (single.eval.every, single.eval.test_questions) == (1, 3)
     assert (single.advantage.estimator, single.rollout.group_size) == ("reinforce", 1)
     assert algorithms.algorithm_run(config, "rloo").advantage.estimator == "rloo"

@@ -121,7 +121,7 @@ def test_settings_that_change_results_identify_an_eval_case():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(methods=("search", "ragg")), "method is 'ragg'; choose one of direct, cot"),
+        (dict(methods=("search", "ragg")), "methods is 'ragg'; choose one of direct, cot"),
         (dict(methods=()), "nothing to evaluate"),
         (dict(data=dict(sets=())), "nothing to evaluate"),
     ],

@@ -24,7 +24,6 @@ from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, Lo
         (lambda: KLConfig(apply_to="both"), r"kl\.apply_to is 'both'; choose one of loss, reward"),
         (lambda: KLConfig(estimator="k1"), r"kl\.estimator=k1"),
         (lambda: KLConfig(target=0.1), r"kl\.target=0.1 .* kl\.apply_to=reward"),
-        (lambda: KLConfig(target=-0.1, apply_to="reward"), r"kl\.target=-0.1"),
         (lambda: CriticConfig(trunk="twin"), r"critic\.trunk is 'twin'; choose one of own, shared"),
     ],
 )

@@ -121,8 +121,6 @@ def test_words_of_latin_greek_and_cyrillic_text_are_those_of_a_plain_regex(text)
     assert words(text) == re.findall(r"\w+(?:['.]\w+)*", plain.lower())
 
 
-def test_empty_corpus_and_bad_topk_are_refused():
+def test_empty_corpus_is_refused():
     with pytest.raises(UserError, match="corpus is empty"):
         BM25Engine([])
-    with pytest.raises(UserError, match="topk=0"):
-        BM25Engine([passage(0, "a fox")], topk=0)

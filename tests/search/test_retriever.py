@@ -142,8 +142,6 @@ def test_plain_converts_quoted_titles(contents, document):
     assert plain(contents) == document
 
 
-def test_unknown_dialect_and_bad_topk_are_refused():
+def test_unknown_dialect_is_refused():
     with pytest.raises(UserError, match="dialect is 'e5'"):
         engine("http://127.0.0.1", "e5")
-    with pytest.raises(UserError, match="topk=0"):
-        engine("http://127.0.0.1", "search_r1", topk=0)

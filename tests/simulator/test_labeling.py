@@ -154,12 +154,6 @@ def test_documents_too_long_for_the_model_give_no_label():
     assert model_labels(complete, SEARCHES) == ["useful", None, "noisy"]
 
 
-def test_a_missing_key_variable_is_refused(config):
-    config.labeling.server.key_variable = "NO_SUCH_VARIABLE"
-    with pytest.raises(UserError, match="NO_SUCH_VARIABLE"):
-        config_flags.typed(LabelingConfig, config.labeling)
-
-
 def test_a_local_model_labels_searches(config, markov_model):
     config.labeling.update(kind="local", model=str(markov_model), response_tokens=3)
     config.labeling.generator.update(

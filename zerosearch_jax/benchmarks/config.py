@@ -4,7 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.rl.optimizer import OptimizerConfig
+from zerosearch_jax.errors import check_choice
+from zerosearch_jax.ranges import (
+    Count,
+    CountOrZero,
+    Documents,
+    NonNegativeFloat,
+    Rows,
+    Threads,
+    Tokens,
+)
+from zerosearch_jax.rl.config import DTYPES, OptimizerConfig
+from zerosearch_jax.training.config import REMAT
 from zerosearch_jax.training.sections import LimitsConfig
 
 
@@ -14,25 +25,25 @@ class RolloutGeneratorConfig:
 
     model: str
     """Hugging Face directory."""
-    slots: int
+    slots: Rows
     """Sequences in the KV cache at once."""
-    lockstep_slots: int
+    lockstep_slots: Rows
     """Sequences at once in the lockstep variant, which does not refill slots."""
-    max_tokens: int
+    max_tokens: Tokens
     """Tokens per slot."""
-    prefill_rows: int
+    prefill_rows: Rows
     """Rows of one prefill."""
-    prefill_buckets: tuple[int, ...]
+    prefill_buckets: tuple[Tokens, ...]
     """Lengths to which prefills are padded."""
-    decode_rows: tuple[int, ...]
+    decode_rows: tuple[Rows, ...]
     """Smaller numbers of rows that decoding also compiles."""
-    chunk_tokens: int
+    chunk_tokens: Tokens
     """Decode steps per dispatch."""
-    window_tokens: int
+    window_tokens: Tokens
     """Decoding attends to the cache up to the longest context, rounded up to a multiple of this."""
-    temperature: float | None = None
+    temperature: NonNegativeFloat | None = None
     """Sampling temperature of the simulator. The policy's is 1."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Tokens | None = None
     """Tokens that the simulator writes per search."""
 
 
@@ -40,13 +51,13 @@ class RolloutGeneratorConfig:
 class LongMixConfig:
     """Mix of episodes with long prompts and documents."""
 
-    questions: int
+    questions: Count
     """Questions."""
-    prompt_words: tuple[int, ...]
+    prompt_words: tuple[CountOrZero, ...]
     """Least and most words added to a question."""
-    document_words: tuple[int, ...]
+    document_words: tuple[CountOrZero, ...]
     """Least and most words of the documents of a search."""
-    max_tokens: int
+    max_tokens: Tokens
     """Tokens per slot."""
     limits: LimitsConfig
 
@@ -55,9 +66,9 @@ class LongMixConfig:
 class ServiceMixConfig:
     """Mix of episodes whose searches go to a slow service."""
 
-    seconds: tuple[float, ...]
+    seconds: tuple[NonNegativeFloat, ...]
     """Least and most seconds of a request."""
-    concurrent: int
+    concurrent: Threads
     """Batches of searches in flight while the policy decodes."""
 
 
@@ -69,15 +80,15 @@ class RolloutBenchConfig:
     """Name of the job."""
     suite: str
     """Name of the suite."""
-    repeats: int
+    repeats: Count
     """Timed repeats."""
     mixes: tuple[str, ...]
     """Mixes of episodes: `embedded`, `long`, `service`."""
     variants: tuple[str, ...]
     """Variants to compare with: `lockstep`, or `without FEATURE`."""
-    questions: int
+    questions: Count
     """Questions of the embedded and the service mix."""
-    group_size: int
+    group_size: Rows
     """Episodes per question."""
     policy: RolloutGeneratorConfig
     simulator: RolloutGeneratorConfig
@@ -104,19 +115,19 @@ class DecodeBenchConfig:
     """Name of the job."""
     suite: str
     """Name of the suite."""
-    repeats: int
+    repeats: Count
     """Timed repeats."""
     model: str
     """Hugging Face directory."""
-    slots: tuple[int, ...]
+    slots: tuple[Rows, ...]
     """Batch sizes."""
-    prompt_tokens: int
+    prompt_tokens: Tokens
     """Tokens of each prompt."""
-    new_tokens: int
+    new_tokens: Tokens
     """Decoded tokens per row."""
-    prefill_tokens: int
+    prefill_tokens: Tokens
     """Prompt tokens of the prefill measurement."""
-    threads: int
+    threads: Threads
     """CPU threads of the peers."""
     peers: DecodePeersConfig
 
@@ -129,15 +140,15 @@ class BandwidthBenchConfig:
     """Name of the job."""
     suite: str
     """Name of the suite."""
-    repeats: int
+    repeats: Count
     """Timed repeats."""
-    peak_gb_per_s: float
+    peak_gb_per_s: NonNegativeFloat
     """Memory bandwidth of the device."""
-    slots: tuple[int, ...]
+    slots: tuple[Rows, ...]
     """Batch sizes."""
-    prompt_tokens: int
+    prompt_tokens: Tokens
     """Tokens of each prompt."""
-    new_tokens: int
+    new_tokens: Tokens
     """Decoded tokens per row."""
     dtype: str
     """Dtype of weights and cache."""
@@ -148,6 +159,9 @@ class BandwidthBenchConfig:
     models: dict[str, dict[str, Any]]
     """Sizes of models with random weights."""
 
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, DTYPES)
+
 
 @dataclass(frozen=True)
 class LearnerSectionConfig:
@@ -155,39 +169,46 @@ class LearnerSectionConfig:
 
     remat: str
     """`none` keeps activations for the backward pass; `full` recomputes every layer."""
-    logprob_chunk: int
+    logprob_chunk: Tokens
     """Tokens whose logits are in memory at once."""
+
+    def __post_init__(self):
+        check_choice("remat", self.remat, REMAT)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """Batch of random sequences."""
 
-    rows: int
+    rows: Rows
     """Rows."""
-    tokens: int
+    tokens: Tokens
     """Tokens per row."""
-    prompt_tokens: int
+    prompt_tokens: Tokens
     """Tokens at the start of a row that are not trained on."""
     dtypes: tuple[str, ...] | None = None
     """Compute dtypes."""
-    micro_rows: tuple[int, ...] | None = None
+    micro_rows: tuple[Rows, ...] | None = None
     """Rows per microbatch to try. Each side is measured with its fastest."""
+
+    def __post_init__(self):
+        for dtype in self.dtypes or ():
+            check_choice("dtypes", dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class StepConfig:
     """Whole GRPO steps."""
 
-    questions: int
+    questions: Count
     """Questions per step."""
-    group_size: int
+    group_size: Rows
     """Episodes per question."""
-    prompt_tokens: int
+    prompt_tokens: Tokens
     """Tokens of each prompt."""
-    new_tokens: int
+    new_tokens: Tokens
     """Sampled tokens per episode."""
-    micro_rows: dict[str, int]
+    micro_rows: dict[str, Rows]
     """Rows per microbatch of each library."""
 
 
@@ -197,13 +218,13 @@ class PackingConfig:
 
     model: str
     """Hugging Face directory."""
-    episodes: int
+    episodes: Count
     """Episodes."""
-    row_tokens: int
+    row_tokens: Tokens
     """Tokens per row."""
-    rows: int
+    rows: Rows
     """Rows per microbatch."""
-    topk: int
+    topk: Documents
     """Documents per search."""
     behaviours: Behaviours
 
@@ -212,9 +233,9 @@ class PackingConfig:
 class MemoryConfig:
     """Memory of the gradient: whole logits against chunks of them."""
 
-    tokens: int
+    tokens: Tokens
     """Tokens of the sequence."""
-    logprob_chunk: int
+    logprob_chunk: Tokens
     """Tokens whose logits are in memory at once."""
     model: dict[str, Any]
     """Sizes of the model."""
@@ -240,9 +261,9 @@ class LearnerBenchConfig:
     """Name of the suite."""
     parts: tuple[str, ...]
     """Measurements: `update`, `step`, `packing`, `memory`."""
-    repeats: int
+    repeats: Count
     """Timed repeats."""
-    threads: int
+    threads: Threads
     """CPU threads of the peers."""
     model: str
     """Hugging Face directory."""
@@ -263,9 +284,9 @@ class MFUBenchConfig:
     """Name of the job."""
     suite: str
     """Name of the suite."""
-    repeats: int
+    repeats: Count
     """Timed repeats."""
-    peak_tflops: float
+    peak_tflops: NonNegativeFloat
     """Dense bfloat16 peak of the device."""
     optimizer: OptimizerConfig
     learner: LearnerSectionConfig

@@ -79,7 +79,9 @@ class Updater:
             remat=config.learner.remat,
             logprob_chunk=config.learner.logprob_chunk,
         )
-        self.learner = factory.make_learner(model.config, make_mesh(), config.optimizer, settings)
+        self.learner = factory.make_learner(
+            model.config, make_mesh(), config.optimizer, settings, steps=1
+        )
         self.state = self.learner.init(model.params)
         self.reference = jax.tree.map(lambda x: x.astype(factory.dtype_of(dtype)), model.params)
 

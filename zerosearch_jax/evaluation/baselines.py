@@ -22,7 +22,7 @@ from dataclasses import replace
 import jax
 
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import check_choice
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.texts import TextGenerator
@@ -32,18 +32,10 @@ from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.job_configs import METHODS
 from zerosearch_jax.training.sections import GeneratorConfig
 
-METHODS = ("direct", "cot", "rag", "search", "search_o1")
-WITHOUT_ENGINE = ("direct", "cot")
-
 _OPENINGS = {"direct": "answer", "cot": "", "rag": "search"}  # methods with one turn
-
-
-def check_method(method: str) -> None:
-    """Raises UserError if `method` is not one of `METHODS`."""
-    if method not in METHODS:
-        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
 
 
 def run_method(
@@ -73,7 +65,7 @@ def run_method(
       UserError: unknown method.
       ValueError: the method needs an engine or, for "search_o1", `generate`.
     """
-    check_method(method)
+    check_choice("method", method, METHODS)
     if method == "search_o1":
         if engine is None or generate is None:
             raise ValueError("search_o1 needs both: an engine, and generate to refine documents")

@@ -15,6 +15,9 @@ from zerosearch_jax.evaluation.summary import text_table
 from zerosearch_jax.experiments.config import AlgorithmsConfig
 from zerosearch_jax.files import write_json
 from zerosearch_jax.jobs import rl
+from zerosearch_jax.training import validate
+from zerosearch_jax.training.config import RLConfig
+from zerosearch_jax.training.inputs import check_inputs
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -25,20 +28,20 @@ def run(config: ConfigDict, workdir: str) -> None:
         another number of steps.
     """
     config = config_flags.typed(AlgorithmsConfig, config)
+    runs = {name: algorithm_run(config, name) for name in config.configs}
+    paths = {name: Path(workdir) / name / "summary.json" for name in runs}
+    for name, run_config in runs.items():  # before the first run trains
+        typed = config_flags.typed(RLConfig, run_config)
+        validate.check(typed)
+        check_inputs(typed)
+        check_steps(paths[name], config.steps)
     summaries = {}
-    for name, run_config in {name: algorithm_run(config, name) for name in config.configs}.items():
-        summary = Path(workdir) / name / "summary.json"
-        if not summary.exists():
+    for name, run_config in runs.items():
+        if not paths[name].exists():
             print(f"\n==== {name}", flush=True)
-            rl.run(run_config, str(summary.parent))
+            rl.run(run_config, str(paths[name].parent))
             jax.clear_caches()  # The next algorithm compiles different programs.
-        summaries[name] = json.loads(summary.read_text())
-        steps = summaries[name]["steps"]
-        if steps != config.steps:
-            raise UserError(
-                f"{summary.parent} has {steps} training steps, config.steps is {config.steps}; "
-                "use another --workdir or remove this directory"
-            )
+        summaries[name] = json.loads(paths[name].read_text())
     first = next(iter(summaries.values()))
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}
@@ -47,6 +50,18 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "algorithms.json"
     write_json(path, summaries)
     print(f"written to {path}")
+
+
+def check_steps(summary: Path, steps: int) -> None:
+    """Raises UserError if a finished run has another number of steps."""
+    if not summary.exists():
+        return
+    finished = json.loads(summary.read_text())["steps"]
+    if finished != steps:
+        raise UserError(
+            f"{summary.parent} has {finished} training steps, config.steps is {steps}; use another "
+            "--workdir or remove this directory"
+        )
 
 
 def algorithm_run(config: AlgorithmsConfig, name: str) -> ConfigDict:
@@ -63,8 +78,7 @@ def algorithm_run(config: AlgorithmsConfig, name: str) -> ConfigDict:
             f"config.episodes_per_step is {config.episodes_per_step}; change one of them"
         )
     run_config.seed = config.seed
-    run_config.update(
-        dict(rl=dict(steps=config.steps), optimizer=dict(schedule_steps=config.steps))
-    )
+    run_config.rl.steps = config.steps
+    run_config.optimizer.schedule_steps = 0
     run_config.eval.update(dict(every=config.steps, test_questions=config.test_questions))
     return run_config

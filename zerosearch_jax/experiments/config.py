@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.ranges import Count, Seed, Threads
+
 
 @dataclass(frozen=True)
 class MiniatureConfig:
@@ -13,9 +16,9 @@ class MiniatureConfig:
     """Config file whose presets are the stages."""
     prefix: str
     """Prefix of those presets: `quick/`, or ""."""
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     """Seeds of each arm."""
-    baseline_seeds: tuple[int, ...]
+    baseline_seeds: tuple[Seed, ...]
     """Those of `seeds` with which the baselines run."""
     arms: tuple[str, ...]
     """Ways to train: presets of the recipe."""
@@ -25,8 +28,16 @@ class MiniatureConfig:
     """Arms that are also evaluated with noisy engines."""
     start_policies: dict[str, str]
     """Untrained policies that are evaluated with every method: name and model directory."""
-    workers: int
+    workers: Threads
     """Stages that run at once."""
+
+    def __post_init__(self):
+        if not self.seeds or not self.arms:
+            raise UserError("seeds and arms must not be empty; give at least one of each")
+        if extra := set(self.baseline_seeds) - set(self.seeds):
+            raise UserError(f"baseline_seeds has {sorted(extra)}, which seeds lacks; add it there")
+        if extra := set(self.noise_arms) - set(self.arms):
+            raise UserError(f"noise_arms has {sorted(extra)}, which arms lacks; add it there")
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,15 @@ class AlgorithmsConfig:
     """Directory of the rl config files."""
     configs: tuple[str, ...]
     """Config files to compare, without .py."""
-    seed: int
+    seed: Seed
     """Seed of every run."""
-    steps: int
+    steps: Count
     """Training steps of every run."""
-    episodes_per_step: int
+    episodes_per_step: Count
     """Episodes per step that every config must have."""
-    test_questions: int
+    test_questions: Count
     """Questions of the evaluation after training."""
+
+    def __post_init__(self):
+        if not self.configs:
+            raise UserError("configs is empty; give at least one config file")

@@ -21,6 +21,7 @@ from zerosearch_jax.experiments import claims, miniature_report
 from zerosearch_jax.experiments.config import MiniatureConfig
 from zerosearch_jax.experiments.stages import Stage, run_stages
 from zerosearch_jax.files import write_json
+from zerosearch_jax.training.inputs import check_model
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -30,7 +31,10 @@ def run(config: ConfigDict, workdir: str) -> None:
       UserError: another process uses `workdir`, or a stage failed.
     """
     config = config_flags.typed(MiniatureConfig, config)
+    for name, model in config.start_policies.items():
+        check_model(f"start_policies.{name}", model)
     root = Path(workdir)
+    planned = stages(config, root)
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         try:
@@ -40,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
                 f"{root} is in use by another process; wait for it or end it"
             ) from error
         log = Records(root / "stages.jsonl")
-        run_stages(stages(config, root), root, config.workers, log)
+        run_stages(planned, root, config.workers, log)
         write_report(config, root, log)
 
 

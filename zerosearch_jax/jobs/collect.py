@@ -50,6 +50,7 @@ from zerosearch_jax.simulator.pairs import (
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import CollectConfig
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
@@ -59,9 +60,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Writes episodes, labels, pairs, held-out pairs and `summary.json` to `workdir`."""
     config = config_flags.typed(CollectConfig, config)
     workdir = Path(workdir)
+    check_job(config)
+    limits = prompt_limits(config.policy, config.limits, [config.search])
+    loaded = load_qa(config.data.source, config.data.split, config.data.limit)
+    rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     workdir.mkdir(parents=True, exist_ok=True)
     episodes = Records(workdir / "episodes.jsonl")
-    collect_episodes(config, episodes)
+    collect_episodes(config, rows, episodes)
     labels = Records(workdir / "labels.jsonl")
     label_searches(config, episodes, labels)
     train, heldout, counts = extract_pairs(
@@ -89,15 +94,12 @@ def run(config: ConfigDict, workdir: str) -> None:
 # Stage 1: collect.
 
 
-def collect_episodes(config: CollectConfig, episodes: Records) -> None:
-    """Runs the episodes that `episodes` lacks, one batch of questions at a time.
+def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Records) -> None:
+    """Runs the episodes of `rows` that `episodes` lacks, one batch of questions at a time.
 
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
     and with it rounding, therefore does not depend on the kill.
     """
-    limits = prompt_limits(config.policy, config.limits, [config.search])
-    loaded = load_qa(config.data.source, config.data.split, config.data.limit)
-    rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     planned = [
         (f"{row.id}#{sample}", row) for row in rows for sample in range(config.collect.samples)
     ]

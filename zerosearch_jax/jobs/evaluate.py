@@ -14,8 +14,6 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import (
-    WITHOUT_ENGINE,
-    check_method,
     refiner,
     run_method,
 )
@@ -26,7 +24,8 @@ from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
-from zerosearch_jax.training.job_configs import EvaluateConfig
+from zerosearch_jax.training.inputs import check_job
+from zerosearch_jax.training.job_configs import WITHOUT_ENGINE, EvaluateConfig
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
 
@@ -43,6 +42,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     table and exists only once all rows do.
     """
     config = config_flags.typed(EvaluateConfig, config)
+    check_job(config)
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
     cases, rows = eval_cases(config), read_rows(path)
@@ -73,11 +73,10 @@ def eval_cases(config: EvaluateConfig) -> list[dict]:
     or None) and settings: everything else in the config that changes the results.
 
     Raises:
-      UserError: unknown method, or an empty selection.
+      UserError: an empty selection.
     """
     cases = []
     for method in config.methods:
-        check_method(method)
         for engine in ("none",) if method in WITHOUT_ENGINE else config.engines:
             settings = {
                 "format": FORMAT,

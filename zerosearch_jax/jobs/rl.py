@@ -46,13 +46,13 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
+from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.train_state import export, resume
-from zerosearch_jax.training.validate import check
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
 
@@ -65,12 +65,12 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     """
     began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    check(config)
+    check_job(config)
     check_workdir(workdir)
     check_models(config)
     sampler, eval_rows, test_rows = load_questions(config)
     parts, state = build(config)
+    workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
     kept = {"kl_coef": kl.coef, "skipped_in_a_row": 0}
@@ -134,7 +134,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if stopping:
                 raise_collapse(done, workdir)
 
-    conclude(config, workdir, parts, state, began, test_rows)
+    conclude(config, workdir, parts, state, test_rows, began)
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,18 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     """Loads the models, builds the engines, and returns them with a fresh training state."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
-    policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
+    own = (simulator.devices, simulator.tensor) if simulator else (0, 0)
+    policy_mesh, _ = local_meshes(mesh, *own)
     policy = factory.load_model(config.policy.model, mesh, "float32")
     clock = DeviceClock()
-    print("compiling the programs of the simulator and the policy", flush=True)
     engine = eval_engine = None
-    if config.rollout.max_turns:  # with max_turns=0 a search ends the episode: no engine is needed
-        engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
+    # With max_turns=0 a search ends the episode, and no engine is needed. The evaluation engine
+    # compiles nothing, so its corpus is read first.
+    if config.rollout.max_turns:
         eval_engine = factory.make_engine(config.eval.search, config.seed, config.mesh)
+    print("compiling the programs of the simulator and the policy", flush=True)
+    if config.rollout.max_turns:
+        engine = factory.make_engine(config.search, config.seed, config.mesh, clock)
     generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
@@ -175,6 +179,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         mesh,
         config.optimizer,
         config.learner,
+        steps=config.rl.steps,
         critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
         updates_per_step=config.rl.epochs * config.rl.minibatches,
@@ -308,8 +313,8 @@ def conclude(
     workdir: Path,
     parts: Parts,
     state: TrainState,
-    began: float,
     rows: Sequence[QARow],
+    began: float,
 ) -> None:
     """Exports the trained policy and evaluates the base policy and the trained policy.
 
@@ -320,8 +325,8 @@ def conclude(
     `summary.json`.
 
     Args:
+      rows: questions of the evaluation.
       began: `time.monotonic()` at the run's start.
-      rows: the questions of the evaluation.
     """
     policy = parts.policy
     trained_params = export(

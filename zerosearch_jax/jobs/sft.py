@@ -7,6 +7,7 @@ longer falls. The result is a Hugging Face directory that every other job can lo
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -36,7 +37,8 @@ from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import train_tokenizer
 from zerosearch_jax.training import factory
-from zerosearch_jax.training.job_configs import SFTConfig
+from zerosearch_jax.training.inputs import check_job
+from zerosearch_jax.training.job_configs import SFTConfig, is_path
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
@@ -51,7 +53,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     """
     config = config_flags.typed(SFTConfig, config)
     workdir = Path(workdir)
-    tokenizer, train, validation = load_data(config, workdir)
+    check_job(config)
+    tokenizer, train, validation = load_data(config)
     sampler = RowSampler(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
     )
@@ -59,7 +62,12 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     model_config, params, generation = initial_model(config, tokenizer, mesh)
     check_positions(model_config, [*train, *validation])
     learner = factory.make_learner(
-        model_config, mesh, config.optimizer, config.learner, lora=config.lora
+        model_config,
+        mesh,
+        config.optimizer,
+        config.learner,
+        steps=config.sft.steps,
+        lora=config.lora,
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
     examples_digest = digest(train)
@@ -114,9 +122,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     print(f"model written to {workdir / 'model'}")
 
 
-def load_data(
-    config: SFTConfig, workdir: Path
-) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
+def load_data(config: SFTConfig) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
     """Loads the tokenizer and the training and held-out sequences.
 
     The tokenizer is that of `config.init`, or trained on the examples if that is empty. Held-out
@@ -137,16 +143,17 @@ def load_data(
     examples = load_examples(config)
     if tokenizer is None:
         texts = (segment.text for example in examples for segment in example)
-        tokenizer = train_tokenizer(texts, config.vocab_size, workdir / "model")
+        with tempfile.TemporaryDirectory() as directory:  # the run's end writes it to the workdir
+            tokenizer = train_tokenizer(texts, config.vocab_size, directory)
     sequences = fitting_sequences(examples, tokenizer, config)
     if config.data.validation:
         held_out = pair_segments(load_pairs(config.data.validation), config.data.topk)
         return tokenizer, sequences, fitting_sequences(held_out, tokenizer, config)
     count = config.data.validation_examples
-    if not 0 < count < len(sequences):
+    if count >= len(sequences):
         raise UserError(
-            f"config.data.validation_examples={count} must be above 0 and below the "
-            f"number of examples, {len(sequences)}"
+            f"config.data.validation_examples={count} must be below the number of examples, "
+            f"{len(sequences)}"
         )
     return tokenizer, sequences[:-count], sequences[-count:]
 
@@ -205,24 +212,14 @@ def load_examples(config: SFTConfig) -> list[list[Segment]]:
         return pair_segments(load_pairs(config.data.examples), config.data.topk)
     if config.data.examples == "answers":
         return sft_data.answer_examples(load_qa(config.data.source, config.data.split))
-    if config.data.examples == "policy_transcripts":
-        return sft_data.policy_transcripts(
-            worlds=config.data.worlds,
-            entities_per_world=config.data.entities_per_world,
-            questions_per_world=config.data.questions_per_world,
-            behaviours=config.data.behaviours,
-            topk=config.data.topk,
-            seed=config.seed,
-        )
-    raise UserError(
-        f"config.data.examples is {config.data.examples!r}; choose policy_transcripts or answers, "
-        "or give a .jsonl, .json or .parquet file of pairs"
+    return sft_data.policy_transcripts(
+        worlds=config.data.worlds,
+        entities_per_world=config.data.entities_per_world,
+        questions_per_world=config.data.questions_per_world,
+        behaviours=config.data.behaviours,
+        topk=config.data.topk,
+        seed=config.seed,
     )
-
-
-def is_path(examples: str) -> bool:
-    """Whether `config.data.examples` names a file of pairs."""
-    return Path(examples).suffix in (".jsonl", ".json", ".parquet")
 
 
 def fitting_sequences(

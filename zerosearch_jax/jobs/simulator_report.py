@@ -30,6 +30,7 @@ from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
 from zerosearch_jax.simulator.reader import Reader, make_reader
 from zerosearch_jax.text.matching import mentions, words
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import SimulatorReportConfig
 
 FEW_WORDS, MANY_WORDS = 15, 60  # The prompt asks for documents of about 30 words.
@@ -42,6 +43,7 @@ ReadSearch = tuple[Pair, Sequence[str], str | None]  # a search, its documents, 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes `report.md` and `report.json` to `workdir`, and prints the former."""
     config = config_flags.typed(SimulatorReportConfig, config)
+    check_job(config)
     factory.check_model(config.reader.model, config.reader.generator, STOP_STRINGS)
     for search in config.simulators.values():
         factory.check_simulator_model(search)

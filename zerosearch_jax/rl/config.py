@@ -1,14 +1,27 @@
-"""Settings of the RL update: policy loss, KL penalty, advantages and critic.
+"""Settings of the RL update: optimizer, policy loss, KL penalty, advantages and critic.
 
-Each class is one section of an rl config. Its checks raise UserError with the name of the key.
+Each class is one section of an rl config. The module imports no jax, so that a config is checked
+before jax is imported. Its checks raise UserError with the name of the key.
 """
 
 from dataclasses import dataclass
 
 from zerosearch_jax.errors import UserError, check_choice
-from zerosearch_jax.rl.losses import AGGREGATES, KL_ESTIMATORS
+from zerosearch_jax.ranges import (
+    Count,
+    CountOrZero,
+    DecayRate,
+    LearningRate,
+    NonNegativeFloat,
+    PositiveFloat,
+    Share,
+)
 
+DTYPES = ("float32", "bfloat16")
 SURROGATES = ("clip", "sequence", "cispo")
+# The next two repeat names of `rl.losses`, which imports jax; a test compares them.
+AGGREGATES = ("token_mean", "sequence_mean", "fixed_length")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACES = ("loss", "reward")
 ESTIMATORS = ("grpo", "rloo", "reinforce", "reinforce_pp", "ppo")
 BY_TOKEN = ("reinforce_pp", "ppo")
@@ -18,30 +31,59 @@ TRUNKS = ("own", "shared")
 
 
 @dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW hyperparameters, shared with a critic except for its learning rate and warm-up."""
+
+    learning_rate: LearningRate = 5e-4
+    """Peak learning rate."""
+    warmup_steps: CountOrZero = 2
+    """Training steps of linear warm-up. 0 disables it."""
+    schedule_steps: CountOrZero = 0
+    """Training steps, warm-up included, after which the learning rate stays at its final value. 0
+    takes the steps of the run."""
+    final_fraction: Share = 0.05
+    """Final learning rate as a fraction of the peak. 1 keeps the rate constant after the
+    warm-up."""
+    beta1: DecayRate = 0.9
+    """Decay rate of the first moment."""
+    beta2: DecayRate = 0.99
+    """Decay rate of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay. Norms and biases are not decayed."""
+    clip_norm: PositiveFloat = 1.0
+    """Global norm to which gradients are clipped."""
+    moment_dtype: str = "float32"
+    """Dtype of the first moment: `float32` or `bfloat16`, which saves 2 bytes per parameter."""
+
+    def __post_init__(self):
+        check_choice("moment_dtype", self.moment_dtype, DTYPES)
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Policy loss: the surrogate, its aggregation over tokens, and extra terms."""
 
     surrogate: str = "clip"
     """`clip` (PPO, GRPO), `sequence` (GSPO: one ratio per sequence) or `cispo`."""
-    clip_low: float = 0.2
+    clip_low: Share = 0.2
     """The ratio is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: NonNegativeFloat = 0.2
     """The ratio is clipped above 1 + clip_high. DAPO's clip-higher sets it above `clip_low`."""
-    dual_clip: float = 0.0
+    dual_clip: NonNegativeFloat = 0.0
     """Bound of a token's loss if its advantage is negative: dual_clip * |advantage|. Above 1, or 0
     to disable it."""
     aggregate: str = "token_mean"
     """Mean over an update: `token_mean` (over all tokens), `sequence_mean` (mean of the sequences'
     means) or `fixed_length` (mean of the sequences' sums / fixed_tokens)."""
-    fixed_tokens: int = 0
+    fixed_tokens: CountOrZero = 0
     """Divisor of `fixed_length` in tokens, such as the most tokens that a policy may write in an
     episode. Required by `fixed_length` alone."""
-    entropy: float = 0.001
+    entropy: NonNegativeFloat = 0.001
     """Weight of the entropy bonus. 0 disables it."""
-    llds: float = 0.0
+    llds: NonNegativeFloat = 0.0
     """Weight of the likelihood-preserving term (arXiv 2512.04220). Requires several updates per
     step. 0 disables it."""
-    importance_cap: float = 0.0
+    importance_cap: NonNegativeFloat = 0.0
     """Largest weight of truncated importance sampling. Requires rl.old_logprobs=learner. 0 disables
     the weights."""
 
@@ -74,21 +116,21 @@ class LossConfig:
 class KLConfig:
     """KL penalty that keeps the policy near the frozen reference policy."""
 
-    coef: float = 0.01
+    coef: NonNegativeFloat = 0.01
     """Weight of the KL. 0 disables it and skips the reference's log-probs."""
     estimator: str = "k3"
     """Estimate of KL(policy || reference) per token: `k1`, `k2` or `k3`."""
     apply_to: str = "loss"
     """`loss` adds the KL to the loss; `reward` subtracts it from the rewards."""
-    target: float = 0.0
+    target: NonNegativeFloat = 0.0
     """Desired KL of a step in nats per token, to which the weight adapts. Requires apply_to=reward.
     0 keeps the weight fixed."""
-    horizon: int = 10_000
+    horizon: Count = 10_000
     """Number of episodes in which an adapted weight changes by at most about 20%. Above a fifth of
     a step's episodes."""
 
     def __post_init__(self):
-        check_choice("kl.estimator", self.estimator, tuple(KL_ESTIMATORS))
+        check_choice("kl.estimator", self.estimator, KL_ESTIMATORS)
         check_choice("kl.apply_to", self.apply_to, KL_PLACES)
         if self.apply_to == "loss" and self.estimator == "k1" and self.coef:
             raise UserError(
@@ -96,7 +138,7 @@ class KLConfig:
                 "set kl.estimator to k2 or k3, or kl.apply_to=reward"
             )
         adaptable = self.apply_to == "reward" and self.coef > 0
-        if self.target < 0 or (self.target > 0 and not adaptable):
+        if self.target and not adaptable:
             raise UserError(
                 f"kl.target={self.target} adapts the weight of a KL in the reward; set "
                 "kl.apply_to=reward and kl.coef and kl.target above 0, or kl.target=0"
@@ -114,10 +156,10 @@ class AdvantageConfig:
     """Baseline of `reinforce`: `none`, `batch_mean` or `group_mean`."""
     normalize_std: bool = True
     """Whether `grpo` divides by the group's standard deviation. False is Dr. GRPO."""
-    gamma: float = 1.0
-    """Discount per policy token, in [0, 1]. Read by `reinforce_pp` and `ppo`."""
-    gae_lambda: float = 1.0
-    """λ of generalized advantage estimation, in [0, 1]. Read by `ppo`."""
+    gamma: Share = 1.0
+    """Discount per policy token. Read by `reinforce_pp` and `ppo`."""
+    gae_lambda: Share = 1.0
+    """λ of generalized advantage estimation. Read by `ppo`."""
 
     def __post_init__(self):
         check_choice("advantage.estimator", self.estimator, ESTIMATORS)
@@ -131,13 +173,13 @@ class CriticConfig:
     trunk: str = "own"
     """`own` trains a second model. `shared` adds a value head to the policy, so that the value loss
     also trains the policy's parameters."""
-    learning_rate: float = 5e-4
+    learning_rate: LearningRate = 5e-4
     """Peak learning rate of the critic."""
-    warmup_steps: int = 2
+    warmup_steps: CountOrZero = 2
     """Training steps of linear warm-up."""
-    coef: float = 0.5
+    coef: NonNegativeFloat = 0.5
     """Weight of the value loss."""
-    value_clip: float = 0.2
+    value_clip: NonNegativeFloat = 0.2
     """Change of a value within a step, in units of reward, beyond which its loss is clipped. 0
     disables the clip."""
 

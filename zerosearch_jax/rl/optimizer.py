@@ -1,6 +1,5 @@
 """The optimizer and its learning-rate schedule, built with optax."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,31 +7,6 @@ import jax.numpy as jnp
 import optax
 
 UNDECAYED = ("norm", "bias")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW hyperparameters, shared with a critic except for its learning rate and warm-up."""
-
-    learning_rate: float = 5e-4
-    """Peak learning rate."""
-    warmup_steps: int = 2
-    """Training steps of linear warm-up. 0 disables it."""
-    schedule_steps: int = 10
-    """Training steps, warm-up included, after which the learning rate stays at its final value."""
-    final_fraction: float = 0.05
-    """Final learning rate as a fraction of the peak. 1 keeps the rate constant after the
-    warm-up."""
-    beta1: float = 0.9
-    """Decay rate of the first moment."""
-    beta2: float = 0.99
-    """Decay rate of the second moment."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay. Norms and biases are not decayed."""
-    clip_norm: float = 1.0
-    """Global norm to which gradients are clipped."""
-    moment_dtype: str = "float32"
-    """Dtype of the first moment: `float32` or `bfloat16`, which saves 2 bytes per parameter."""
 
 
 def warmup_cosine(

@@ -6,15 +6,11 @@ It reads only the query of a request.
 import logging
 from collections.abc import Sequence
 
-import bm25s
 import numpy as np
 
-from zerosearch_jax.errors import UserError, check_positive
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.text.matching import words
-
-# bm25s sets its logger to DEBUG at import, and logs whenever an index is built.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 # Grammatical words only, so that most two-letter symbols and domains can be found. The symbols
 # "no", "as" and "in" cannot: BM25 does not distinguish nobelium's symbol from the word.
@@ -41,11 +37,15 @@ class BM25Engine:
         """Indexes `passages`. A search returns up to `topk` documents.
 
         Raises:
-          UserError: there are no passages, or topk < 1.
+          UserError: there are no passages.
         """
+        # Imported here, because bm25s imports jax and this module is imported before configs are
+        # checked. At import it sets its logger to DEBUG, and it logs whenever an index is built.
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         if not passages:
             raise UserError("BM25 engine: the corpus is empty; give at least one passage")
-        check_positive("BM25 engine: ", topk=topk)
         self.topk = topk
         self._passages = tuple(passages)
         self._vocabulary: dict[str, int] = {}

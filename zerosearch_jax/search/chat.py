@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from zerosearch_jax.errors import check_positive
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, closed_on_interrupt
 
 _PATH = "/v1/chat/completions"
@@ -35,8 +34,6 @@ class ChatClient:
         workers: int,
         seed: int,
     ):
-        """Raises UserError for max_tokens or workers below 1."""
-        check_positive("chat: ", max_tokens=max_tokens, workers=workers)
         self.client = client
         self.model = model
         self.temperature = temperature

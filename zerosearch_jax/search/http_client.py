@@ -53,12 +53,16 @@ _CONTEXT_EXCEEDED = re.compile(
 
 
 class _Reply(NamedTuple):
-    """Outcome of one try: the body, or the trouble and whether it may pass or is length."""
+    """Outcome of one try: the body, or the trouble and whether it may pass or is length.
+
+    `replied` is whether the server sent a status.
+    """
 
     content: bytes = b""
     trouble: str = ""
     transient: bool = False
     too_long: bool = False
+    replied: bool = False
 
 
 class JsonClient:
@@ -147,6 +151,11 @@ class JsonClient:
         """Returns the parsed JSON reply to a GET with query parameters. Raises as `post` does."""
         return self._request("GET", path, headers={}, params=dict(params))
 
+    def no_reply(self) -> str:
+        """Sends one GET and returns why the server did not reply; "" if it did, with any status."""
+        reply = self._run("GET", "", {"headers": {}})
+        return "" if reply.replied else reply.trouble
+
     def close(self) -> None:
         """Ends all waiting requests at once; they and later requests raise `SearchFailed`."""
         if not self._closed.done():
@@ -196,21 +205,22 @@ class JsonClient:
                 async for piece in response.aiter_bytes():
                     content += piece
                     if len(content) > self.max_reply_bytes:
-                        return _Reply(
-                            trouble=f"the reply is larger than {self.max_reply_bytes} bytes"
-                        )
+                        trouble = f"the reply is larger than {self.max_reply_bytes} bytes"
+                        return _Reply(trouble=trouble, replied=True)
         except TimeoutError:
             return _Reply(trouble="Timeout", transient=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return _Reply(trouble=type(error).__name__, transient=isinstance(error, _TRANSIENT))
         status = response.status_code
         if 200 <= status < 300:
-            return _Reply(bytes(content))
+            return _Reply(bytes(content), replied=True)
         too_long = status in (413, 414) or (
             status in (400, 422) and _CONTEXT_EXCEEDED.search(content) is not None
         )
         transient = status == 429 or status >= 500
-        return _Reply(trouble=f"HTTP {status}", transient=transient, too_long=too_long)
+        return _Reply(
+            trouble=f"HTTP {status}", transient=transient, too_long=too_long, replied=True
+        )
 
 
 _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from zerosearch_jax.errors import UserError, check_positive
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import (
     JsonClient,
@@ -14,6 +14,7 @@ from zerosearch_jax.search.http_client import (
     failed_result,
 )
 
+DIALECTS = ("search_r1", "zerosearch")
 _QUOTED_LINE = re.compile(r'\A[^\S\n]*"([^\n]+)"[^\S\n]*\n')
 
 
@@ -34,13 +35,12 @@ class RetrieverEngine:
     name = "retriever"
 
     def __init__(self, client: JsonClient, *, topk: int, dialect: str, workers: int):
-        """Raises UserError for an unknown dialect, or topk or workers below 1."""
-        if dialect not in ("search_r1", "zerosearch"):
+        """Raises UserError for an unknown dialect."""
+        if dialect not in DIALECTS:
             raise UserError(
                 f"retriever: dialect is {dialect!r}; choose search_r1 (one batch of queries) or "
                 "zerosearch (one request per query)"
             )
-        check_positive("retriever: ", topk=topk, workers=workers)
         self.client = client
         self.topk = topk
         self.dialect = dialect

@@ -5,10 +5,11 @@ answers would turn a test of searching into a test of finding that page. DeepRes
 (arXiv 2504.03160) trains on the live web.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from urllib.parse import urldefrag, urlsplit
 
-from zerosearch_jax.errors import UserError, check_positive
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
@@ -20,6 +21,22 @@ _PAGE = 10  # results on one page of Google; the filter needs more than topk
 
 SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.com"}
 """Server address of each provider, for the client of a `WebEngine`."""
+KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
+"""Environment variable with the API key of each provider."""
+
+
+def api_key(provider: str) -> str:
+    """Returns the provider's API key. It is in the environment, never in a config or a log.
+
+    Raises:
+      UserError: the environment has no key.
+    """
+    key = os.environ.get(KEY_VARIABLES[provider])
+    if not key:
+        raise UserError(
+            f"web.provider={provider} needs {KEY_VARIABLES[provider]} in the environment"
+        )
+    return key
 
 
 def filter_results(
@@ -84,14 +101,13 @@ class WebEngine:
         blocked_domains: Collection[str],
         workers: int,
     ):
-        """Raises UserError for an unknown provider, a bad key, or topk or workers below 1."""
+        """Raises UserError for an unknown provider or a bad key."""
         if provider not in SERVERS:
             raise UserError(f"web: provider is {provider!r}; choose {' or '.join(SERVERS)}")
         if not api_key or api_key != api_key.strip():
             raise UserError(
                 f"web: the API key for {provider} is empty or has spaces or line breaks around it"
             )
-        check_positive("web: ", topk=topk, workers=workers)
         self.client = client
         self.provider = provider
         self.topk = topk
@@ -153,7 +169,7 @@ class RecordedWeb:
         """Indexes `responses`, rows of `data.recordings.load_recording`.
 
         Raises:
-          UserError: topk < 1, or filtering drops all results.
+          UserError: filtering drops all results.
         """
         recorded = {row["searchParameters"]["q"]: row["organic"] for row in responses}
         everything = [result for organic in recorded.values() for result in organic]

@@ -63,6 +63,8 @@ _LABELING = (
 )
 
 # The blank line and the line breaks are part of the interface.
+SIMULATOR_FORMS = ("finetuned", "prompted")
+"""Forms of `simulator_prompt`."""
 _SIMULATOR_HEAD = (
     "You are the Google search engine.\n"
     "Given a query, you need to generate {count} {kind} documents for the query.\n"
@@ -229,8 +231,8 @@ def simulator_prompt(
     Raises:
       ValueError: `form` is unknown, or topk < 1.
     """
-    if form not in ("finetuned", "prompted"):
-        raise ValueError(f'simulator prompt form is {form!r}: use "finetuned" or "prompted"')
+    if form not in SIMULATOR_FORMS:
+        raise ValueError(f"simulator prompt form is {form!r}: use {' or '.join(SIMULATOR_FORMS)}")
     if topk < 1:
         raise ValueError(f"topk is {topk}: it must be at least 1")
     kind = "noisy" if noisy else "useful"

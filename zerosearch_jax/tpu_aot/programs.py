@@ -23,11 +23,11 @@ from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.tpu_aot import roofline
-from zerosearch_jax.tpu_aot.config import CompileConfig
+from zerosearch_jax.tpu_aot.config import ChosenMeshConfig, CompileConfig
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.policy_update import objective_of
-from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig
+from zerosearch_jax.training.sections import GeneratorConfig
 
 INTS = ("tokens", "targets", "positions", "segment_ids")
 FLOATS = ("mask", "old_logprobs", "sampler_logprobs", "correct")  # columns of every batch
@@ -85,7 +85,7 @@ def model_sizes(config: CompileConfig, name: str) -> ModelConfig:
 
 
 def fill_mesh(
-    key: str, mesh: MeshConfig, chips: int, slices: int, model: ModelConfig
+    key: str, mesh: ChosenMeshConfig, chips: int, slices: int, model: ModelConfig
 ) -> dict[str, int]:
     """Returns a mesh over all chips of all slices, with the sizes that are 0 chosen.
 
@@ -104,7 +104,7 @@ def fill_mesh(
     fsdp = fsdp or chips // (data * tensor)
     sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
     if data * fsdp * tensor != chips or data % slices:
-        chosen = MeshConfig(data=0, fsdp=0, tensor=0)
+        chosen = ChosenMeshConfig(data=0, fsdp=0, tensor=0)
         nearest = fill_mesh(key, chosen, chips, slices, model)
         within = f" in {slices} slices" if slices > 1 else ""
         raise UserError(
@@ -149,7 +149,7 @@ def learner_programs(
       The programs, the resident bytes per chip by name, and the shapes of the policy's parameters.
     """
     mesh = mesh_lib.make_mesh(**sizes.mesh, devices=devices)
-    learner = factory.make_learner(sizes.policy, mesh, rl.optimizer, rl.learner)
+    learner = factory.make_learner(sizes.policy, mesh, rl.optimizer, rl.learner, steps=rl.rl.steps)
     length, tensor = rl.learner.row_tokens, sizes.mesh["tensor"]
     shape = (sizes.microbatches, sizes.rows, length)
 

@@ -1,19 +1,36 @@
 """The config of the rl job: `RLConfig` and the sections that only this job has.
 
 Every key is one typed field with its documentation below it. `main --describe` prints both. The
-sections that jobs share are in `training/sections.py`, those of the RL update in `rl/config.py` and
-`rl/optimizer.py`. Checks of one section are in its `__post_init__`, checks between sections in
-`training/validate.py`.
+sections that jobs share are in `training/sections.py`, those of the RL update in `rl/config.py`.
+Checks of one section are in its `__post_init__`, checks between sections in `training/validate.py`.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from zerosearch_jax.errors import UserError, check_choice, check_positive
-from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
-from zerosearch_jax.rl.optimizer import OptimizerConfig
-from zerosearch_jax.rl.rewards import RULES
-from zerosearch_jax.training.sections import (
+from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.ranges import (
+    Count,
+    CountOrZero,
+    NonNegativeFloat,
+    PositiveFloat,
+    Range,
+    Rows,
+    Seed,
+    Share,
+    ThreadsOrZero,
+    Tokens,
+)
+from zerosearch_jax.rl.config import (
     DTYPES,
+    AdvantageConfig,
+    CriticConfig,
+    KLConfig,
+    LossConfig,
+    OptimizerConfig,
+)
+from zerosearch_jax.rl.rewards import REWARDS, RULES
+from zerosearch_jax.training.sections import (
     OVERLONG_QUESTIONS,
     MeshConfig,
     PolicyConfig,
@@ -22,47 +39,41 @@ from zerosearch_jax.training.sections import (
 
 OLD_LOGPROBS = ("sampler", "learner")
 OVERLONG = ("keep", "mask")
+# The next two repeat names of modules that import jax; a test compares them.
+REMAT = ("none", "dots", "full")
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """Episodes of one training step."""
 
-    questions_per_step: int
+    questions_per_step: Rows
     """Groups that a step trains on, one question each."""
-    group_size: int
+    group_size: Rows
     """Episodes per question. The paper has 5."""
-    max_turns: int
-    """Most search or invalid turns before the final turn, at least 0. A search in the final turn is
-    not run. 0 leaves only the final turn."""
-    response_tokens: int
+    max_turns: CountOrZero
+    """Most search or invalid turns before the final turn. A search in the final turn is not run. 0
+    leaves only the final turn."""
+    response_tokens: Tokens
     """Most tokens sampled per turn."""
-    observation_tokens: int
+    observation_tokens: Tokens
     """Most tokens inserted per search, tags included. Longer documents are cut."""
-    temperature: float
-    """Sampling temperature of the policy, above 0. Evaluations are greedy."""
+    temperature: PositiveFloat
+    """Sampling temperature of the policy. Evaluations are greedy."""
     stop_on_failure: bool
     """Stop the run when a training search fails after all attempts. False inserts a failure text
     instead, as evaluations always do. A query that is too long for the engine never stops a run,
     because the policy wrote it: it gets the failure text and counts in `failed_search_ratio`."""
-    concurrent_searches: int
+    concurrent_searches: ThreadsOrZero
     """Most batches of searches in flight while the policy decodes. 0 alternates searching and
     decoding, which is deterministic."""
-    max_rounds: int
-    """Most rounds of `questions_per_step` questions per step, at least 1. Above 1, sampling
-    continues until `questions_per_step` groups have rewards that differ (DAPO's dynamic sampling,
-    arXiv 2503.14476 §3.2)."""
+    max_rounds: Annotated[int, Range(1, 1000)]
+    """Most rounds of `questions_per_step` questions per step. Above 1, sampling continues until
+    `questions_per_step` groups have rewards that differ (DAPO's dynamic sampling, arXiv 2503.14476
+    §3.2)."""
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise UserError(
-                f"rollout.temperature={self.temperature} must be above 0, so that the episodes "
-                "of a group differ"
-            )
-        if self.max_turns < 0:
-            raise UserError(
-                f"rollout.max_turns={self.max_turns} must be at least 0; 0 leaves one turn"
-            )
         if self.max_rounds > 1 and self.group_size == 1:
             raise UserError(
                 "rollout.max_rounds > 1 looks for groups whose rewards differ; set "
@@ -77,13 +88,13 @@ class CurriculumConfig:
     Only `search.engine=simulated` reads it.
     """
 
-    start: float
-    """Probability in the first step, 0 to 1."""
-    end: float
-    """Probability in the last step, 0 to 1."""
-    base: float
-    """Curvature, above 0. Above 1 the probability changes mostly late, below 1 mostly early; 1 is a
-    straight line."""
+    start: Share
+    """Probability in the first step."""
+    end: Share
+    """Probability in the last step."""
+    base: PositiveFloat
+    """Curvature. Above 1 the probability changes mostly late, below 1 mostly early; 1 is a straight
+    line."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +106,14 @@ class RewardConfig:
     and `r1_searcher`: the rule of that paper."""
     name: str
     """Score of rule `answer`: `f1`, `em` or `cover_em`."""
-    format_weight: float
+    format_weight: NonNegativeFloat
     """Reward of a valid format under rule `answer`."""
-    stage_one_steps: int
-    """First steps, in which `r1_searcher` rewards only searches and format. 0 to rl.steps."""
+    stage_one_steps: CountOrZero
+    """First steps, in which `r1_searcher` rewards only searches and format. At most rl.steps."""
 
     def __post_init__(self):
-        check_choice("reward.rule", self.rule, tuple(RULES))
+        check_choice("reward.rule", self.rule, RULES)
+        check_choice("reward.name", self.name, tuple(REWARDS))
         if self.rule != "answer" and (self.name != "f1" or self.format_weight != 0):
             raise UserError(
                 "reward.name and reward.format_weight require reward.rule=answer, not "
@@ -118,12 +130,12 @@ class RewardConfig:
 class UpdateConfig:
     """Training steps, and the updates per step."""
 
-    steps: int
+    steps: Count
     """Training steps."""
-    epochs: int
-    """Passes over the episodes of a step, at least 1."""
-    minibatches: int
-    """Updates per pass, at least 1. The episodes are split evenly over them."""
+    epochs: Annotated[int, Range(1, 1000)]
+    """Passes over the episodes of a step."""
+    minibatches: Rows
+    """Updates per pass. The episodes are split evenly over them."""
     old_logprobs: str
     """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
     `learner` before a step's first update."""
@@ -149,35 +161,40 @@ class UpdateConfig:
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685)."""
 
-    rank: int
+    rank: Annotated[int, Range(0, 2**16)]
     """Rank of the adapters. 0 trains all parameters."""
-    alpha: float
-    """An adapter's product is multiplied by alpha / rank. Above 0."""
+    alpha: PositiveFloat
+    """An adapter's product is multiplied by alpha / rank."""
     targets: tuple[str, ...]
     """Projections with adapters, at least one of `q`, `k`, `v`, `o`, `gate`, `up`, `down`."""
+
+    def __post_init__(self):
+        for name in self.targets:
+            check_choice("lora.targets", name, LORA_TARGETS)
+        if not self.targets:
+            raise UserError(f"lora.targets is empty; choose some of {', '.join(LORA_TARGETS)}")
 
 
 @dataclass(frozen=True)
 class WatchConfig:
     """Detection of a collapsing run and of non-finite updates."""
 
-    window: int
-    """Steps per window, at least 1. The collapse signals compare the newest window with earlier
-    ones."""
+    window: Count
+    """Steps per window. The collapse signals compare the newest window with earlier ones."""
     stop: bool
     """Save a checkpoint and stop when the metrics show a collapse. False only prints a warning."""
-    nonfinite_limit: int
-    """Number of consecutive skipped non-finite updates that stops the run, at least 1."""
+    nonfinite_limit: Count
+    """Number of consecutive skipped non-finite updates that stops the run."""
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
     """Batches and arithmetic of the learner."""
 
-    row_tokens: int
+    row_tokens: Tokens
     """Tokens per packed row. In RL at least policy.generator.max_tokens, so that every episode
     fits. SFT drops longer examples."""
-    rows: int
+    rows: Rows
     """Rows per microbatch over the whole mesh. Empty rows fill it up to a multiple of data ×
     fsdp."""
     compute_dtype: str
@@ -185,11 +202,12 @@ class LearnerConfig:
     remat: str
     """Activations kept for the backward pass: `none` keeps all, `dots` keeps the results of
     products with weights, `full` recomputes every layer."""
-    logprob_chunk: int
-    """Positions of each row whose logits are in memory at once, at least 1."""
+    logprob_chunk: Tokens
+    """Positions of each row whose logits are in memory at once."""
 
     def __post_init__(self):
         check_choice("compute_dtype", self.compute_dtype, DTYPES)
+        check_choice("remat", self.remat, REMAT)
 
 
 @dataclass(frozen=True)
@@ -207,8 +225,8 @@ class DataConfig:
     """Split of `eval_source` for evaluations during training."""
     test_split: str
     """Split of `eval_source` for the evaluation after training."""
-    train_limit: int | None
-    """Number of training questions, at least 1: the first of the split. None uses all."""
+    train_limit: Count | None
+    """Number of training questions: the first of the split. None uses all."""
     overlong: str
     """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
     `error` refuses the first one, `drop` drops them and prints their number."""
@@ -221,16 +239,15 @@ class DataConfig:
 class EvalConfig:
     """Evaluation with a real engine, during and after training."""
 
-    every: int
-    """Steps between evaluations, at least 1."""
-    questions: int
+    every: Count
+    """Steps between evaluations. Above rl.steps, only the trained policy is evaluated."""
+    questions: Count
     """Questions per evaluation during training: the first of data.eval_split."""
-    test_questions: int
+    test_questions: Count
     """Questions of the evaluation after training: the first of data.test_split."""
     search: SearchConfig
 
     def __post_init__(self):
-        check_positive(every=self.every)
         if self.search.engine == "simulated":
             raise UserError(
                 "eval.search.engine=simulated would evaluate the policy with the simulator it was "
@@ -244,10 +261,10 @@ class RLConfig:
 
     job: str
     """Name of the job."""
-    seed: int
+    seed: Seed
     """Seed of every random draw."""
-    checkpoint_every: int
-    """Steps between checkpoints, at least 1. The last step also saves one."""
+    checkpoint_every: Count
+    """Steps between checkpoints. The last step also saves one."""
     mesh: MeshConfig
     data: DataConfig
     policy: PolicyConfig
@@ -265,6 +282,3 @@ class RLConfig:
     watch: WatchConfig
     learner: LearnerConfig
     eval: EvalConfig
-
-    def __post_init__(self):
-        check_positive(checkpoint_every=self.checkpoint_every)

@@ -1,6 +1,5 @@
 """Builds models, generators, search engines and learners from config sections."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +23,9 @@ from zerosearch_jax.models.lora import LoRA
 from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
-from zerosearch_jax.rl.config import CriticConfig
+from zerosearch_jax.rl.config import CriticConfig, OptimizerConfig
 from zerosearch_jax.rl.learner import Learner, OptimizerSpec
-from zerosearch_jax.rl.optimizer import OptimizerConfig, adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
@@ -34,13 +33,11 @@ from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
-from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine
+from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, api_key
 from zerosearch_jax.text.tokenizer import token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
 
-WEB_KEYS = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
-"""Web search service: the environment variable with its API key."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -149,7 +146,7 @@ def make_engine(
     | `recorded_web` | from recorded responses of a web search service                           |
 
     Raises:
-      UserError: an unknown web search service, or one without an API key in the environment.
+      UserError: the corpus or recording cannot be read, or the environment has no API key.
     """
     if config.engine in ("bm25", "noisy_bm25"):
         engine = BM25Engine(load_passages(config.corpus), topk=config.topk)
@@ -174,17 +171,12 @@ def make_engine(
 
 
 def web_engine(config: SearchConfig) -> WebEngine:
-    """Builds a web search engine. Its API key is in the environment, never in a config or a log."""
+    """Builds a web search engine."""
     provider = config.web.provider
-    if provider not in SERVERS:
-        raise UserError(f"web.provider is {provider!r}; choose {' or '.join(SERVERS)}")
-    key = os.environ.get(WEB_KEYS[provider])
-    if not key:
-        raise UserError(f"web.provider={provider} needs {WEB_KEYS[provider]} in the environment")
     return WebEngine(
         json_client(config.remote, SERVERS[provider]),
         provider=provider,
-        api_key=key,
+        api_key=api_key(provider),
         topk=config.topk,
         blocked_domains=tuple(config.web.blocked_domains),
         workers=config.remote.workers,
@@ -253,6 +245,7 @@ def make_learner(
     optimizer: OptimizerConfig,
     learner: LearnerConfig,
     *,
+    steps: int,
     critic: CriticConfig | None = None,
     lora: LoraConfig | None = None,
     updates_per_step: int = 1,
@@ -262,8 +255,10 @@ def make_learner(
     Args:
       optimizer: AdamW hyperparameters, shared with the critic except for its learning rate and
         warm-up.
+      steps: training steps of the run, the length of a schedule with `schedule_steps` 0.
       updates_per_step: optimizer updates per training step. Schedules are given in training steps.
     """
+    optimizer = replace(optimizer, schedule_steps=optimizer.schedule_steps or steps)
     specs = {"policy": optimizer_spec(optimizer, updates_per_step)}
     if critic is not None:
         own = replace(

@@ -3,13 +3,29 @@
 Sections that jobs share are in `training/sections.py`, sections of RL in `training/config.py`.
 """
 
-import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.errors import UserError, check_choice, check_positive
-from zerosearch_jax.rl.optimizer import OptimizerConfig
+from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.ranges import (
+    Attempts,
+    Backoff,
+    Count,
+    CountOrZero,
+    Documents,
+    NonNegativeFloat,
+    Range,
+    Rows,
+    Seed,
+    Share,
+    Threads,
+    ThreadsOrZero,
+    Timeout,
+    Tokens,
+)
+from zerosearch_jax.rl.config import OptimizerConfig
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
     OVERLONG_QUESTIONS,
@@ -25,8 +41,17 @@ EXAMPLE_KEYS = {
     "policy_transcripts": ("worlds", "entities_per_world", "questions_per_world", "behaviours"),
 }
 """Kind of SFT examples: the keys of section `data` that it needs."""
+PAIR_SUFFIXES = (".jsonl", ".json", ".parquet")
+METHODS = ("direct", "cot", "rag", "search", "search_o1")
+"""Inference baselines of the evaluate job, see `evaluation.baselines`."""
+WITHOUT_ENGINE = ("direct", "cot")
 LABEL_BY = ("rule", "labeler", "both")
 LABELERS = ("none", "reader", "local", "server")
+
+
+def is_path(examples: str) -> bool:
+    """Whether `data.examples` of the sft job names a file of pairs."""
+    return Path(examples).suffix in PAIR_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -37,12 +62,12 @@ class SFTDataConfig:
     """`policy_transcripts`, `answers`, or a .jsonl, .json or .parquet file of pairs."""
     validation: str
     """File of held-out pairs. "" holds out the last `validation_examples` examples."""
-    validation_examples: int
+    validation_examples: CountOrZero
     """Number of held-out examples if `validation` is "". Above 0 and below the number of
     examples."""
-    topk: int
+    topk: Documents
     """Documents per search. A pair with fewer is refused."""
-    inserted_weight: float
+    inserted_weight: Share
     """Loss weight of prompt and inserted tokens. Tokens that the model writes have weight 1."""
     end_of_text: bool
     """End every example with the end-of-text token."""
@@ -51,16 +76,26 @@ class SFTDataConfig:
     file."""
     split: str | None = None
     """Split of `source`."""
-    worlds: int | None = None
+    worlds: Count | None = None
     """Worlds of `policy_transcripts`. Every tenth, from the first, has the embedded world's
     training entities; the rest are synthetic."""
-    entities_per_world: int | None = None
+    entities_per_world: Count | None = None
     """Entities of a synthetic world."""
-    questions_per_world: int | None = None
+    questions_per_world: Count | None = None
     """Most questions per world."""
     behaviours: Behaviours | None = None
 
     def __post_init__(self):
+        if self.examples not in EXAMPLE_KEYS and not is_path(self.examples):
+            raise UserError(
+                f"examples is {self.examples!r}; choose {' or '.join(EXAMPLE_KEYS)}, or give a "
+                f"{', '.join(PAIR_SUFFIXES)} file of pairs"
+            )
+        if not self.validation and not self.validation_examples:
+            raise UserError(
+                "validation_examples=0 holds out nothing; set it above 0, or set validation to a "
+                "file of pairs"
+            )
         lacking = [k for k in EXAMPLE_KEYS.get(self.examples, ()) if getattr(self, k) is None]
         if lacking:
             raise UserError(
@@ -73,22 +108,19 @@ class SFTDataConfig:
 class SFTLoopConfig:
     """Training steps, evaluations and checkpoints."""
 
-    steps: int
+    steps: Count
     """Training steps."""
-    examples_per_step: int
+    examples_per_step: Rows
     """Examples per step."""
-    eval_every: int
-    """Steps between evaluations of the held-out loss, at least 1."""
-    checkpoint_every: int
-    """Steps between checkpoints, at least 1. The last step also saves one."""
-    patience: int
+    eval_every: Count
+    """Steps between evaluations of the held-out loss. The last step also has one."""
+    checkpoint_every: Count
+    """Steps between checkpoints. The last step also saves one."""
+    patience: CountOrZero
     """Number of evaluations without a lower held-out loss that ends the run. Above 0, the run
     exports the parameters with the lowest loss. 0 runs all steps and exports the last."""
-    nonfinite_limit: int
-    """Number of consecutive skipped non-finite updates that stops the run, at least 1."""
-
-    def __post_init__(self):
-        check_positive(eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
+    nonfinite_limit: Count
+    """Number of consecutive skipped non-finite updates that stops the run."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +129,7 @@ class SFTConfig:
 
     job: str
     """Name of the job."""
-    seed: int
+    seed: Seed
     """Seed of every random draw."""
     init: str
     """Hugging Face directory to start from. "" starts from random weights and a new tokenizer."""
@@ -107,10 +139,19 @@ class SFTConfig:
     lora: LoraConfig
     learner: LearnerConfig
     sft: SFTLoopConfig
-    vocab_size: int | None = None
-    """Largest vocabulary of a new tokenizer. Read if `init` is ""."""
+    vocab_size: Annotated[int, Range(257, 2**20)] | None = None
+    """Largest vocabulary of a new tokenizer: 256 bytes, the end-of-text token and merges. Read if
+    `init` is ""."""
     model: dict[str, Any] | None = None
     """Sizes of a new model, under Hugging Face's names. Read if `init` is ""."""
+
+    def __post_init__(self):
+        lacking = [key for key in ("vocab_size", "model") if getattr(self, key) is None]
+        if not self.init and lacking:
+            raise UserError(
+                f'init="" starts a new model and needs {" and ".join(lacking)}, which the config '
+                "file lacks; add it there or set init to a model directory"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,8 +162,8 @@ class CollectDataConfig:
     """`world`, synthetic:COUNT:SEED, or a .jsonl, .parquet, .tsv or .csv file."""
     split: str
     """Split of `source`. A file has only one split."""
-    limit: int
-    """Number of questions, at least 1: the first of the split."""
+    limit: Count
+    """Number of questions: the first of the split."""
     overlong: str
     """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
     `error` refuses the first one, `drop` drops them and prints their number."""
@@ -137,7 +178,7 @@ class CollectRolloutConfig:
 
     stop_on_failure: bool
     """Stop the job when a search fails after all attempts. False inserts a failure text instead."""
-    concurrent_searches: int
+    concurrent_searches: ThreadsOrZero
     """Most batches of searches in flight while the agent decodes. 0 alternates searching and
     decoding, which is deterministic."""
 
@@ -146,15 +187,12 @@ class CollectRolloutConfig:
 class CollectStageConfig:
     """Number of episodes and their sampling."""
 
-    samples: int
-    """Episodes per question, at least 1."""
-    temperature: float
-    """Sampling temperature of the agent, at least 0. 0 is greedy."""
-    batch_questions: int
-    """Questions per write to episodes.jsonl, at least 1. A killed run loses at most one batch."""
-
-    def __post_init__(self):
-        check_positive(samples=self.samples, batch_questions=self.batch_questions)
+    samples: Rows
+    """Episodes per question."""
+    temperature: NonNegativeFloat
+    """Sampling temperature of the agent. 0 is greedy."""
+    batch_questions: Rows
+    """Questions per write to episodes.jsonl. A killed run loses at most one batch."""
 
 
 @dataclass(frozen=True)
@@ -163,21 +201,14 @@ class LabelingServerConfig:
 
     key_variable: str
     """Environment variable with the API key. "" sends none."""
-    timeout_secs: float
-    """Deadline of one attempt in seconds, above 0."""
-    attempts: int
-    """Attempts per request, the first included. At least 1."""
-    backoff_secs: float
-    """Seconds before the second attempt, at least 0. Each further wait is twice as long."""
-    workers: int
-    """Most requests in flight at once, at least 1."""
-
-    def __post_init__(self):
-        if self.key_variable and self.key_variable not in os.environ:
-            raise UserError(
-                f"key_variable={self.key_variable}: the environment has no such variable; set it "
-                "to the server's API key"
-            )
+    timeout_secs: Timeout
+    """Deadline of one attempt in seconds."""
+    attempts: Attempts
+    """Attempts per request, the first included."""
+    backoff_secs: Backoff
+    """Seconds before the second attempt. Each further wait is twice as long."""
+    workers: Threads
+    """Most requests in flight at once."""
 
 
 @dataclass(frozen=True)
@@ -191,12 +222,12 @@ class LabelingConfig:
     """Hugging Face directory, or the name of the model on the server."""
     url: str
     """Server with an OpenAI chat completions API. Read by `server`."""
-    response_tokens: int
+    response_tokens: Tokens
     """Most tokens of a reply. 8 suffice for yes or no."""
-    observation_tokens: int
+    observation_tokens: Tokens
     """Most tokens of the documents that `reader` reads; the rest is cut."""
-    batch: int
-    """Searches per write to labels.jsonl, at least 1."""
+    batch: Count
+    """Searches per write to labels.jsonl."""
     server: LabelingServerConfig
     generator: GeneratorConfig
 
@@ -209,7 +240,6 @@ class LabelingConfig:
             )
         if self.kind == "server" and not self.url:
             raise UserError("labeling.kind=server needs labeling.url, such as http://HOST:PORT")
-        check_positive(batch=self.batch)
 
 
 @dataclass(frozen=True)
@@ -223,13 +253,11 @@ class ExtractConfig:
     """Keep only the last search of each episode."""
     balance: bool
     """Drop pairs of the more frequent label until both labels are equally frequent."""
-    heldout_share: float
-    """Probability that all pairs of a gold answer are held out, in [0, 1)."""
+    heldout_share: Annotated[float, Range(0, 1, open_high=True)]
+    """Probability that all pairs of a gold answer are held out."""
 
     def __post_init__(self):
         check_choice("extract.label_by", self.label_by, LABEL_BY)
-        if not 0 <= self.heldout_share < 1:
-            raise UserError(f"extract.heldout_share={self.heldout_share} must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -238,7 +266,7 @@ class CollectConfig:
 
     job: str
     """Name of the job."""
-    seed: int
+    seed: Seed
     """Seed of every random draw."""
     mesh: MeshConfig
     policy: PolicyConfig
@@ -251,6 +279,8 @@ class CollectConfig:
     extract: ExtractConfig
 
     def __post_init__(self):
+        if self.search.engine == "none":
+            raise UserError("search.engine=none collects no searches; choose an engine")
         if self.extract.label_by != "rule" and self.labeling.kind == "none":
             raise UserError(
                 f"extract.label_by={self.extract.label_by} needs a labeler; set "
@@ -264,8 +294,8 @@ class EvaluateDataConfig:
 
     sets: tuple[str, ...]
     """SOURCE/SPLIT, such as world/test, or a .jsonl, .parquet, .tsv or .csv file."""
-    limit: int | None
-    """Number of questions per set, at least 1: the first of the set. None uses all."""
+    limit: Count | None
+    """Number of questions per set: the first of the set. None uses all."""
     overlong: str
     """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
     `error` refuses the first one, `drop` drops them and prints their number."""
@@ -278,7 +308,7 @@ class EvaluateDataConfig:
 class RefineConfig:
     """Refinement of the documents by the method `search_o1`."""
 
-    max_new_tokens: int
+    max_new_tokens: Tokens
     """Most tokens written per search."""
 
 
@@ -288,7 +318,7 @@ class EvaluateConfig:
 
     job: str
     """Name of the job."""
-    seed: int
+    seed: Seed
     """Seed of the draws of `simulated` and `noisy_bm25`. The policy is greedy."""
     mesh: MeshConfig
     policy: PolicyConfig
@@ -300,6 +330,16 @@ class EvaluateConfig:
     limits: LimitsConfig
     refine: RefineConfig
 
+    def __post_init__(self):
+        for method in self.methods:
+            check_choice("methods", method, METHODS)
+        for name, search in self.engines.items():
+            if search.engine == "none":
+                raise UserError(
+                    f"engines.{name}.engine=none cannot answer searches; choose an engine (the "
+                    "methods direct and cot need none)"
+                )
+
 
 @dataclass(frozen=True)
 class ReaderConfig:
@@ -308,9 +348,9 @@ class ReaderConfig:
     model: str
     """Hugging Face directory."""
     generator: GeneratorConfig
-    response_tokens: int
+    response_tokens: Tokens
     """Most tokens of the reader's turn."""
-    observation_tokens: int
+    observation_tokens: Tokens
     """Most tokens of the documents; the rest is cut."""
 
 
@@ -320,19 +360,18 @@ class SimulatorReportConfig:
 
     job: str
     """Name of the job."""
-    seed: int
+    seed: Seed
     """Seed of every random draw."""
     mesh: MeshConfig
     pairs: str
     """File of held-out pairs. Only the last search of each episode is used."""
-    limit: int
-    """Most pairs per label, at least 1."""
+    limit: Count
+    """Most pairs per label."""
     reader: ReaderConfig
     simulators: dict[str, SearchConfig]
     """Simulated engines by name."""
 
     def __post_init__(self):
-        check_positive(limit=self.limit)
         for name, search in self.simulators.items():
             if search.engine != "simulated":
                 raise UserError(

@@ -4,10 +4,29 @@ Every key is one typed field with its documentation below it. `main --describe` 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.ranges import (
+    Attempts,
+    Backoff,
+    CountOrZero,
+    Devices,
+    DevicesOrZero,
+    Documents,
+    NonNegativeFloat,
+    Range,
+    Rows,
+    Share,
+    Threads,
+    Timeout,
+    Tokens,
+)
+from zerosearch_jax.rl.config import DTYPES
+from zerosearch_jax.search.retriever import DIALECTS
+from zerosearch_jax.search.web import SERVERS
+from zerosearch_jax.text.prompts import SIMULATOR_FORMS
 
-DTYPES = ("float32", "bfloat16")
 OVERLONG_QUESTIONS = ("error", "drop")
 ENGINES = {
     "bm25": ("corpus",),
@@ -25,11 +44,11 @@ ENGINES = {
 class MeshConfig:
     """Device mesh over all processes. The product of the sizes is the number of devices used."""
 
-    data: int
+    data: Devices
     """Parts that share a batch and each hold a copy of the parameters."""
-    fsdp: int
+    fsdp: Devices
     """Parts over which parameters and batch rows are sharded."""
-    tensor: int
+    tensor: Devices
     """Parts over which attention heads, MLP features and the vocabulary are sharded."""
 
 
@@ -40,23 +59,23 @@ class GeneratorConfig:
     A replica is one data × fsdp part of the generator's mesh and holds slots / replicas slots.
     """
 
-    slots: int
+    slots: Rows
     """Sequences in the KV cache of one process at once. A multiple of its replicas."""
-    max_tokens: int
+    max_tokens: Tokens
     """Tokens per slot: prompt, inserted and sampled tokens together. At most the model's number of
     positions."""
-    prefill_rows: int
-    """Rows of one prefill per replica, at least 1. At most the replica's slots are used."""
-    prefill_buckets: tuple[int, ...]
+    prefill_rows: Rows
+    """Rows of one prefill per replica. At most the replica's slots are used."""
+    prefill_buckets: tuple[Tokens, ...]
     """Lengths in tokens to which prefills are padded. Longer inputs are cut into several prefills.
     Each length is one compiled program."""
-    decode_rows: tuple[int, ...]
-    """Rows per replica that decode programs are compiled for, each at least 1. The smallest program
-    that holds all decoding slots runs. If more slots decode than the largest program holds, they
-    alternate. () compiles one program for all slots."""
-    chunk_tokens: int
-    """Most tokens that a slot samples per dispatched decode program, at least 1."""
-    window_tokens: int
+    decode_rows: tuple[Rows, ...]
+    """Rows per replica that decode programs are compiled for. The smallest program that holds all
+    decoding slots runs. If more slots decode than the largest program holds, they alternate. ()
+    compiles one program for all slots."""
+    chunk_tokens: Tokens
+    """Most tokens that a slot samples per dispatched decode program."""
+    window_tokens: Tokens
     """Decoding attends to as many cached tokens as the longest decoding context has, rounded up to
     a multiple of this and capped at max_tokens. Each multiple is one compiled program."""
     dtype: str
@@ -67,6 +86,8 @@ class GeneratorConfig:
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, DTYPES)
+        if not self.prefill_buckets:
+            raise UserError("prefill_buckets is empty; give at least one length")
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,9 @@ class WebConfig:
     blocked_domains: tuple[str, ...]
     """Results from these domains and their subdomains are dropped."""
 
+    def __post_init__(self):
+        check_choice("provider", self.provider, tuple(SERVERS))
+
 
 @dataclass(frozen=True)
 class RemoteConfig:
@@ -100,15 +124,18 @@ class RemoteConfig:
     """Address of the retriever. Other servers have their own address."""
     dialect: str
     """Protocol of the retriever: `search_r1` or `zerosearch`."""
-    timeout_secs: float
-    """Deadline of one attempt in seconds, above 0."""
-    attempts: int
-    """Attempts per request, the first included. At least 1."""
-    backoff_secs: float
-    """Seconds before the second attempt, at least 0. Each further wait is twice as long."""
-    workers: int
-    """Most requests in flight per batch of searches, at least 1. The dialect `search_r1` sends one
-    request per batch."""
+    timeout_secs: Timeout
+    """Deadline of one attempt in seconds."""
+    attempts: Attempts
+    """Attempts per request, the first included."""
+    backoff_secs: Backoff
+    """Seconds before the second attempt. Each further wait is twice as long."""
+    workers: Threads
+    """Most requests in flight per batch of searches. The dialect `search_r1` sends one request per
+    batch."""
+
+    def __post_init__(self):
+        check_choice("dialect", self.dialect, DIALECTS)
 
 
 @dataclass(frozen=True)
@@ -120,10 +147,10 @@ class GateConfig:
 
     report: str
     """`report.json` of the simulator_report job. "" disables the gate."""
-    useful_min: float
-    """Lowest accepted exact match of the reader on useful documents, 0 to 1."""
-    noisy_max: float
-    """Highest accepted exact match of the reader on noisy documents, 0 to 1."""
+    useful_min: Share
+    """Lowest accepted exact match of the reader on useful documents."""
+    noisy_max: Share
+    """Highest accepted exact match of the reader on noisy documents."""
 
 
 @dataclass(frozen=True)
@@ -136,25 +163,33 @@ class SimulatorConfig:
     """Server with an OpenAI chat completions API that runs the simulator. "" runs the simulator in
     this process."""
     gate: GateConfig
-    devices: int
+    devices: DevicesOrZero
     """Devices of each process that only the simulator uses, a multiple of mesh.tensor. Above 0 it
     requires rollout.concurrent_searches. 0 shares the policy's devices."""
-    tensor: int
+    tensor: DevicesOrZero
     """Devices over which one replica of the simulator is sharded. Divides the simulator's devices
     of a process. 0 takes mesh.tensor."""
     form: str
     """Prompt: `finetuned` for a simulator from the sft job, `prompted` for other models."""
-    temperature: float
-    """Sampling temperature, at least 0. 0 is greedy."""
-    top_k: int
+    temperature: NonNegativeFloat
+    """Sampling temperature. 0 is greedy."""
+    top_k: CountOrZero
     """Sample from the k most likely tokens. 0 samples from all. Not sent to a server."""
-    top_p: float
-    """Sample from the most likely tokens whose probabilities add up to this, in (0, 1]. 1 samples
-    from all."""
-    max_new_tokens: int
+    top_p: Annotated[float, Range(0, 1, open_low=True)]
+    """Sample from the most likely tokens whose probabilities add up to this. 1 samples from all."""
+    max_new_tokens: Tokens
     """Most tokens written per search. A long query may leave room for fewer. A search whose prompt
     leaves no room fails alone, see rollout.stop_on_failure."""
     generator: GeneratorConfig
+
+    def __post_init__(self):
+        check_choice("form", self.form, SIMULATOR_FORMS)
+        if not self.url and self.max_new_tokens >= self.generator.max_tokens:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
+                f"generator.max_tokens={self.generator.max_tokens}; lower the first or raise the "
+                "second"
+            )
 
 
 @dataclass(frozen=True)
@@ -164,13 +199,13 @@ class SearchConfig:
     engine: str
     """`simulated`, `bm25`, `noisy_bm25`, `retriever`, `web`, `recorded_web`, or `none`. `none`
     requires rollout.max_turns=0."""
-    topk: int
-    """Most documents per search, at least 1."""
+    topk: Documents
+    """Most documents per search."""
     corpus: str | None = None
     """Passages of `bm25` and `noisy_bm25`: `world`, synthetic:COUNT:SEED or a .jsonl file."""
-    noise: float | None = None
-    """Probability, 0 to 1, that `noisy_bm25` answers a search only with passages that contain no
-    gold answer."""
+    noise: Share | None = None
+    """Probability that `noisy_bm25` answers a search only with passages that contain no gold
+    answer."""
     web: WebConfig | None = None
     remote: RemoteConfig | None = None
     simulator: SimulatorConfig | None = None
@@ -194,10 +229,10 @@ class SearchConfig:
 class LimitsConfig:
     """Limits of an episode."""
 
-    max_turns: int
-    """Most search or invalid turns before the final turn, at least 0. A search in the final turn is
-    not run. 0 leaves only the final turn."""
-    response_tokens: int
+    max_turns: CountOrZero
+    """Most search or invalid turns before the final turn. A search in the final turn is not run. 0
+    leaves only the final turn."""
+    response_tokens: Tokens
     """Most tokens sampled per turn."""
-    observation_tokens: int
+    observation_tokens: Tokens
     """Most tokens inserted per search, tags included. Longer documents are cut."""

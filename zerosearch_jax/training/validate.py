@@ -1,21 +1,72 @@
-"""Rules between the sections of an rl config, checked before anything is built.
+"""Rules between the sections of a config, checked before anything is built.
 
-A rule is a pair: whether the config breaks it, and the reason for the refusal. The checks of a
-single section are in its dataclass.
+A rule is a pair: whether the config breaks it, and the reason. `check` refuses settings that cannot
+work. `warnings` lists settings that have no effect. The checks of a single section are in its
+dataclass.
 """
 
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.rl.config import BY_TOKEN
-from zerosearch_jax.training.config import RLConfig
+from zerosearch_jax.rl.config import BY_TOKEN, OptimizerConfig
+from zerosearch_jax.training.config import RLConfig, RolloutConfig
+from zerosearch_jax.training.job_configs import CollectConfig, EvaluateConfig, SFTConfig
+from zerosearch_jax.training.sections import GeneratorConfig, LimitsConfig
 
 Rule = tuple[bool, str]
+Section = TypeVar("Section")
+
+MAX_EPISODES = 2**18
+"""Most episodes of a step. All are in host memory until the update, at about 100 bytes per token:
+100 GB for episodes of the paper's 4,000 tokens."""
 
 
-def check(config: RLConfig) -> None:
-    """Raises UserError for the first rule that the config breaks."""
-    for broken, reason in (*_rollout_rules(config), *_update_rules(config)):
+def check(config: object) -> None:
+    """Raises UserError for the first rule that the config of a job breaks."""
+    rules: tuple[Rule, ...] = ()
+    if isinstance(config, RLConfig):
+        rules = (
+            *_rollout_rules(config),
+            *_update_rules(config),
+            *_room_rules("rollout", config.rollout, config.policy.generator),
+            *_schedule_rules(config.optimizer, "rl.steps", config.rl.steps),
+        )
+    elif isinstance(config, SFTConfig):
+        rules = _schedule_rules(config.optimizer, "sft.steps", config.sft.steps)
+    elif isinstance(config, CollectConfig | EvaluateConfig):
+        rules = _room_rules("limits", config.limits, config.policy.generator)
+    for broken, reason in rules:
         if broken:
             raise UserError(reason)
+
+
+def warnings(config: object) -> list[str]:
+    """Returns a line for each setting of a job's config that has no effect or defeats another."""
+    rules: list[Rule] = []
+    if isinstance(config, RLConfig):
+        rules += _without_effect(config)
+        rules += _schedule_warnings(config.optimizer, "rl.steps", config.rl.steps)
+    elif isinstance(config, SFTConfig):
+        rules += _schedule_warnings(config.optimizer, "sft.steps", config.sft.steps)
+    for path, generator in sections(config, GeneratorConfig):
+        rules += _generator_warnings(path, generator)
+    return [reason for holds, reason in rules if holds]
+
+
+def sections(
+    config: object, cls: type[Section], path: str = "config"
+) -> Iterator[tuple[str, Section]]:
+    """Yields each section of type `cls` at any depth of a typed config, with its full key."""
+    if isinstance(config, cls):
+        yield path, config
+    if dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            yield from sections(getattr(config, field.name), cls, f"{path}.{field.name}")
+    elif isinstance(config, Mapping):
+        for name, section in config.items():
+            yield from sections(section, cls, f"{path}.{name}")
 
 
 def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
@@ -23,7 +74,19 @@ def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
     search, rollout, reward = config.search, config.rollout, config.reward
     advantage, max_tokens = config.advantage, config.policy.generator.max_tokens
     devices = search.simulator.devices if search.simulator else 0
+    episodes = rollout.questions_per_step * rollout.group_size * rollout.max_rounds
     return (
+        (
+            episodes > MAX_EPISODES,
+            f"rollout.questions_per_step × group_size × max_rounds = {episodes} episodes per step "
+            f"would exhaust the host's memory; at most {MAX_EPISODES} are supported",
+        ),
+        (
+            # The number of an episode keys its random draws.
+            episodes * config.rl.steps > 2**32,
+            f"rl.steps × {episodes} episodes per step is more than the 2**32 episode numbers; "
+            "lower one of them",
+        ),
         (
             rollout.max_turns > 0 and "none" in (search.engine, config.eval.search.engine),
             "search.engine=none and eval.search.engine=none require rollout.max_turns=0, training "
@@ -40,8 +103,8 @@ def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
             "simulator idle; overlap them with rollout.concurrent_searches=1 or more",
         ),
         (
-            not 0 <= reward.stage_one_steps <= config.rl.steps,
-            f"reward.stage_one_steps={reward.stage_one_steps} must be between 0 and "
+            reward.stage_one_steps > config.rl.steps,
+            f"reward.stage_one_steps={reward.stage_one_steps} must be at most "
             f"rl.steps={config.rl.steps}",
         ),
         (
@@ -84,9 +147,8 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
             "rl.old_logprobs=learner",
         ),
         (
-            rl.epochs < 1 or not 1 <= rl.minibatches <= episodes,
-            f"rl.epochs={rl.epochs} and rl.minibatches={rl.minibatches} must be at least 1, "
-            f"minibatches at most the {episodes} episodes of a step",
+            rl.minibatches > episodes,
+            f"rl.minibatches={rl.minibatches} must be at most the {episodes} episodes of a step",
         ),
         (
             loss.llds != 0 and rl.epochs * rl.minibatches == 1,
@@ -97,5 +159,125 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
             config.lora.rank > 0 and estimator == "ppo" and config.critic.trunk == "own",
             "critic.trunk=own trains all parameters of a second model, which lora.rank > 0 is "
             "meant to avoid; set critic.trunk=shared",
+        ),
+        (
+            estimator == "ppo"
+            and config.critic.warmup_steps > _schedule_length(config.optimizer, rl.steps),
+            f"critic.warmup_steps={config.critic.warmup_steps} is longer than the schedule of "
+            f"{_schedule_length(config.optimizer, rl.steps)} steps; lower it",
+        ),
+    )
+
+
+def _room_rules(
+    section: str, limits: RolloutConfig | LimitsConfig, generator: GeneratorConfig
+) -> tuple[Rule, ...]:
+    """Rules on the tokens of a turn and an observation, which share a slot with the prompt."""
+    room = f"policy.generator.max_tokens={generator.max_tokens}"
+    return (
+        (
+            limits.response_tokens >= generator.max_tokens,
+            f"{section}.response_tokens={limits.response_tokens} leaves no room for a prompt in "
+            f"{room}; lower the first or raise the second",
+        ),
+        (
+            limits.max_turns > 0 and limits.observation_tokens >= generator.max_tokens,
+            f"{section}.observation_tokens={limits.observation_tokens} leaves no room for a prompt "
+            f"in {room}; lower the first or raise the second",
+        ),
+    )
+
+
+def _schedule_length(optimizer: OptimizerConfig, steps: int) -> int:
+    return optimizer.schedule_steps or steps
+
+
+def _schedule_rules(optimizer: OptimizerConfig, key: str, steps: int) -> tuple[Rule, ...]:
+    """Rules on the learning-rate schedule of a run of `steps` steps."""
+    length = _schedule_length(optimizer, steps)
+    source = "optimizer.schedule_steps" if optimizer.schedule_steps else key
+    return (
+        (
+            optimizer.warmup_steps > length,
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is longer than the schedule, "
+            f"{source}={length}; lower the first or raise the second",
+        ),
+    )
+
+
+def _schedule_warnings(optimizer: OptimizerConfig, key: str, steps: int) -> tuple[Rule, ...]:
+    length = optimizer.schedule_steps
+    return (
+        (
+            0 < length < steps and optimizer.final_fraction < 1,
+            f"optimizer.schedule_steps={length} is below {key}={steps}: the last {steps - length} "
+            f"steps have {optimizer.final_fraction} of the learning rate; 0 takes {key}",
+        ),
+    )
+
+
+def _generator_warnings(path: str, generator: GeneratorConfig) -> tuple[Rule, ...]:
+    buckets = [n for n in generator.prefill_buckets if n > generator.max_tokens]
+    rows = [n for n in generator.decode_rows if n > generator.slots]
+    return (
+        (
+            bool(buckets),
+            f"{path}.prefill_buckets={generator.prefill_buckets}: {buckets[:1]} is above "
+            f"max_tokens={generator.max_tokens} and is lowered to it",
+        ),
+        (
+            bool(rows),
+            f"{path}.decode_rows={generator.decode_rows}: {rows[:1]} is above "
+            f"slots={generator.slots} and is lowered to it",
+        ),
+    )
+
+
+def _without_effect(config: RLConfig) -> tuple[Rule, ...]:
+    """Settings that another setting switches off."""
+    search, advantage, loss, kl = config.search, config.advantage, config.loss, config.kl
+    estimator, watch, simulator = advantage.estimator, config.watch, config.search.simulator
+    simulated = search.engine == "simulated" and config.rollout.max_turns > 0
+    return (
+        (
+            config.curriculum.start + config.curriculum.end > 0 and not simulated,
+            "curriculum.start and curriculum.end have no effect without simulated searches; set "
+            "them to 0",
+        ),
+        (
+            kl.coef == 0 and kl.apply_to == "reward",
+            "kl.apply_to=reward has no effect with kl.coef=0",
+        ),
+        (
+            advantage.gamma != 1 and estimator not in BY_TOKEN,
+            f"advantage.gamma={advantage.gamma} has no effect with advantage.estimator={estimator}",
+        ),
+        (
+            advantage.gae_lambda != 1 and estimator != "ppo",
+            f"advantage.gae_lambda={advantage.gae_lambda} has no effect with "
+            f"advantage.estimator={estimator}",
+        ),
+        (
+            not advantage.normalize_std and estimator != "grpo",
+            f"advantage.normalize_std=False has no effect with advantage.estimator={estimator}",
+        ),
+        (
+            loss.fixed_tokens > 0 and loss.aggregate != "fixed_length",
+            f"loss.fixed_tokens={loss.fixed_tokens} has no effect with "
+            f"loss.aggregate={loss.aggregate}",
+        ),
+        (
+            simulator is not None and bool(simulator.gate.report) and not simulated,
+            "search.simulator.gate.report has no effect, because the run has no simulated searches",
+        ),
+        (
+            simulator is not None and simulated and bool(simulator.url) and simulator.top_k > 0,
+            f"search.simulator.top_k={simulator.top_k if simulator else 0} is not sent to the "
+            "simulator's server",
+        ),
+        (
+            watch.stop and 2 * watch.window > config.rl.steps,
+            f"watch.stop has no effect: rl.steps={config.rl.steps} is less than two windows of "
+            f"watch.window={watch.window} steps",
         ),
     )

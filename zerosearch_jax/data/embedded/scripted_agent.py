@@ -11,6 +11,7 @@ from random import Random
 
 from zerosearch_jax.data.embedded.phrasing import ATTRIBUTES
 from zerosearch_jax.data.embedded.world import Entity, Hop, Question
+from zerosearch_jax.ranges import Share
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.matching import mentions
@@ -28,19 +29,19 @@ class Segment:
 class Behaviours:
     """Probabilities of the scripted agent's behaviours, each drawn wherever it applies."""
 
-    guess: float = 0.0
+    guess: Share = 0.0
     """Answers without a search, with a random value of the right kind."""
-    vague: float = 0.0
+    vague: Share = 0.0
     """Searches for the bare subject."""
-    wrong_attribute: float = 0.0
+    wrong_attribute: Share = 0.0
     """Searches for a random attribute of the subject."""
-    stop_early: float = 0.0
+    stop_early: Share = 0.0
     """Answers a two-hop question with the result of the first hop."""
-    misread: float = 0.0
+    misread: Share = 0.0
     """Answers with another fact of the entity."""
-    malformed: float = 0.0
+    malformed: Share = 0.0
     """Writes an empty search before the first one."""
-    retry: float = 1.0
+    retry: Share = 1.0
     """Searches again if the documents do not contain the fact."""
 
 
