@@ -16,7 +16,7 @@ from zerosearch_jax.rl.learner import Learner, TrainState
 def resume(
     checkpoints: Checkpoints, learner: Learner, state: TrainState, metadata: Mapping[str, Any]
 ) -> tuple[TrainState, int, Mapping[str, Any]]:
-    """Restores the newest checkpoint, if there is one.
+    """Restores the newest undamaged checkpoint, if there is a checkpoint.
 
     Args:
       state, metadata: returned unchanged without a checkpoint.
@@ -24,10 +24,11 @@ def resume(
     Returns:
       The state, the number of finished steps, and the checkpoint's metadata.
     """
-    first = checkpoints.latest_step() or 0
-    if first:
-        state, metadata = checkpoints.restore(first, learner.abstract_state())
-        print(f"resuming after step {first}")
+    if checkpoints.latest_step() is None:
+        return state, 0, metadata
+    state, metadata = checkpoints.restore(None, learner.abstract_state())
+    first = checkpoints.latest_step()  # a damaged checkpoint was renamed
+    print(f"resuming after step {first}")
     return state, first, metadata
 
 
