@@ -1,5 +1,7 @@
 """The error for bad input, and checks that raise it."""
 
+import signal
+
 
 class UserError(Exception):
     """Input that the user can fix: a config key, a file, a row, a model directory.
@@ -7,6 +9,12 @@ class UserError(Exception):
     The message is one line that names the thing and says how to fix it. `main` prints it without
     a traceback and exits with status 2.
     """
+
+
+class Terminated(BaseException):
+    """SIGTERM ended the run. Like KeyboardInterrupt, it is no `Exception`."""
+
+    EXIT_STATUS = 128 + signal.SIGTERM  # 143, as a shell reports for a process that it killed
 
 
 def check_positive(where: str = "", **values: int) -> None:

@@ -26,7 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 
 JOBS = {
     "rl": "jobs.rl",
@@ -59,7 +59,11 @@ CONFIGS = {
 
 
 def cli(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a UserError, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit status.
+
+    0: success. 2: a UserError, printed as one line. 130: Ctrl-C. 143: SIGTERM, where the jobs rl
+    and sft save their state first. Other errors are raised, and Python then exits with 1.
+    """
     _quiet_libraries()
     try:
         if "--help" in argv or "-h" in argv:
@@ -72,6 +76,9 @@ def cli(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated; the same command resumes", file=sys.stderr)
+        return Terminated.EXIT_STATUS
     return 0
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
@@ -130,7 +130,10 @@ def test_the_trained_policy_is_exported_and_differs_from_the_base(finished, mark
 
 
 @pytest.mark.slow
-def test_resume_after_sigkill_is_bit_identical(finished, rl_config, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_resume_after_a_signal_is_bit_identical(finished, rl_config, tmp_path, number, status):
     whole = finished[0]
     command = [sys.executable, "-m", "zerosearch_jax.main", f"--config={rl_config}"]
     command += [f"--workdir={tmp_path}"]
@@ -140,8 +143,8 @@ def test_resume_after_sigkill_is_bit_identical(finished, rl_config, tmp_path):
         while not (tmp_path / "checkpoints" / "2").is_dir() and run.poll() is None:
             assert time.monotonic() < deadline, "no second step in five minutes"
             time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        run.send_signal(number)
+        assert run.wait() == status, (tmp_path / "log").read_text()
     assert not (tmp_path / "summary.json").exists()
     resumed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
@@ -380,21 +383,25 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_the_step_before(run_of):
     assert second["kl_coef"] != first["kl_coef"]
 
 
-def test_a_resumed_run_keeps_its_kl_coefficient_and_its_place_in_the_data(
+def test_a_run_after_sigterm_keeps_its_kl_coefficient_and_its_place_in_the_data(
     run_of, rl_config, tmp_path, monkeypatch
 ):
     whole, _ = run_of("everything")
     config = _two_steps(rl_config, "everything")
+    config.checkpoint_every = 9
+    collect = rl.collect
 
-    class Interrupted(Progress):
-        def update(self, done, metrics):
-            super().update(done, metrics)
-            raise KeyboardInterrupt
+    def terminated_in_second_step(config, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(config, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "Progress", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "collect", terminated_in_second_step)
+        patch.setattr(rl.Checkpoints, "improves", lambda *_: False)
+        with pytest.raises(Terminated):
             rl.run(config, str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert len(_rows(tmp_path)) == 1
     rl.run(config, str(tmp_path))
     assert [_without_clocks(r) for r in _rows(tmp_path)] == [

@@ -193,7 +193,10 @@ def test_resume_with_a_best_step_ahead_of_the_checkpoint_is_bit_identical(
 
 
 @pytest.mark.slow
-def test_resume_after_sigkill_is_bit_identical(overfitting, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_resume_after_a_signal_is_bit_identical(overfitting, tmp_path, number, status):
     sft.run(overfitting, str(tmp_path / "whole"))
     path = tmp_path / "config.py"
     path.write_text(
@@ -209,8 +212,8 @@ def test_resume_after_sigkill_is_bit_identical(overfitting, tmp_path):
         while not (workdir / "checkpoints" / "3").is_dir() and run.poll() is None:
             assert time.monotonic() < deadline, "no third step in five minutes"
             time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        run.send_signal(number)
+        assert run.wait() == status, (tmp_path / "log").read_text()
     again = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
     )

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_json
@@ -29,6 +29,8 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
+from zerosearch_jax.parallel.processes import gather
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -90,6 +92,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     with (
         closing(Recorder(workdir, is_writer, first_step=first + 1)) as recorder,
         closing(Progress(config.rl.steps, first)) as progress,
+        StopRequest() as stop,
     ):
         for step in range(first, config.rl.steps):
             done = step + 1
@@ -97,8 +100,13 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 p_noisy = step_noise(config, step)
                 with timer.section("weights"):
                     generator.load(learner.policy(state))
-                with timer.section("rollout"):
-                    rollouts = collect(config, step, p_noisy, sampler, parts, timer)
+                try:
+                    with timer.section("rollout"):
+                        rollouts = collect(config, step, p_noisy, sampler, parts, timer, stop)
+                except Terminated:  # the state is that of the step before, which will be repeated
+                    if step > first:
+                        checkpoints.save(step, state, kept)
+                    raise
                 trajectories, rewards = rollouts.selected()
 
                 with timer.section("learner"):
@@ -121,17 +129,22 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
+                kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
+                terminated = any(gather([stop.received]))  # all processes end after one step
+                em = metrics.get("eval/em")
                 stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
-                if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                due = done % config.checkpoint_every == 0 or done == config.rl.steps
+                if due or stopping or terminated or checkpoints.improves(em):
                     with timer.section("checkpoint"):
-                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
-                        checkpoints.save(done, state, kept)
+                        checkpoints.save(done, state, kept, score=em)
             if watch.alarm():
                 print(f"\nstep {done}: {watch.alarm()}", flush=True)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
             if stopping:
                 raise_collapse(done, workdir)
+            if terminated:
+                raise Terminated
 
     conclude(config, workdir, parts, state, began)
 
@@ -216,6 +229,7 @@ def collect(
     sampler: RowSampler,
     parts: Parts,
     timer: StepTimer,
+    stop: StopRequest,
 ) -> StepRollouts:
     """Runs the episodes of a step against the training engine."""
     return run_step(
@@ -227,6 +241,7 @@ def collect(
         engine=parts.engine,
         tokenizer=parts.policy.tokenizer,
         searching=partial(timer.section, "search"),
+        stop=stop,
     )
 
 

@@ -23,10 +23,11 @@ from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
@@ -80,6 +81,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     with (
         closing(Recorder(workdir, first_step=first + 1)) as recorder,
         closing(Progress(config.sft.steps, first)) as progress,
+        StopRequest() as stop,
     ):
         for step in range(first, config.sft.steps):
             if best and best.patience_exceeded(step):
@@ -99,12 +101,14 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
                 stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
-                last = done == config.sft.steps or stopping
-                if done % config.sft.checkpoint_every == 0 or last:
+                last, terminated = done == config.sft.steps or stopping, stop.received
+                if done % config.sft.checkpoint_every == 0 or last or terminated:
                     kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
                     checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
+            if terminated:
+                raise Terminated
     if best:
         state = best.restore_into(state)
     export(workdir / "model", learner, state, tokenizer, config.init)
