@@ -3,19 +3,21 @@
 It knows nothing of the contents of a state or of the metadata.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_disk_errors
 from zerosearch_jax.files import FORMAT, check_format, write_json
 from zerosearch_jax.parallel.processes import gather, part
 
@@ -49,6 +51,8 @@ class Checkpoints(AbstractContextManager):
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._read_only = read_only
+        if self._directory.exists() and not self._directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._directory))
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -74,16 +78,17 @@ class Checkpoints(AbstractContextManager):
         if score is not None and math.isnan(score):
             score = None
         kept = {"format": FORMAT, "leaves": _shapes(state), "user": dict(metadata)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
-                metadata=ocp.args.JsonSave(kept | {"score": score}),
-            ),
-            force=True,
-        )
-        self._manager.wait_until_finished()
-        self._write_checksums(step)
+        with named_disk_errors(self._directory / str(step)), _errors_not_logged():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flat(state)),
+                    metadata=ocp.args.JsonSave(kept | {"score": score}),
+                ),
+                force=True,
+            )
+            self._manager.wait_until_finished()
+            self._write_checksums(step)
         if score is not None:
             self._scores[step] = score
         # Old checkpoints go last, so that a failed save removes none.
@@ -227,6 +232,17 @@ def _raise_damage(trouble: str) -> None:
     found = [one for one in gather([trouble]) if one]
     if found:
         raise _DamagedError(found[0])
+
+
+@contextmanager
+def _errors_not_logged() -> Iterator[None]:
+    """Keeps Orbax from logging the traceback of an error that it also raises."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _sha256(path: Path) -> str:

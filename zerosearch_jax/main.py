@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
@@ -26,7 +26,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.errors import Terminated, UserError, disk_error
+from zerosearch_jax.training.workdir import locked
 
 JOBS = {
     "rl": "jobs.rl",
@@ -61,8 +62,9 @@ CONFIGS = {
 def cli(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status.
 
-    0: success. 2: a UserError, printed as one line. 130: Ctrl-C. 143: SIGTERM, where the jobs rl
-    and sft save their state first. Other errors are raised, and Python then exits with 1.
+    0: success. 2: a UserError or a full or read-only disk, printed as one line. 130: Ctrl-C. 143:
+    SIGTERM, before which the jobs rl and sft save their state. Other errors are raised, and Python
+    then exits with 1.
     """
     _quiet_libraries()
     try:
@@ -79,6 +81,11 @@ def cli(argv: Sequence[str]) -> int:
     except Terminated:
         print("terminated; the same command resumes", file=sys.stderr)
         return Terminated.EXIT_STATUS
+    except Exception as error:
+        if not (line := disk_error(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -110,7 +117,12 @@ def _run(argv: Sequence[str]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
-    job = partial(module.run, config, directory, **options)
+
+    def job() -> None:
+        first = not multi_process.value or jax.process_index() == 0
+        with locked(directory) if first else nullcontext():
+            module.run(config, directory, **options)
+
     if multi_process.value:
         distributed.run(job)
     else:

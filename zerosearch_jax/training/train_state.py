@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from zerosearch_jax.checkpoints import Checkpoints
+from zerosearch_jax.errors import named_disk_errors
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -48,5 +49,6 @@ def export(
     params = learner.policy(state)
     save_params(directory, params, learner.config, eos_token_id=tokenizer.eos_token_id)
     if jax.process_index() == 0:
-        tokenizer.save_pretrained(directory)
+        with named_disk_errors(directory):
+            tokenizer.save_pretrained(directory)
     return params
