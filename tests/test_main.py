@@ -11,6 +11,7 @@ import pytest
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.parallel import distributed
+from zerosearch_jax.training.workdir import locked
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -141,6 +142,7 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
         (["--config=configs/grpo.py", "--profile=2,-1"], "--profile=2,-1"),
         (["--config=configs/grpo.py", "--profile=2,"], "--profile=2,"),
         (["--config=configs/grpo.py", "--profile=2", "--config.job=bench"], "config.job=bench"),
+        (["--config=configs/grpo.py", "--export=2", "--config.job=bench"], "--export is not for"),
     ],
 )
 def test_other_mistakes_get_one_line(job, capsys, arguments, part):
@@ -151,6 +153,14 @@ def test_other_mistakes_get_one_line(job, capsys, arguments, part):
 def test_profile_steps_reach_the_job(job):
     assert main.cli(["main", "--config=configs/grpo.py", "--profile=2,5"]) == 0
     assert job.calls[0][2] == {"profile_steps": (2, 5)}
+
+
+def test_export_needs_no_lock_and_does_not_train(job):
+    exported = []
+    job.export_checkpoint = lambda config, *rest: exported.append((config.job, *rest))
+    with locked("runs/grpo"):
+        assert main.cli(["main", "--config=configs/grpo.py", "--export=best"]) == 0
+    assert exported == [("rl", "runs/grpo", "best")] and job.calls == []
 
 
 def test_user_error_of_a_job_is_one_line_and_other_errors_are_not_hidden(job, capsys):

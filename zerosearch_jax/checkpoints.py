@@ -131,7 +131,9 @@ class Checkpoints(AbstractContextManager):
             steps = [step] if step in steps else []
         if not steps:
             which = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"there is no {which} in {self._directory}")
+            kept = ", ".join(map(str, sorted(self._manager.all_steps())))
+            kept = f"; there are those of the steps {kept}" if kept else ""
+            raise UserError(f"there is no {which} in {self._directory}{kept}")
         for older, newest in reversed(list(zip([None, *steps], steps, strict=False))):
             try:
                 return self._read(newest, abstract_like)

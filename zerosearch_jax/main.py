@@ -6,6 +6,8 @@
                              runs/CONFIG[-PRESET]); the same command on it resumes
   --describe                 prints every key with its type, value and documentation
   --profile=STEP[,STEP]      writes a jax.profiler trace of these steps (jobs rl and sft)
+  --export=STEP              writes the policy of a kept checkpoint as a Hugging Face directory and
+                             ends (jobs rl and sft); best and latest name a step, too
   --distributed              this is one of several processes: those of a TPU slice, or of
                              JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
@@ -96,13 +98,15 @@ def _run(argv: Sequence[str]) -> None:
     multi_process = flags.DEFINE_bool("distributed", False, "one of several", flag_values=values)
     describe = flags.DEFINE_bool("describe", False, "print the config", flag_values=values)
     profile = flags.DEFINE_string("profile", "", "steps to trace", flag_values=values)
+    export = flags.DEFINE_string("export", "", "checkpoint to export", flag_values=values)
     config = config_flags.parse(values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
     if describe.value:
         print(config_flags.describe(config_flags.typed(config_class(config), config)))
         return
-    for flag, jobs in ((multi_process, ("rl",)), (profile, ("rl", "sft"))):
+    of_training = ("rl", "sft")
+    for flag, jobs in ((multi_process, ("rl",)), (profile, of_training), (export, of_training)):
         if flag.value and config.job not in jobs:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
@@ -119,6 +123,9 @@ def _run(argv: Sequence[str]) -> None:
     module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
 
     def job() -> None:
+        if export.value:  # without the lock, so that a policy can be exported while its run goes on
+            module.export_checkpoint(config, directory, export.value)
+            return
         first = not multi_process.value or jax.process_index() == 0
         with locked(directory) if first else nullcontext():
             module.run(config, directory, **options)

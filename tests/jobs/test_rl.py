@@ -129,6 +129,32 @@ def test_the_trained_policy_is_exported_and_differs_from_the_base(finished, mark
     assert (finished[0] / "policy" / "tokenizer.json").is_file()
 
 
+def _files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_kept_checkpoints_are_exported(finished, rl_config, capsys):
+    workdir, _ = finished
+    config = config_flags.load(str(rl_config))
+    ems = [row["eval/em"] for row in _rows(workdir)]
+    best = ems.index(max(ems)) + 1
+    kept = {str(best), "2", "3"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == kept
+    for which, step in (("latest", 3), ("best", best), ("2", 2)):
+        rl.export_checkpoint(config, str(workdir), which)
+        assert f"{workdir}/exports/{step}/policy" in capsys.readouterr().out
+    assert _files(workdir / "exports" / "3" / "policy") == _files(workdir / "policy")
+    weights = {(workdir / "exports" / s / "policy/model.safetensors").read_bytes() for s in kept}
+    assert len(weights) == len(kept)
+    with pytest.raises(UserError, match="no checkpoint of step 7.*steps .*2, 3"):
+        rl.export_checkpoint(config, str(workdir), "7")
+    with pytest.raises(UserError, match="--export=first: give a step, latest or best"):
+        rl.export_checkpoint(config, str(workdir), "first")
+    with pytest.raises(UserError, match="no directory .*without --export"):
+        rl.export_checkpoint(config, str(workdir / "none"), "latest")
+    assert not (workdir / "none").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
@@ -344,9 +370,9 @@ def test_dynamic_sampling_adds_rounds_and_counts_all_episodes(run_of, name):
         assert row["reward"] * 16 == pytest.approx(round(row["reward"] * 16))
 
 
-@pytest.mark.parametrize("name", _cases("lora", "everything"))
-def test_lora_exports_adapters_and_the_merged_policy(run_of, markov_model, name):
-    workdir, _ = run_of(name)
+@pytest.mark.parametrize("case", _cases("lora", "everything"))
+def test_lora_exports_adapters_and_the_merged_policy(run_of, rl_config, markov_model, case):
+    workdir, _ = run_of(case)
     settings = json.loads((workdir / "adapters" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 8.0)
     assert settings["base_model_name_or_path"] == str(markov_model)
@@ -372,6 +398,9 @@ def test_lora_exports_adapters_and_the_merged_policy(run_of, markov_model, name)
         factory.load_model(str(d), mesh, "float32") for d in (workdir / "policy", markov_model)
     ]
     assert models[0].config == models[1].config
+    rl.export_checkpoint(_two_steps(rl_config, case), str(workdir), "latest")
+    for folder in ("policy", "adapters"):
+        assert _files(workdir / "exports" / "2" / folder) == _files(workdir / folder)
 
 
 def test_the_kl_coefficient_adapts_to_the_kl_of_the_step_before(run_of):

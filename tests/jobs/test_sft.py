@@ -154,6 +154,11 @@ def test_patience_stops_an_overfitting_run_and_exports_the_best_weights(overfitt
     assert rows[-1]["loss/total"] < rows[best - 1]["loss/total"]  # The training loss kept falling.
 
     exported = (tmp_path / "run" / WEIGHTS).read_bytes()
+    for which, same in (("best", True), ("latest", False)):
+        sft.export_checkpoint(overfitting, str(tmp_path / "run"), which)
+        step = best if same else best + 4
+        written = (tmp_path / "run" / "exports" / str(step) / WEIGHTS).read_bytes()
+        assert (written == exported) is same
     overfitting.sft.patience = 0
     for steps, same in ((best, True), (best + 4, False)):
         overfitting.sft.steps = steps

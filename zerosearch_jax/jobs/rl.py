@@ -52,7 +52,7 @@ from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
-from zerosearch_jax.training.train_state import export, resume
+from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
 from zerosearch_jax.training.validate import check
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
@@ -172,7 +172,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
     policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
-    policy = factory.load_model(config.policy.model, mesh, "float32")
+    policy, learner = policy_and_learner(config, mesh)
     clock = DeviceClock()
     print("compiling the programs of the simulator and the policy", flush=True)
     engine = eval_engine = None
@@ -182,6 +182,15 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
+    state = learner.init(policy.params, config.seed)
+    if learner.base is not None:  # under LoRA the reference is the model without its adapters
+        policy = replace(policy, params=learner.base)
+    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+
+
+def policy_and_learner(config: RLConfig, mesh: jax.sharding.Mesh) -> tuple[factory.Model, Learner]:
+    """Loads the policy and builds its learner; `Learner.init` then makes the training state."""
+    policy = factory.load_model(config.policy.model, mesh, "float32")
     learner = factory.make_learner(
         policy.config,
         mesh,
@@ -191,10 +200,26 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         lora=config.lora,
         updates_per_step=config.rl.epochs * config.rl.minibatches,
     )
-    state = learner.init(policy.params, config.seed)
-    if learner.base is not None:  # under LoRA the reference is the model without its adapters
-        policy = replace(policy, params=learner.base)
-    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+    return policy, learner
+
+
+def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
+    """Exports the policy of a kept checkpoint to `workdir/exports/STEP/policy`.
+
+    Args:
+      which: a step, "latest" or "best" (see `kept_step`).
+    """
+    config = config_flags.typed(RLConfig, config)
+    checkpoints = Path(workdir) / "checkpoints"
+    step = kept_step(checkpoints, which)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    policy, learner = policy_and_learner(config, mesh)
+    if learner.lora is not None:
+        learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
+    state = restore_kept(checkpoints, step, learner.abstract_state())
+    path = Path(workdir) / "exports" / str(step) / "policy"
+    export(path, learner, state, policy.tokenizer, config.policy.model)
+    print(f"policy of step {step} written to {path}")
 
 
 def check_simulator(config: RLConfig) -> None:

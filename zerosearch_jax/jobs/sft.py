@@ -39,7 +39,7 @@ from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
-from zerosearch_jax.training.train_state import export, resume
+from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
 
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
@@ -113,6 +113,34 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         state = best.restore_into(state)
     export(workdir / "model", learner, state, tokenizer, config.init)
     print(f"model written to {workdir / 'model'}")
+
+
+def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
+    """Exports the model of a kept checkpoint to `workdir/exports/STEP/model`.
+
+    Args:
+      which: a step, "latest", or "best": the lowest held-out loss, kept if `sft.patience` is set.
+    """
+    config = config_flags.typed(SFTConfig, config)
+    is_best, directory = which == "best", Path(workdir)
+    checkpoints = directory / ("best" if is_best else "checkpoints")
+    step = kept_step(checkpoints, "latest" if is_best else which)
+    tokenizer = load_tokenizer(config.init or directory / "model")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model_config, params = initial_model(config, tokenizer, mesh)
+    learner = factory.make_learner(
+        model_config, mesh, config.optimizer, config.learner, lora=config.lora
+    )
+    if learner.lora is not None:
+        learner.init(params, config.seed)  # sets the base that the adapters adapt
+    state = learner.abstract_state()
+    if is_best:  # these checkpoints have only parameters
+        state = replace(state, params=restore_kept(checkpoints, step, state.params))
+    else:
+        state = restore_kept(checkpoints, step, state)
+    path = directory / "exports" / str(step) / "model"
+    export(path, learner, state, tokenizer, config.init)
+    print(f"model of step {step} written to {path}")
 
 
 def load_data(

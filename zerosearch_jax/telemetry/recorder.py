@@ -79,9 +79,12 @@ class Recorder:
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._rows is not None and self._board is not None:
-            with named_disk_errors(self._board.path), closing(self._board):
-                with named_disk_errors(self._rows.name):
-                    self._rows.close()
+            with (
+                named_disk_errors(self._board.path),
+                closing(self._board),
+                named_disk_errors(self._rows.name),
+            ):
+                self._rows.close()
 
     def _write_event(self, **fields: int | str | Summary | SessionLog) -> None:
         event = Event(wall_time=time.time(), **fields)

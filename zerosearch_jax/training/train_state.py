@@ -1,4 +1,4 @@
-"""Resumes a training state from its newest checkpoint, and exports its policy."""
+"""Resumes a training state from its newest checkpoint, and exports policies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from zerosearch_jax.checkpoints import Checkpoints
-from zerosearch_jax.errors import named_disk_errors
+from zerosearch_jax.errors import UserError, named_disk_errors
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -31,6 +31,35 @@ def resume(
     first = checkpoints.latest_step()  # a damaged checkpoint was renamed
     print(f"resuming after step {first}")
     return state, first, metadata
+
+
+def kept_step(directory: Path, which: str) -> int:
+    """Returns the step of a kept checkpoint.
+
+    Args:
+      directory: the checkpoints of a run, which may be in progress.
+      which: a step, "latest", or "best": the first step with the highest `eval/em`.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    if not which.isdecimal() and which not in ("latest", "best"):
+        raise UserError(f"--export={which}: give a step, latest or best")
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {directory}; first run the same without --export")
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        if which.isdecimal():
+            return int(which)
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"--export={which}: no checkpoint in {directory} is the {which}")
+    return step
+
+
+def restore_kept(directory: Path, step: int, abstract: Any) -> Any:
+    """Restores a checkpoint without changing its directory; raises as `Checkpoints.restore`."""
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.restore(step, abstract)[0]
 
 
 def export(
