@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.training.train_state import resume
 
 
 def _state(width: int = 8) -> dict:
@@ -211,12 +213,13 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
     with Checkpoints(directory) as checkpoints:
         with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
             checkpoints.restore(2, W)
-        restored, metadata = checkpoints.restore(None, W)
-        assert (checkpoints.latest_step(), metadata) == (1, {"step": 1})
+        learner = SimpleNamespace(abstract_state=lambda: W)
+        restored, first, metadata = resume(checkpoints, learner, W, {})
+        assert (first, checkpoints.latest_step(), metadata) == (1, 1, {"step": 1})
         np.testing.assert_array_equal(restored["w"], np.ones(64))
         checkpoints.save(2, {"w": jnp.full((64,), 2.0)}, {"step": 2})  # the repeated step
-    shown = capsys.readouterr().out
-    assert shown.count("\n") == 1 and f"{directory}/2 is damaged" in shown
+    warning, resumed = capsys.readouterr().out.splitlines()
+    assert f"{directory}/2 is damaged" in warning and resumed == "resuming after step 1"
     assert sorted(path.name for path in (directory / "damaged-2").rglob("*")) == files
 
     damage(directory / "1")

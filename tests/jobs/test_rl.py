@@ -172,11 +172,14 @@ def test_resume_after_a_signal_is_bit_identical(finished, rl_config, tmp_path, n
         run.send_signal(number)
         assert run.wait() == status, (tmp_path / "log").read_text()
     assert not (tmp_path / "summary.json").exists()
+    if number == signal.SIGKILL:  # and damage of the newest checkpoint
+        os.truncate(tmp_path / "checkpoints" / "2" / "metadata" / "metadata", 9)
     resumed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step 2" in resumed.stdout
+    assert f"resuming after step {1 if number == signal.SIGKILL else 2}" in resumed.stdout
+    assert ("checkpoints/2 is damaged" in resumed.stdout) == (number == signal.SIGKILL)
     assert "another config" not in resumed.stdout
     policy = Path("policy", "model.safetensors")
     assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
