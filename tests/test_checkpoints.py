@@ -1,7 +1,9 @@
 """Checkpoints restore every bit, survive a kill, and refuse the state of another config."""
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.training.train_state import resume
 
 
 def _state(width: int = 8) -> dict:
@@ -127,6 +130,7 @@ def test_checkpoint_of_an_older_version_is_refused(tmp_path):
     metadata = json.loads(kept.read_text())
     del metadata["format"]
     kept.write_text(json.dumps(metadata))
+    (tmp_path / "1" / "checksums.json").unlink()  # older versions wrote none
     with (
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(UserError, match="older version.* new --workdir") as refused,
@@ -138,3 +142,109 @@ def test_checkpoint_of_an_older_version_is_refused(tmp_path):
 def test_empty_directory_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no checkpoint"):
         checkpoints.restore(None, {"w": jnp.zeros(())})
+
+
+W = {"w": jnp.zeros((64,))}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A directory with the checkpoints of steps 1 and 2, whose arrays are all 1 and all 2."""
+    directory = tmp_path_factory.mktemp("two")
+    with Checkpoints(directory) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"w": jnp.full((64,), float(step))}, {"step": step})
+    return directory
+
+
+def _array_file(folder):
+    """The file with the array's bytes."""
+    return max((folder / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def _empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _unchecked(damage):
+    """The damage of a checkpoint whose run was killed before it wrote the checksums."""
+
+    def both(folder):
+        (folder / "checksums.json").unlink()
+        damage(folder)
+
+    return both
+
+
+DAMAGE = {
+    "changed byte": lambda folder: _flip(_array_file(folder)),
+    "truncated array": lambda folder: os.truncate(_array_file(folder), 9),
+    "missing array": lambda folder: _array_file(folder).unlink(),
+    "empty metadata": lambda folder: (folder / "metadata" / "metadata").write_text(""),
+    "missing metadata": lambda folder: shutil.rmtree(folder / "metadata"),
+    "missing state": lambda folder: shutil.rmtree(folder / "state"),
+    "garbage checksums": lambda folder: (folder / "checksums.json").write_text("[1"),
+    "empty directory": _empty,
+    "unchecked, garbage metadata": _unchecked(
+        lambda folder: (folder / "metadata" / "metadata").write_text("{]")
+    ),
+    "unchecked, missing metadata": _unchecked(lambda folder: shutil.rmtree(folder / "metadata")),
+    "unchecked, missing state": _unchecked(lambda folder: shutil.rmtree(folder / "state")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damage, capsys):
+    directory = tmp_path / "ckpt"
+    shutil.copytree(two_checkpoints, directory)
+    damage(directory / "2")
+    files = sorted(path.name for path in (directory / "2").rglob("*"))
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
+            checkpoints.restore(None, W)
+        assert checkpoints.latest_step() == 2
+    with Checkpoints(directory) as checkpoints:
+        with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
+            checkpoints.restore(2, W)
+        learner = SimpleNamespace(abstract_state=lambda: W)
+        restored, first, metadata = resume(checkpoints, learner, W, {})
+        assert (first, checkpoints.latest_step(), metadata) == (1, 1, {"step": 1})
+        np.testing.assert_array_equal(restored["w"], np.ones(64))
+        checkpoints.save(2, {"w": jnp.full((64,), 2.0)}, {"step": 2})  # the repeated step
+    warning, resumed = capsys.readouterr().out.splitlines()
+    assert f"{directory}/2 is damaged" in warning and resumed == "resuming after step 1"
+    assert sorted(path.name for path in (directory / "damaged-2").rglob("*")) == files
+
+    damage(directory / "1")
+    damage(directory / "2")
+    with Checkpoints(directory) as checkpoints:
+        for _ in range(2):  # a run never starts over because nothing is left
+            with pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"):
+                checkpoints.restore(None, W)
+    assert {path.name for path in directory.iterdir()} == {"1", "damaged-2", "damaged-2+"}
+
+
+def test_the_best_checkpoint_is_kept_next_to_the_newest(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step() is None
+        assert not checkpoints.improves(None) and checkpoints.improves(0.0)
+        scores = {1: 0.2, 2: 0.5, 3: None, 4: float("nan"), 5: 0.5, 6: 0.4}
+        for step, score in scores.items():
+            assert checkpoints.improves(score) == (step in (1, 2))
+            checkpoints.save(step, W, {}, score)
+        assert checkpoints.best_step() == 2  # the first of equals
+        assert {path.name for path in tmp_path.iterdir()} == {"2", "5", "6"}
+    with Checkpoints(tmp_path) as checkpoints:  # another process
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
+        assert not checkpoints.improves(0.5) and checkpoints.improves(0.51)
+        checkpoints.save(7, W, {}, 0.6)
+        assert checkpoints.best_step() == 7
+        assert {path.name for path in tmp_path.iterdir()} == {"6", "7"}
+        checkpoints.restore(7, W)

@@ -1,5 +1,7 @@
 """The command line: overrides reach the job, mistakes get one line and status 2."""
 
+import errno
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -9,8 +11,9 @@ from typing import Any
 import pytest
 
 from zerosearch_jax import config_flags, main
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.parallel import distributed
+from zerosearch_jax.training.workdir import locked
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -153,6 +156,7 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
         (["--config=configs/grpo.py", "--profile=2,-1"], "--profile=2,-1"),
         (["--config=configs/grpo.py", "--profile=2,"], "--profile=2,"),
         (["--config=configs/grpo.py", "--profile=2", "--config.job=bench"], "config.job=bench"),
+        (["--config=configs/grpo.py", "--export=2", "--config.job=bench"], "--export is not for"),
     ],
 )
 def test_other_mistakes_get_one_line(job, capsys, arguments, part):
@@ -163,6 +167,14 @@ def test_other_mistakes_get_one_line(job, capsys, arguments, part):
 def test_profile_steps_reach_the_job(job):
     assert main.cli(["main", "--config=configs/grpo.py", "--profile=2,5"]) == 0
     assert job.calls[0][2] == {"profile_steps": (2, 5)}
+
+
+def test_export_needs_no_lock_and_does_not_train(job):
+    exported = []
+    job.export_checkpoint = lambda config, *rest: exported.append((config.job, *rest))
+    with locked("runs/grpo"):
+        assert main.cli(["main", "--config=configs/grpo.py", "--export=best"]) == 0
+    assert exported == [("rl", "runs/grpo", "best")] and job.calls == []
 
 
 def test_user_error_of_a_job_is_one_line_and_other_errors_are_not_hidden(job, capsys):
@@ -177,9 +189,63 @@ def test_user_error_of_a_job_is_one_line_and_other_errors_are_not_hidden(job, ca
     job.run = raising(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         main.cli(["main", "--config=configs/grpo.py"])
-    job.run = raising(KeyboardInterrupt())
-    assert main.cli(["main", "--config=configs/grpo.py"]) == 130
-    assert "resumes" in capsys.readouterr().err
+    for error, status in ((KeyboardInterrupt(), 130), (Terminated(), 143)):
+        job.run = raising(error)
+        assert main.cli(["main", "--config=configs/grpo.py"]) == status
+        assert "resumes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG])
+def test_disk_errors_are_one_line(job, capsys, number):
+    def run(config, workdir):
+        Path(workdir, "begun").touch()
+        raise OSError(number, os.strerror(number), f"{workdir}/checkpoints/3")
+
+    job.run = run
+    error = _refusal(capsys, "--config=configs/grpo.py")
+    assert f"runs/grpo/checkpoints/3: {os.strerror(number)}" in error
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below"])
+def test_workdir_that_cannot_be_made_is_one_line(job, capsys, workdir):
+    Path("file").touch()
+    error = _refusal(capsys, "--config=configs/grpo.py", f"--workdir={workdir}")
+    assert f"error: {workdir}: " in error
+    assert job.calls == []
+
+
+def test_a_workdir_in_use_is_refused(job, capsys):
+    arguments = ["--config=configs/grpo.py", "--workdir=a/b"]
+    seen = []
+
+    def run(config, workdir):
+        Path(workdir, "result").touch()
+        seen.append(_refusal(capsys, *arguments))
+
+    job.run = run
+    assert main.cli(["main", *arguments]) == 0
+    assert f"a/b is in use by process {os.getpid()} on " in seen[0]
+    job.run = lambda config, workdir: seen.append("free")
+    assert main.cli(["main", *arguments]) == 0  # the lock ended with the first run
+    assert seen[1:] == ["free"]
+
+
+def test_a_refused_run_leaves_no_directory(job, capsys):
+    def refuse(config, workdir):
+        raise UserError("no")
+
+    def train(config, workdir):
+        Path(workdir, "metrics.jsonl").touch()
+        raise UserError("stopped")
+
+    Path("own").mkdir()
+    for workdir in ("runs/deep/grpo", "own"):
+        job.run = refuse
+        _refusal(capsys, "--config=configs/grpo.py", f"--workdir={workdir}")
+        assert not Path("runs").exists() and list(Path("own").iterdir()) == []
+    job.run = train
+    _refusal(capsys, "--config=configs/grpo.py", "--workdir=own")
+    assert Path("own", "metrics.jsonl").exists()
 
 
 def test_every_config_of_the_project_has_a_known_job(monkeypatch):

@@ -3,64 +3,117 @@
 It knows nothing of the contents of a state or of the metadata.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import errno
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
-from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import FORMAT, check_format
+from zerosearch_jax.errors import UserError, named_disk_errors
+from zerosearch_jax.files import FORMAT, check_format, write_json
+from zerosearch_jax.parallel.processes import gather, part
 
 # Orbax joins the names of nested nodes with ".", and optax's states are tuples without names. A
 # flat dict with a separator that no parameter name contains works for every pytree.
 _SEPARATOR = "/"
+_CHECKSUMS = "checksums.json"
+
+
+class _DamagedError(Exception):
+    """The files of a checkpoint are not those that were saved; the message says which."""
 
 
 class Checkpoints(AbstractContextManager):
-    """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them.
+    """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them and the best.
 
     A checkpoint appears under its name only when it is complete, because Orbax writes to a
     temporary directory and renames it. A run killed at any moment finds the previous checkpoint.
+
+    `STEP/checksums.json` has the SHA-256 of every file, because Orbax does not notice a changed
+    byte in an array. A save therefore reads its files once more; with several processes, each
+    reads a part. A checkpoint without that file was saved by a run that was killed before it wrote
+    the file. Such a checkpoint is restored unchecked.
+
+    Args:
+      keep: number of newest checkpoints to keep.
+      read_only: changes nothing in the directory, so that another process may use it.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False) -> None:
         self._directory = Path(directory).absolute()
+        self._keep = keep
+        self._read_only = read_only
+        if self._directory.exists() and not self._directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._directory))
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
+                create=not read_only, read_only=read_only, enable_async_checkpointing=False
             ),
         )
+        scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
+        self._scores = {step: score for step, score in scores.items() if score is not None}
 
-    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
+    ) -> None:
         """Writes `state` and `metadata` as checkpoint `step`; returns when it is on disk.
 
         Args:
           step: number of finished steps. A step that is already saved is not written again.
           state: any pytree of jax or numpy arrays and numbers.
           metadata: JSON values, such as the data position.
+          score: result of an evaluation of `state`, if there was one; higher is better.
         """
         if step in self._manager.all_steps():
             return
+        if score is not None and math.isnan(score):
+            score = None
         kept = {"format": FORMAT, "leaves": _shapes(state), "user": dict(metadata)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)), metadata=ocp.args.JsonSave(kept)
-            ),
-            force=True,
-        )
-        self._manager.wait_until_finished()
+        with named_disk_errors(self._directory / str(step)), _errors_not_logged():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flat(state)),
+                    metadata=ocp.args.JsonSave(kept | {"score": score}),
+                ),
+                force=True,
+            )
+            self._manager.wait_until_finished()
+            self._write_checksums(step)
+        if score is not None:
+            self._scores[step] = score
+        # Old checkpoints go last, so that a failed save removes none.
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            if old != self.best_step():
+                self._manager.delete(old)
+                self._scores.pop(old, None)
+
+    def improves(self, score: float | None) -> bool:
+        """Whether `score` is higher than the best score so far; False for None and NaN."""
+        return score is not None and score > max(self._scores.values(), default=float("-inf"))
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """Returns the step with the highest score, the first of equals; None without a score."""
+        return max(self._scores, key=self._scores.__getitem__, default=None)
+
     def restore(self, step: int | None, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads checkpoint `step`, or the newest if `step` is None.
+        """Reads checkpoint `step`, or the newest undamaged one if `step` is None.
+
+        With `step=None`, a damaged checkpoint that has a predecessor is renamed to
+        `directory/damaged-STEP` with a warning; then `latest_step()` is the step restored.
 
         Args:
           abstract_like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s.
@@ -70,29 +123,101 @@ class Checkpoints(AbstractContextManager):
           (state, metadata). The leaves of the state have the bits that were saved.
 
         Raises:
-          UserError: there is no such checkpoint, an older version wrote it, or its state has
-            another structure.
+          UserError: there is no such checkpoint, an older version wrote it, its state has
+            another structure, or it is damaged (for `step=None`, every checkpoint is).
         """
-        step = self.latest_step() if step is None else step
-        if step is None or step not in self._manager.all_steps():
+        steps = sorted(self._manager.all_steps())
+        if step is not None:
+            steps = [step] if step in steps else []
+        if not steps:
             which = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UserError(f"there is no {which} in {self._directory}")
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        )
-        check_format(saved.metadata, self._directory / str(step))
-        self._check_same(step, saved.metadata["leaves"], _shapes(abstract_like))
-        abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        ).state
-        tree = jax.tree.structure(abstract_like)
-        state = jax.tree.unflatten(tree, [restored[name] for name in abstract])
-        return state, saved.metadata["user"]
+            kept = ", ".join(map(str, sorted(self._manager.all_steps())))
+            kept = f"; there are those of the steps {kept}" if kept else ""
+            raise UserError(f"there is no {which} in {self._directory}{kept}")
+        for older, newest in reversed(list(zip([None, *steps], steps, strict=False))):
+            try:
+                return self._read(newest, abstract_like)
+            except _DamagedError as damage:
+                what = f"checkpoint {self._directory / str(newest)} is damaged: {damage}"
+                if older is None or self._read_only:
+                    raise UserError(
+                        f"{what}; restore it from a copy, use another checkpoint, or start over "
+                        "with another --workdir"
+                    ) from None
+                print(f"warning: {what}; it is kept as {self._set_aside(newest)}", flush=True)
+        raise AssertionError("the loop returns or raises")
 
     def __exit__(self, *error: object) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+    def _read(self, step: int, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
+        folder = self._directory / str(step)
+        checked = (folder / _CHECKSUMS).exists()
+        if checked:
+            self._compare_checksums(folder)
+        trouble, result = "", None
+        try:
+            saved = self._manager.restore(
+                step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+            ).metadata
+            check_format(saved, folder)
+            self._check_same(step, saved["leaves"], _shapes(abstract_like))
+            abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            ).state
+            leaves = [restored[name] for name in abstract]
+            result = jax.tree.unflatten(jax.tree.structure(abstract_like), leaves), saved["user"]
+        except (UserError, MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # Orbax raises this class itself if an array is unreadable.
+            if checked:
+                raise
+            trouble = f"{type(error).__name__} when it was read"
+        _raise_damage(trouble)
+        return result
+
+    def _saved_score(self, step: int) -> float | None:
+        """Returns the score in a checkpoint's metadata; None if it has none or is damaged."""
+        try:
+            path = self._directory / str(step) / "metadata" / "metadata"
+            return json.loads(path.read_text(encoding="utf-8"))["score"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that Orbax no longer sees it."""
+        paths = (self._directory / f"damaged-{step}{'+' * i}" for i in itertools.count())
+        aside = next(path for path in paths if not path.exists())
+        gather([None])  # every process has chosen the name
+        if jax.process_index() == 0:
+            (self._directory / str(step)).rename(aside)
+        gather([None])
+        self._manager.reload()
+        self._scores.pop(step, None)
+        return aside
+
+    def _write_checksums(self, step: int) -> None:
+        folder = self._directory / str(step)
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        sums = dict(gather([(name, _sha256(folder / name)) for name in part(names)]))
+        if jax.process_index() == 0:
+            write_json(folder / _CHECKSUMS, sums)
+        gather([None])
+
+    def _compare_checksums(self, folder: Path) -> None:
+        trouble = ""
+        try:
+            sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+            for name in part(sorted(sums)):
+                if not (folder / name).is_file():
+                    trouble = trouble or f"{name} is missing"
+                elif _sha256(folder / name) != sums[name]:
+                    trouble = trouble or f"{name} has changed since it was saved"
+        except (ValueError, TypeError):
+            trouble = f"{_CHECKSUMS} is not readable"
+        _raise_damage(trouble)
 
     def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in sorted(saved.keys() | wanted.keys()):
@@ -102,6 +227,29 @@ class Checkpoints(AbstractContextManager):
                     f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here; "
                     "use another --workdir, or the config that wrote it"
                 )
+
+
+def _raise_damage(trouble: str) -> None:
+    """Raises _DamagedError on every process if one of them has trouble with its files."""
+    found = [one for one in gather([trouble]) if one]
+    if found:
+        raise _DamagedError(found[0])
+
+
+@contextmanager
+def _errors_not_logged() -> Iterator[None]:
+    """Keeps Orbax from logging the traceback of an error that it also raises."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -1,5 +1,27 @@
 """The error for bad input, and a check that raises it."""
 
+import errno
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: "give another --workdir",
+    errno.EACCES: "change the permissions, or give another --workdir",
+    errno.EPERM: "change the permissions, or give another --workdir",
+    errno.ENOTDIR: "remove the file in the way, or give another --workdir",
+    errno.EEXIST: "remove the file in the way, or give another --workdir",
+    errno.EISDIR: "remove the directory in the way, or give another --workdir",
+    errno.EIO: "check the disk",
+}
+"""Error number of the operating system: how to fix it."""
+
 
 class UserError(Exception):
     """Input that the user can fix: a config key, a file, a row, a model directory.
@@ -7,6 +29,45 @@ class UserError(Exception):
     The message is one line that names the thing and says how to fix it. `main` prints it without
     a traceback and exits with status 2.
     """
+
+
+class Terminated(BaseException):
+    """SIGTERM ended the run. Like KeyboardInterrupt, it is no `Exception`."""
+
+    EXIT_STATUS = 128 + signal.SIGTERM  # 143, as a shell reports for a process that it killed
+
+
+def disk_error(error: Exception) -> str | None:
+    """Returns the line for an error of the disk that the user can fix; None for other errors."""
+    number, name = _os_error_number(error), getattr(error, "filename", None)
+    if number not in _DISK_ERRORS:
+        return None
+    where = "" if name is None else f"{name}: "
+    return f"{where}{os.strerror(number)}; {_DISK_ERRORS[number]} and repeat the command"
+
+
+@contextmanager
+def named_disk_errors(path: str | Path) -> Iterator[None]:
+    """Raises an error of the disk within the block as an OSError that names `path`.
+
+    A failed write of an open file names no file. Libraries in Rust and TensorStore raise classes of
+    their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if disk_error(error) is None or getattr(error, "filename", None) is not None:
+            raise
+        number = _os_error_number(error)
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _os_error_number(error: Exception) -> int | None:
+    """Returns the error number of the operating system, which may only be in the message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_disk_errors
 
 FORMAT = 2
 """Increased when a newer program cannot resume the workdir of an older one."""
@@ -21,13 +21,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the directory of `path`, for the block to write.
 
     After the block, flushes the file to disk and renames it to `path`. If the block raises, `path`
-    keeps its old content.
+    keeps its old content. Errors of the disk name `path`.
     """
     part = Path(f"{path}.part")
-    yield part
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with named_disk_errors(path):
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

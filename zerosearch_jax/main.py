@@ -6,6 +6,8 @@
                              runs/CONFIG[-PRESET]); the same command on it resumes
   --describe                 prints every key with its type, value and documentation
   --profile=STEP[,STEP]      writes a jax.profiler trace of these steps (jobs rl and sft)
+  --export=STEP              writes the policy of a kept checkpoint as a Hugging Face directory and
+                             ends (jobs rl and sft); best and latest name a step, too
   --distributed              this is one of several processes: those of a TPU slice, or of
                              JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
@@ -18,7 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
@@ -26,7 +28,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError, disk_error
+from zerosearch_jax.training.workdir import locked
 
 JOBS = {
     "rl": "jobs.rl",
@@ -59,7 +62,12 @@ CONFIGS = {
 
 
 def cli(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a UserError, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit status.
+
+    0: success. 2: a UserError or a full or read-only disk, printed as one line. 130: Ctrl-C. 143:
+    SIGTERM, before which the jobs rl and sft save their state. Other errors are raised, and Python
+    then exits with 1.
+    """
     _quiet_libraries()
     try:
         if "--help" in argv or "-h" in argv:
@@ -72,6 +80,14 @@ def cli(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except Terminated:
+        print("terminated; the same command resumes", file=sys.stderr)
+        return Terminated.EXIT_STATUS
+    except Exception as error:
+        if not (line := disk_error(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -82,6 +98,7 @@ def _run(argv: Sequence[str]) -> None:
     multi_process = flags.DEFINE_bool("distributed", False, "one of several", flag_values=values)
     describe = flags.DEFINE_bool("describe", False, "print the config", flag_values=values)
     profile = flags.DEFINE_string("profile", "", "steps to trace", flag_values=values)
+    export = flags.DEFINE_string("export", "", "checkpoint to export", flag_values=values)
     config = config_flags.parse(values, argv)
     if config.job not in JOBS:
         raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
@@ -89,7 +106,8 @@ def _run(argv: Sequence[str]) -> None:
     if describe.value:
         print(config_flags.describe(typed))
         return
-    for flag, jobs in ((multi_process, ("rl",)), (profile, ("rl", "sft"))):
+    of_training = ("rl", "sft")
+    for flag, jobs in ((multi_process, ("rl",)), (profile, of_training), (export, of_training)):
         if flag.value and config.job not in jobs:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
@@ -109,7 +127,15 @@ def _run(argv: Sequence[str]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
-    job = partial(module.run, config, directory, **options)
+
+    def job() -> None:
+        if export.value:  # without the lock, so that a policy can be exported while its run goes on
+            module.export_checkpoint(config, directory, export.value)
+            return
+        first = not multi_process.value or jax.process_index() == 0
+        with locked(directory) if first else nullcontext():
+            module.run(config, directory, **options)
+
     if multi_process.value:
         distributed.run(job)
     else:

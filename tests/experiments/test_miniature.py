@@ -1,6 +1,5 @@
 """The miniature: its stages and their order, its arm runs, its lock, and the whole pipeline."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +11,6 @@ import pytest
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.records import Records
-from zerosearch_jax.errors import UserError
 from zerosearch_jax.experiments import miniature
 from zerosearch_jax.search.curriculum import noise_probability
 
@@ -123,13 +121,6 @@ def test_overlapping_stage_times_count_once(tmp_path):
     spans = [(0, 10), (4, 8), (6, 15), (20, 21)]
     log.append([{"id": str(s), "ended": s[1], "seconds": s[1] - s[0]} for s in spans])
     assert miniature.busy_seconds(log) == 16
-
-
-def test_a_workdir_in_use_is_refused(tmp_path):
-    with (tmp_path / "lock").open("w") as holder:
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="in use by another process"):
-            miniature.run(config_flags.load(RECIPE), str(tmp_path))
 
 
 @pytest.mark.slow

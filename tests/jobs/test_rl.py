@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -158,8 +158,37 @@ def test_the_trained_policy_is_exported_and_differs_from_the_base(finished, mark
     assert exported.generation["top_p"] == 0.9
 
 
+def _files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_kept_checkpoints_are_exported(finished, rl_config, capsys):
+    workdir, _ = finished
+    config = config_flags.load(str(rl_config))
+    ems = [row["eval/em"] for row in _rows(workdir)]
+    best = ems.index(max(ems)) + 1
+    kept = {str(best), "2", "3"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == kept
+    for which, step in (("latest", 3), ("best", best), ("2", 2)):
+        rl.export_checkpoint(config, str(workdir), which)
+        assert f"{workdir}/exports/{step}/policy" in capsys.readouterr().out
+    assert _files(workdir / "exports" / "3" / "policy") == _files(workdir / "policy")
+    weights = {(workdir / "exports" / s / "policy/model.safetensors").read_bytes() for s in kept}
+    assert len(weights) == len(kept)
+    with pytest.raises(UserError, match="no checkpoint of step 7.*steps .*2, 3"):
+        rl.export_checkpoint(config, str(workdir), "7")
+    with pytest.raises(UserError, match="--export=first: give a step, latest or best"):
+        rl.export_checkpoint(config, str(workdir), "first")
+    with pytest.raises(UserError, match="no directory .*without --export"):
+        rl.export_checkpoint(config, str(workdir / "none"), "latest")
+    assert not (workdir / "none").exists()
+
+
 @pytest.mark.slow
-def test_resume_after_sigkill_is_bit_identical(finished, rl_config, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_resume_after_a_signal_is_bit_identical(finished, rl_config, tmp_path, number, status):
     whole = finished[0]
     command = [sys.executable, "-m", "zerosearch_jax.main", f"--config={rl_config}"]
     command += [f"--workdir={tmp_path}"]
@@ -169,14 +198,17 @@ def test_resume_after_sigkill_is_bit_identical(finished, rl_config, tmp_path):
         while not (tmp_path / "checkpoints" / "2").is_dir() and run.poll() is None:
             assert time.monotonic() < deadline, "no second step in five minutes"
             time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        run.send_signal(number)
+        assert run.wait() == status, (tmp_path / "log").read_text()
     assert not (tmp_path / "summary.json").exists()
+    if number == signal.SIGKILL:  # and damage of the newest checkpoint
+        os.truncate(tmp_path / "checkpoints" / "2" / "metadata" / "metadata", 9)
     resumed = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step 2" in resumed.stdout
+    assert f"resuming after step {1 if number == signal.SIGKILL else 2}" in resumed.stdout
+    assert ("checkpoints/2 is damaged" in resumed.stdout) == (number == signal.SIGKILL)
     assert "another config" not in resumed.stdout
     policy = Path("policy", "model.safetensors")
     assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
@@ -370,9 +402,9 @@ def test_dynamic_sampling_adds_rounds_and_counts_all_episodes(run_of, name):
         assert row["reward"] * 16 == pytest.approx(round(row["reward"] * 16))
 
 
-@pytest.mark.parametrize("name", _cases("lora", "everything"))
-def test_lora_exports_adapters_and_the_merged_policy(run_of, markov_model, name):
-    workdir, _ = run_of(name)
+@pytest.mark.parametrize("case", _cases("lora", "everything"))
+def test_lora_exports_adapters_and_the_merged_policy(run_of, rl_config, markov_model, case):
+    workdir, _ = run_of(case)
     settings = json.loads((workdir / "adapters" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 8.0)
     assert settings["base_model_name_or_path"] == str(markov_model)
@@ -398,6 +430,9 @@ def test_lora_exports_adapters_and_the_merged_policy(run_of, markov_model, name)
         factory.load_model(str(d), mesh, "float32") for d in (workdir / "policy", markov_model)
     ]
     assert models[0].config == models[1].config
+    rl.export_checkpoint(_two_steps(rl_config, case), str(workdir), "latest")
+    for folder in ("policy", "adapters"):
+        assert _files(workdir / "exports" / "2" / folder) == _files(workdir / folder)
 
 
 def test_the_kl_coefficient_adapts_to_the_kl_of_the_step_before(run_of):
@@ -409,21 +444,25 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_the_step_before(run_of):
     assert second["kl_coef"] != first["kl_coef"]
 
 
-def test_a_resumed_run_keeps_its_kl_coefficient_and_its_place_in_the_data(
+def test_a_run_after_sigterm_keeps_its_kl_coefficient_and_its_place_in_the_data(
     run_of, rl_config, tmp_path, monkeypatch
 ):
     whole, _ = run_of("everything")
     config = _two_steps(rl_config, "everything")
+    config.checkpoint_every = 9
+    collect = rl.collect
 
-    class Interrupted(Progress):
-        def update(self, done, metrics):
-            super().update(done, metrics)
-            raise KeyboardInterrupt
+    def terminated_in_second_step(config, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(config, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "Progress", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "collect", terminated_in_second_step)
+        patch.setattr(rl.Checkpoints, "improves", lambda *_: False)
+        with pytest.raises(Terminated):
             rl.run(config, str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert len(_rows(tmp_path)) == 1
     rl.run(config, str(tmp_path))
     assert [_without_clocks(r) for r in _rows(tmp_path)] == [

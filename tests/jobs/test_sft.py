@@ -164,6 +164,11 @@ def test_patience_stops_an_overfitting_run_and_exports_the_best_weights(overfitt
     assert rows[-1]["loss/total"] < rows[best - 1]["loss/total"]  # The training loss kept falling.
 
     exported = (tmp_path / "run" / WEIGHTS).read_bytes()
+    for which, same in (("best", True), ("latest", False)):
+        sft.export_checkpoint(overfitting, str(tmp_path / "run"), which)
+        step = best if same else best + 4
+        written = (tmp_path / "run" / "exports" / str(step) / WEIGHTS).read_bytes()
+        assert (written == exported) is same
     overfitting.sft.patience = 0
     for steps, same in ((best, True), (best + 4, False)):
         overfitting.sft.steps = steps
@@ -203,7 +208,10 @@ def test_resume_with_a_best_step_ahead_of_the_checkpoint_is_bit_identical(
 
 
 @pytest.mark.slow
-def test_resume_after_sigkill_is_bit_identical(overfitting, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
+def test_resume_after_a_signal_is_bit_identical(overfitting, tmp_path, number, status):
     sft.run(overfitting, str(tmp_path / "whole"))
     path = tmp_path / "config.py"
     path.write_text(
@@ -219,8 +227,8 @@ def test_resume_after_sigkill_is_bit_identical(overfitting, tmp_path):
         while not (workdir / "checkpoints" / "3").is_dir() and run.poll() is None:
             assert time.monotonic() < deadline, "no third step in five minutes"
             time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+        run.send_signal(number)
+        assert run.wait() == status, (tmp_path / "log").read_text()
     again = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
     )

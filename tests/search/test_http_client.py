@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import traceback
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,9 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, SearchFailed, TooLong, answer_all
+from zerosearch_jax.search.retriever import RetrieverEngine
+from zerosearch_jax.search.simulated import SimulatedEngine
+from zerosearch_jax.search.web import WebEngine
 
 
 def make_client(url, *, timeout_secs=10.0, attempts=3, backoff_secs=0.5, **rest):
@@ -252,18 +256,33 @@ def test_close_ends_waiting_requests(raw_server, waiting_for):
         client.get("/x", {})
 
 
-@pytest.mark.parametrize("through", ["post", "answer_all", "chat"])
+@pytest.mark.parametrize(
+    "through", ["post", "answer_all", "chat", "search_r1", "zerosearch", "web", "simulated"]
+)
 def test_ctrl_c_does_not_wait_for_requests(raw_server, through):
+    """Through every engine that asks a server; retries would take 3 × 60 s."""
     client = make_client(raw_server(hang), timeout_secs=60, sleep=None)
     chat = ChatClient(
         client, model="m", temperature=0.0, top_p=1.0, max_tokens=1, workers=2, seed=0
     )
+    requests = [request(0), request(1)]
     run = {
         "post": lambda: client.post("/x", {}),
-        "answer_all": lambda: answer_all(
-            [request(0), request(1)], lambda request: client.post("/x", {}), workers=2
-        ),
+        "answer_all": lambda: answer_all(requests, lambda _: client.post("/x", {}), workers=2),
         "chat": lambda: chat(["a", "b"], [(0, 0), (1, 0)]),
+        "simulated": partial(SimulatedEngine(chat, form="prompted", topk=2).search, requests),
+        "web": partial(
+            WebEngine(
+                client, provider="serper", api_key="k", topk=2, blocked_domains=(), workers=2
+            ).search,
+            requests,
+        ),
+        **{
+            dialect: partial(
+                RetrieverEngine(client, topk=2, dialect=dialect, workers=2).search, requests
+            )
+            for dialect in ("search_r1", "zerosearch")
+        },
     }[through]
     main = threading.main_thread().ident
     timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))

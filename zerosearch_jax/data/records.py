@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_disk_errors
 
 
 class Records:
@@ -68,7 +68,7 @@ class Records:
         if not new:
             return
         text = "".join(json.dumps(record) + "\n" for record in new.values())
-        with self.path.open("ab") as file:
+        with named_disk_errors(self.path), self.path.open("ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

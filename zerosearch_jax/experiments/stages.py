@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.parallel.stop_request import StopRequest
 
 POLL_SECS = 0.5
 
@@ -61,6 +63,7 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
     Raises:
       UserError: `workers` is out of range, or a stage failed. The other stages are terminated
         and resume when the command is repeated.
+      Terminated: SIGTERM arrived; the stages have got it, too.
     """
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= len(cores):
@@ -68,8 +71,7 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
     waiting = [stage for stage in todo if not (root / stage.name / stage.done).exists()]
     print(f"{len(todo) - len(waiting)} of {len(todo)} stages are done", flush=True)
     unfinished = {stage.name for stage in waiting}
-    running: dict[int, tuple[Stage, subprocess.Popen, float]] = {}
-    try:
+    with StopRequest() as stop, _ended_together() as running:
         while waiting or running:
             for worker in set(range(workers)) - running.keys():
                 ready = [stage for stage in waiting if not unfinished & set(stage.after)]
@@ -78,7 +80,8 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
                     waiting.remove(stage)
                     process = _start(stage, root, cores[worker::workers])
                     running[worker] = stage, process, time.monotonic()
-            time.sleep(POLL_SECS)
+            with stop.interruptible():
+                time.sleep(POLL_SECS)
             for worker, (stage, process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -94,9 +97,18 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
                     [{"id": f"{stage.name}@{ended:.0f}", "ended": ended, "seconds": seconds}]
                 )
                 print(f"{stage.name}: {seconds:.0f} s; {len(unfinished)} stages left", flush=True)
+
+
+@contextmanager
+def _ended_together() -> Iterator[dict[int, tuple[Stage, subprocess.Popen, float]]]:
+    """Yields a dict: worker → running stage, its process and start. At exit, terminates them."""
+    running = {}
+    try:
+        yield running
     finally:
         for _, process, _ in running.values():
             process.terminate()
+        for _, process, _ in running.values():
             process.wait()
 
 

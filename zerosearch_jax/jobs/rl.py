@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_json
@@ -29,6 +29,8 @@ from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
+from zerosearch_jax.parallel.processes import gather
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -52,7 +54,7 @@ from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
-from zerosearch_jax.training.train_state import export, resume
+from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
 
@@ -91,6 +93,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     with (
         closing(Recorder(workdir, is_writer, first_step=first + 1)) as recorder,
         closing(Progress(config.rl.steps, first)) as progress,
+        StopRequest() as stop,
     ):
         for step in range(first, config.rl.steps):
             done = step + 1
@@ -98,8 +101,13 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 p_noisy = step_noise(config, step)
                 with timer.section("weights"):
                     generator.load(learner.policy(state))
-                with timer.section("rollout"):
-                    rollouts = collect(config, step, p_noisy, sampler, parts, timer)
+                try:
+                    with timer.section("rollout"):
+                        rollouts = collect(config, step, p_noisy, sampler, parts, timer, stop)
+                except Terminated:  # the state is that of the step before, which will be repeated
+                    if step > first:
+                        checkpoints.save(step, state, kept)
+                    raise
                 trajectories, rewards = rollouts.selected()
 
                 with timer.section("learner"):
@@ -122,17 +130,22 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
+                kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
+                terminated = any(gather([stop.received]))  # all processes end after one step
+                em = metrics.get("eval/em")
                 stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
-                if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                due = done % config.checkpoint_every == 0 or done == config.rl.steps
+                if due or stopping or terminated or checkpoints.improves(em):
                     with timer.section("checkpoint"):
-                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
-                        checkpoints.save(done, state, kept)
+                        checkpoints.save(done, state, kept, score=em)
             if watch.alarm():
                 print(f"\nstep {done}: {watch.alarm()}", flush=True)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
             if stopping:
                 raise_collapse(done, workdir)
+            if terminated:
+                raise Terminated
 
     conclude(config, workdir, parts, state, test_rows, began)
 
@@ -161,7 +174,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     simulator = config.search.simulator
     own = (simulator.devices, simulator.tensor) if simulator else (0, 0)
     policy_mesh, _ = local_meshes(mesh, *own)
-    policy = factory.load_model(config.policy.model, mesh, "float32")
+    policy, learner = policy_and_learner(config, mesh)
     clock = DeviceClock()
     engine = eval_engine = None
     # With max_turns=0 a search ends the episode, and no engine is needed. The evaluation engine
@@ -174,6 +187,15 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     generator = factory.make_generator(
         policy, config.policy.generator, policy_mesh, STOP_STRINGS, clock
     )
+    state = learner.init(policy.params, config.seed)
+    if learner.base is not None:  # under LoRA the reference is the model without its adapters
+        policy = replace(policy, params=learner.base)
+    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+
+
+def policy_and_learner(config: RLConfig, mesh: jax.sharding.Mesh) -> tuple[factory.Model, Learner]:
+    """Loads the policy and builds its learner; `Learner.init` then makes the training state."""
+    policy = factory.load_model(config.policy.model, mesh, "float32")
     learner = factory.make_learner(
         policy.config,
         mesh,
@@ -184,10 +206,27 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         lora=config.lora,
         updates_per_step=config.rl.epochs * config.rl.minibatches,
     )
-    state = learner.init(policy.params, config.seed)
-    if learner.base is not None:  # under LoRA the reference is the model without its adapters
-        policy = replace(policy, params=learner.base)
-    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+    return policy, learner
+
+
+def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
+    """Exports the policy of a kept checkpoint to `workdir/exports/STEP/policy`.
+
+    Args:
+      which: a step, "latest" or "best" (see `kept_step`).
+    """
+    config = config_flags.typed(RLConfig, config)
+    checkpoints = Path(workdir) / "checkpoints"
+    step = kept_step(checkpoints, which)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    policy, learner = policy_and_learner(config, mesh)
+    if learner.lora is not None:
+        learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
+    state = restore_kept(checkpoints, step, learner.abstract_state())
+    path = Path(workdir) / "exports" / str(step) / "policy"
+    tokenizer, generation = policy.tokenizer, policy.generation
+    export(path, learner, state, tokenizer, config.policy.model, generation)
+    print(f"policy of step {step} written to {path}")
 
 
 def check_models(config: RLConfig) -> None:
@@ -250,6 +289,7 @@ def collect(
     sampler: RowSampler,
     parts: Parts,
     timer: StepTimer,
+    stop: StopRequest,
 ) -> StepRollouts:
     """Runs the episodes of a step against the training engine."""
     return run_step(
@@ -261,6 +301,7 @@ def collect(
         engine=parts.engine,
         tokenizer=parts.policy.tokenizer,
         searching=partial(timer.section, "search"),
+        stop=stop,
     )
 
 

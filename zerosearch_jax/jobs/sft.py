@@ -25,24 +25,25 @@ from zerosearch_jax.data import sft_data
 from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.data.packing import PackedBatch, TokenSequence, pack
 from zerosearch_jax.data.qa import load_qa
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.learner import Learner, TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
-from zerosearch_jax.text.tokenizer import train_tokenizer
+from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import SFTConfig, is_path
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
-from zerosearch_jax.training.train_state import export, resume
+from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
 
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
@@ -61,14 +62,9 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model_config, params, generation = initial_model(config, tokenizer, mesh)
     check_positions(model_config, [*train, *validation])
-    learner = factory.make_learner(
-        model_config,
-        mesh,
-        config.optimizer,
-        config.learner,
-        steps=config.sft.steps,
-        lora=config.lora,
-    )
+    learner = make_learner(config, model_config, mesh)
+    if not config.init:  # --export needs the new tokenizer before the run ends
+        tokenizer.save_pretrained(workdir / "model")
     checkpoints = Checkpoints(workdir / "checkpoints")
     examples_digest = digest(train)
     kept = {"skipped_in_a_row": 0, "examples": examples_digest}
@@ -91,6 +87,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     with (
         closing(Recorder(workdir, first_step=first + 1)) as recorder,
         closing(Progress(config.sft.steps, first)) as progress,
+        StopRequest() as stop,
     ):
         for step in range(first, config.sft.steps):
             if best and best.patience_exceeded(step):
@@ -110,16 +107,44 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
                 stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
-                last = done == config.sft.steps or stopping
-                if done % config.sft.checkpoint_every == 0 or last:
+                last, terminated = done == config.sft.steps or stopping, stop.received
+                if done % config.sft.checkpoint_every == 0 or last or terminated:
                     kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
                     checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
+            if terminated:
+                raise Terminated
     if best:
         state = best.restore_into(state)
     export(workdir / "model", learner, state, tokenizer, config.init, generation)
     print(f"model written to {workdir / 'model'}")
+
+
+def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
+    """Exports the model of a kept checkpoint to `workdir/exports/STEP/model`.
+
+    Args:
+      which: a step, "latest", or "best": the lowest held-out loss, kept if `sft.patience` is set.
+    """
+    config = config_flags.typed(SFTConfig, config)
+    is_best, directory = which == "best", Path(workdir)
+    checkpoints = directory / ("best" if is_best else "checkpoints")
+    step = kept_step(checkpoints, "latest" if is_best else which)
+    tokenizer = load_tokenizer(config.init or directory / "model")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model_config, params, generation = initial_model(config, tokenizer, mesh)
+    learner = make_learner(config, model_config, mesh)
+    if learner.lora is not None:
+        learner.init(params, config.seed)  # sets the base that the adapters adapt
+    state = learner.abstract_state()
+    if is_best:  # these checkpoints have only parameters
+        state = replace(state, params=restore_kept(checkpoints, step, state.params))
+    else:
+        state = restore_kept(checkpoints, step, state)
+    path = directory / "exports" / str(step) / "model"
+    export(path, learner, state, tokenizer, config.init, generation)
+    print(f"model of step {step} written to {path}")
 
 
 def load_data(config: SFTConfig) -> tuple[object, list[TokenSequence], list[TokenSequence]]:
@@ -264,6 +289,18 @@ def initial_model(
     model_config = from_hf(config.model | {"vocab_size": len(tokenizer)})
     generation = {"eos_token_id": tokenizer.eos_token_id}
     return model_config, init_params(model_config, config.seed), generation
+
+
+def make_learner(config: SFTConfig, model_config: ModelConfig, mesh: jax.sharding.Mesh) -> Learner:
+    """Builds the learner of a model with the sizes `model_config`."""
+    return factory.make_learner(
+        model_config,
+        mesh,
+        config.optimizer,
+        config.learner,
+        steps=config.sft.steps,
+        lora=config.lora,
+    )
 
 
 def check_positions(config: ModelConfig, sequences: Sequence[TokenSequence]) -> None:

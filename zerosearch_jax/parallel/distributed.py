@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.experimental import multihost_utils
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError, disk_error
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECS = 30  # after this silence a process counts as dead, and the others exit
@@ -65,7 +65,11 @@ def run(job: Callable[[], None]) -> None:
         _exit(2, f"error: {error}")
     except KeyboardInterrupt:
         _exit(130, "stopped; the same command resumes from the last checkpoint")
-    except Exception:
+    except Terminated:
+        _exit(Terminated.EXIT_STATUS, "terminated; the same command resumes")
+    except Exception as error:
+        if line := disk_error(error):
+            _exit(2, f"error: {line}")
         _exit(1, traceback.format_exc())
 
 

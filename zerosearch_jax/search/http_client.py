@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import httpx
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 
 # Both libraries log whole addresses, and SerpAPI takes its key in the address.
@@ -228,13 +228,13 @@ _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()
 
 @contextmanager
 def closed_on_interrupt() -> Iterator[None]:
-    """Closes all clients when Ctrl-C interrupts the block, so that threads of searches end.
+    """Closes all clients when Ctrl-C or SIGTERM interrupts the block, so that searches end.
 
     Enter it inside the `with` of the thread pool, whose exit waits for its threads.
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         for client in list(_CLIENTS):
             client.close()
         raise

@@ -1,12 +1,18 @@
 """Writes a run's metrics: TensorBoard events and `metrics.jsonl`, one row per step."""
 
 import json
+import socket
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_disk_errors
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.telemetry.metrics import METRICS
 
@@ -34,8 +40,14 @@ class Recorder:
         kept = earlier_rows(path, first_step)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._rows = path.open("a", encoding="utf-8")
-        # At step 0 there is nothing to purge, and TensorBoard would hide a first event at 0.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        # SummaryWriter would write in a thread. On a full disk that thread dies, and the run waits
+        # for it for ever.
+        self._board = RecordWriter(str(folder / "tensorboard" / name))
+        self._write_event(file_version="brain.Event:2")
+        if first_step:  # TensorBoard then hides earlier events of the steps that are repeated.
+            self._write_event(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of one step.
@@ -49,22 +61,35 @@ class Recorder:
         if self._rows is None or self._board is None:
             return
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
+        with named_disk_errors(self._rows.name):
+            self._rows.write(json.dumps(row) + "\n")
+            self._rows.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, float(value), step)
+            self._write_event(step=step, summary=summary.scalar(name, float(value)))
+        with named_disk_errors(self._board.path):
+            self._board.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes text, for example a rendered trajectory, to TensorBoard with its line breaks."""
         if self._board is not None:
             # TensorBoard renders Markdown, and shows indented lines verbatim, including tags.
-            self._board.add_text(name, "    " + text.replace("\n", "\n    "), step)
+            text = "    " + text.replace("\n", "\n    ")
+            self._write_event(step=step, summary=summary.text(name, text))
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._rows is not None and self._board is not None:
-            self._rows.close()
-            self._board.close()
+            with (
+                named_disk_errors(self._board.path),
+                closing(self._board),
+                named_disk_errors(self._rows.name),
+            ):
+                self._rows.close()
+
+    def _write_event(self, **fields: int | str | Summary | SessionLog) -> None:
+        event = Event(wall_time=time.time(), **fields)
+        with named_disk_errors(self._board.path):
+            self._board.write(event.SerializeToString())
 
 
 def earlier_rows(path: str | Path, first_step: int) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from zerosearch_jax.data.packing import PackedBatch
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_disk_errors
 
 
 class NonFiniteCounter:
@@ -41,7 +41,8 @@ class NonFiniteCounter:
         path = self._directory / f"step{step + 1:06}_update{update + 1}.npz"
         if jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(path, **batch.arrays())
+            with named_disk_errors(path):
+                np.savez_compressed(path, **batch.arrays())
         print(
             f"WARNING: step {step + 1}: loss or gradient is not finite; the update is skipped "
             f"({self.in_a_row} in a row), its batch is in {path}",

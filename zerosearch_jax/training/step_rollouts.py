@@ -7,9 +7,11 @@ import jax
 import numpy as np
 
 from zerosearch_jax.data.qa import QARow
+from zerosearch_jax.errors import Terminated
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.parallel.processes import gather, part
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.curriculum import draw_noisy
@@ -92,6 +94,7 @@ def run_step(
     engine: SearchEngine | None,
     tokenizer,
     searching: Callable[[], AbstractContextManager],
+    stop: StopRequest,
 ) -> StepRollouts:
     """Runs the episodes of step `step`; each search is noisy with probability `p_noisy`.
 
@@ -99,6 +102,9 @@ def run_step(
 
     Args:
       searching: returns a context manager that times the periods in which only the engine works.
+
+    Raises:
+      Terminated: a process got SIGTERM; all processes raise.
     """
     rollouts = Rollouts(
         generator,
@@ -114,7 +120,15 @@ def run_step(
     of_step = StepRollouts(config, step)
     while not of_step.complete:
         episodes = part(of_step.next_round(sampler), config.rollout.group_size)
-        of_step.add(gather(rollouts.run(episodes, jax.random.key(config.seed))))
+        try:
+            with stop.interruptible():
+                own = rollouts.run(episodes, jax.random.key(config.seed))
+        except Terminated:
+            own = [None]
+        trajectories = gather(own)
+        if None in trajectories:
+            raise Terminated
+        of_step.add(trajectories)
     return of_step
 
 

@@ -1,4 +1,4 @@
-"""Resumes a training state from its newest checkpoint, and exports its policy."""
+"""Resumes a training state from its newest checkpoint, and exports policies."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from zerosearch_jax.checkpoints import Checkpoints
+from zerosearch_jax.errors import UserError, named_disk_errors
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.rl.learner import Learner, TrainState
@@ -16,7 +17,7 @@ from zerosearch_jax.rl.learner import Learner, TrainState
 def resume(
     checkpoints: Checkpoints, learner: Learner, state: TrainState, metadata: Mapping[str, Any]
 ) -> tuple[TrainState, int, Mapping[str, Any]]:
-    """Restores the newest checkpoint, if there is one.
+    """Restores the newest undamaged checkpoint, if there is a checkpoint.
 
     Args:
       state, metadata: returned unchanged without a checkpoint.
@@ -24,11 +25,41 @@ def resume(
     Returns:
       The state, the number of finished steps, and the checkpoint's metadata.
     """
-    first = checkpoints.latest_step() or 0
-    if first:
-        state, metadata = checkpoints.restore(first, learner.abstract_state())
-        print(f"resuming after step {first}")
+    if checkpoints.latest_step() is None:
+        return state, 0, metadata
+    state, metadata = checkpoints.restore(None, learner.abstract_state())
+    first = checkpoints.latest_step()  # a damaged checkpoint was renamed
+    print(f"resuming after step {first}")
     return state, first, metadata
+
+
+def kept_step(directory: Path, which: str) -> int:
+    """Returns the step of a kept checkpoint.
+
+    Args:
+      directory: the checkpoints of a run, which may be in progress.
+      which: a step, "latest", or "best": the first step with the highest `eval/em`.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    if not which.isdecimal() and which not in ("latest", "best"):
+        raise UserError(f"--export={which}: give a step, latest or best")
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {directory}; first run the same without --export")
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        if which.isdecimal():
+            return int(which)
+        step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"--export={which}: no checkpoint in {directory} is the {which}")
+    return step
+
+
+def restore_kept(directory: Path, step: int, abstract: Any) -> Any:
+    """Restores a checkpoint without changing its directory; raises as `Checkpoints.restore`."""
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.restore(step, abstract)[0]
 
 
 def export(
@@ -53,5 +84,6 @@ def export(
     params = learner.policy(state)
     save_params(directory, params, learner.config, generation=generation)
     if jax.process_index() == 0:
-        tokenizer.save_pretrained(directory)
+        with named_disk_errors(directory):
+            tokenizer.save_pretrained(directory)
     return params

@@ -1,11 +1,17 @@
-"""The config that a workdir was made with, `config.json`, and its format version."""
+"""The lock of a workdir, and `config.json`: the config it was made with and a format version."""
 
+import errno
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from zerosearch_jax import config_flags
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import FORMAT, check_format, write_json
 
 
@@ -39,3 +45,46 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
         for difference in config_flags.differences(before, now):
             print(f"warning: {workdir} was started with another config.{difference}")
     write_json(Path(workdir) / "config.json", now)
+
+
+@contextmanager
+def locked(workdir: str | Path) -> Iterator[None]:
+    """Creates `workdir` and keeps other processes out of it while the block runs.
+
+    The lock is held on `workdir/lock` and ends with the process, however it ends. If the block
+    leaves nothing else in the workdir, such as a run that refuses its config, the lock file and
+    the directories that were created for it are removed.
+
+    The lock does not reach other machines on Cloud Storage and on some network file systems.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
+    workdir = Path(workdir)
+    created = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{workdir} is in use by {file.read().strip() or 'another process'}; wait for it, "
+                "end it, or give another --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
+            print(f"warning: {workdir} cannot be locked; use it in one process at a time")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if list(workdir.iterdir()) == [path]:
+                path.unlink()
+                with suppress(OSError):  # not empty
+                    for folder in created:
+                        folder.rmdir()
