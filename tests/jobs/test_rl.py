@@ -23,7 +23,7 @@ from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.text.actions import Action
-from zerosearch_jax.training import factory
+from zerosearch_jax.training import factory, run_monitor
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, episodes_of
@@ -418,7 +418,7 @@ def test_watch_stop_ends_a_run_at_an_alarm(rl_config, tmp_path, monkeypatch, cap
         def alarm(self):
             return "WARNING: alarm" if len(seen) == 2 else None
 
-    monkeypatch.setattr(rl, "CollapseWatch", Alarming)
+    monkeypatch.setattr(run_monitor, "CollapseWatch", Alarming)
     with pytest.raises(UserError, match="stopped after step 2.*config.watch.stop=False"):
         rl.run(config, str(tmp_path))
     assert "step 2: WARNING: alarm" in capsys.readouterr().out

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +20,6 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_json
@@ -37,7 +35,6 @@ from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.curriculum import noise_probability
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.simulator import gate
-from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder, earlier_rows
@@ -46,9 +43,9 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
-from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
+from zerosearch_jax.training.run_monitor import Decision, RunMonitor
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.train_state import export, resume
 from zerosearch_jax.training.validate import check
@@ -78,11 +75,9 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     is_writer = jax.process_index() == 0
     if is_writer:
         keep_config(raw, workdir)
-    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
-    update_policy = PolicyUpdater(learner, policy.params, config, nonfinite, parts.clock)
-    watch = CollapseWatch(window=config.watch.window)
-    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
-        watch.update(row)
+    rows = earlier_rows(workdir / "metrics.jsonl", first + 1)
+    monitor = RunMonitor(config, workdir, kept["skipped_in_a_row"], rows)
+    update_policy = PolicyUpdater(learner, policy.params, config, monitor.nonfinite, parts.clock)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
     profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
     parts.clock.take()
@@ -115,23 +110,19 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                     metrics |= {f"eval/{k}": v for k, v in episode_metrics(evaluated).items()}
                     recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
 
-                metrics |= speed(timer.pop(), parts.clock.take(), rollouts) | watch.update(metrics)
+                metrics |= speed(timer.pop(), parts.clock.take(), rollouts)
+                metrics |= monitor.decide(metrics)
                 # Metrics are written first: a run killed before its next checkpoint repeats
                 # these steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
-                stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
-                if done % config.checkpoint_every == 0 or done == config.rl.steps or stopping:
+                due = done % config.checkpoint_every == 0 or done == config.rl.steps
+                if due or monitor.decision is not Decision.CONTINUE:
                     with timer.section("checkpoint"):
-                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
+                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": monitor.nonfinite.in_a_row}
                         checkpoints.save(done, state, kept)
-            if watch.alarm():
-                print(f"\nstep {done}: {watch.alarm()}", flush=True)
-            if nonfinite.limit_reached:
-                nonfinite.raise_error(step)
-            if stopping:
-                raise_collapse(done, workdir)
+            monitor.report(done)
 
     conclude(config, workdir, parts, state, began)
 
@@ -264,14 +255,6 @@ def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -
         "host_share": 1.0 - min(1.0, busy_secs / seconds["seconds/step"]),
         "tokens_per_sec": tokens / seconds["seconds/step"],
     }
-
-
-def raise_collapse(done: int, workdir: Path) -> NoReturn:
-    """Raises the UserError that ends a collapsing run after step `done`, counted from 1."""
-    raise UserError(
-        f"stopped after step {done}: the metrics show a collapse and config.watch.stop=True; the "
-        f"checkpoint and metrics.jsonl are in {workdir}. To continue: --config.watch.stop=False"
-    )
 
 
 def conclude(
