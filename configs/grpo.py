@@ -136,7 +136,7 @@ def _update() -> dict:
         rl=dict(
             steps=10,
             epochs=1,
-            minibatches=1,
+            minibatch_episodes=0,
             old_logprobs="sampler",
             overlong="keep",
             document_mask=True,
@@ -249,6 +249,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
     # An episode has a prompt of at most 2048 tokens, then turns (500) and documents (2048) while
     # the context stays within 4096, and one last turn. Longer episodes end with finish "length".
     episode_tokens = 4608
+    steps = 203
     config.update(
         dict(
             mesh=dict(data=1, fsdp=fsdp, tensor=tensor),
@@ -295,13 +296,13 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 observation_tokens=2048,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
-            critic=dict(learning_rate=1e-5, warmup_steps=3),  # the script: 0.015 of the steps
+            critic=dict(learning_rate=1e-5, warmup_steps=round(0.015 * steps), value_clip=0.5),
             watch=dict(window=10),
-            rl=dict(steps=203),
+            rl=dict(steps=steps, minibatch_episodes=256),  # updates of 256 and 64 episodes
             optimizer=dict(
                 learning_rate=1e-6,
-                warmup_steps=193,
-                schedule_steps=203,
+                warmup_steps=round(0.95 * steps),
+                schedule_steps=steps,
                 final_fraction=1.0,
                 beta2=0.999,
                 weight_decay=0.01,

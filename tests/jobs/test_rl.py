@@ -190,8 +190,8 @@ def test_episodes_are_groups_of_one_question_with_unique_numbers():
         ),
         (dict(kl=dict(target=0.1, apply_to="reward", horizon=1)), "kl.horizon=1"),
         (dict(loss=dict(importance_cap=2.0)), "rl.old_logprobs=learner"),
-        (dict(loss=dict(llds=0.1)), "loss.llds .* rl.minibatches or rl.epochs"),
-        (dict(rl=dict(minibatches=9)), "rl.minibatches=9 .* 8 episodes"),
+        (dict(loss=dict(llds=0.1)), "loss.llds .* rl.minibatch_episodes .* rl.epochs"),
+        (dict(rl=dict(minibatch_episodes=9)), "rl.minibatch_episodes=9 .* 8 episodes"),
         (dict(rl=dict(epochs=0)), "rl.epochs=0"),
         (dict(advantage=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
         (dict(rollout=dict(max_turns=-1)), "rollout.max_turns=-1 must be at least 0"),
@@ -236,12 +236,12 @@ ALGORITHMS = {
     "dapo": dict(
         rollout=dict(max_rounds=2),
         loss=dict(clip_high=0.28),
-        rl=dict(minibatches=2, overlong="mask"),
+        rl=dict(minibatch_episodes=4, overlong="mask"),
         kl=dict(coef=0.0),
     ),
     "gspo": dict(
         loss=dict(surrogate="sequence", aggregate="sequence_mean", clip_low=3e-4, clip_high=4e-4),
-        rl=dict(minibatches=2),
+        rl=dict(minibatch_episodes=4),
     ),
     "lora": dict(lora=LORA),
     # Adaptive KL, combined with most other options.
@@ -252,7 +252,7 @@ ALGORITHMS = {
         advantage=dict(estimator="ppo"),
         loss=dict(surrogate="cispo", importance_cap=2.0, llds=0.1),
         kl=dict(target=0.01, horizon=16, **KL_IN_REWARD),
-        rl=dict(old_logprobs="learner", minibatches=2, epochs=2),
+        rl=dict(old_logprobs="learner", minibatch_episodes=6, epochs=2),
     ),
 }
 

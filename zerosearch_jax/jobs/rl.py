@@ -167,7 +167,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         config.learner,
         critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
-        updates_per_step=config.rl.epochs * config.rl.minibatches,
+        updates_per_step=config.updates_per_step,
     )
     state = learner.init(policy.params, config.seed)
     if learner.base is not None:  # under LoRA the reference is the model without its adapters

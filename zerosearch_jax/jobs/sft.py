@@ -89,7 +89,9 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             with profiler.step(done):
                 batch = batch_of(sampler.draw(step), config, microbatches)
                 state, metrics = learner.sft_step(state, learner.put(batch))
-                metrics = combine([{name: float(value) for name, value in metrics.items()}])
+                metrics = combine(
+                    [{name: float(value) for name, value in metrics.items()}], [batch]
+                )
                 nonfinite.record(step, 0, metrics["skipped_updates"] > 0, batch)
                 if done % config.sft.eval_every == 0 or done == config.sft.steps:
                     loss = float(learner.sft_loss(state, validation_batch))

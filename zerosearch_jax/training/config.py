@@ -9,6 +9,7 @@ sections that jobs share are in `training/sections.py`, those of the RL update i
 from dataclasses import dataclass
 
 from zerosearch_jax.errors import UserError, check_choice, check_positive
+from zerosearch_jax.ranges import CountOrZero
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
@@ -115,8 +116,9 @@ class UpdateConfig:
     """Training steps."""
     epochs: int
     """Passes over the episodes of a step, at least 1."""
-    minibatches: int
-    """Updates per pass, at least 1. The episodes are split evenly over them."""
+    minibatch_episodes: CountOrZero
+    """Episodes per update. The last update of a pass may have fewer. 0 makes one update per pass,
+    on all episodes of the step."""
     old_logprobs: str
     """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
     `learner` before a step's first update."""
@@ -254,3 +256,18 @@ class RLConfig:
 
     def __post_init__(self):
         check_positive(checkpoint_every=self.checkpoint_every)
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Episodes that a step trains on."""
+        return self.rollout.questions_per_step * self.rollout.group_size
+
+    @property
+    def episodes_per_update(self) -> int:
+        """Episodes of every update but the last of a pass, which may have fewer."""
+        return self.rl.minibatch_episodes or self.episodes_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of a step, over all passes."""
+        return self.rl.epochs * -(-self.episodes_per_step // self.episodes_per_update)

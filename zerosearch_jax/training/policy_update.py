@@ -25,6 +25,9 @@ from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 
+# A step's metrics with these endings, and its losses, are plain means over its updates. All others
+# are means over tokens, so an update counts by its tokens.
+BY_UPDATE = ("grad_norm", "learning_rate")
 # After a step's first update the policy differs from the sampler by design, so these metrics come
 # from the first update only.
 FIRST_UPDATE_METRICS = ("sampler_logprob_diff_mean", "sampler_logprob_diff_max")
@@ -83,7 +86,7 @@ class PolicyUpdater:
         first, metrics = with_advantages(
             first, rewards, self._config.advantage, self._config.kl, kl_coef
         )
-        updates = []
+        updates, batches = [], []
         for epoch in range(rl.epochs):
             minibatches = first
             if epoch > 0:
@@ -99,13 +102,14 @@ class PolicyUpdater:
                     update = {name: float(value) for name, value in update.items()}
                 self._nonfinite.record(step, len(updates), update["skipped_updates"] > 0, batch)
                 updates.append(update)
-        return state, metrics | combine(updates)
+                batches.append(batch)
+        return state, metrics | combine(updates, batches)
 
     def _pack(self, sequences: Sequence[TokenSequence], step: int, epoch: int) -> Minibatches:
         config = self._config
         return pack_minibatches(
             sequences,
-            config.rl.minibatches,
+            config.episodes_per_update,
             key=(config.seed, step, epoch),
             row_tokens=config.learner.row_tokens,
             rows=config.learner.rows,
@@ -223,20 +227,36 @@ def with_weights(batch: PackedBatch, aggregate: str, fixed_tokens: int) -> Packe
     return batch.with_columns(weights=batch.spread(np.asarray(weights)))
 
 
-def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+def combine(
+    updates: Sequence[dict[str, float]], batches: Sequence[PackedBatch]
+) -> dict[str, float]:
     """Returns a step's metrics from its updates' metrics.
 
-    Skipped updates are added up, names that end in "_max" take the maximum, all others the mean.
-    Non-finite values, such as `correct_loglik` without a correct episode, are dropped.
-    `FIRST_UPDATE_METRICS` come from the first update alone.
+    Skipped updates are added up. Names that end in "_max" take the maximum. Losses and `BY_UPDATE`
+    take the mean over updates, all others the mean over tokens: the correct episodes' tokens for
+    `correct_loglik`, else the policy's. Non-finite values, such as `correct_loglik` without a
+    correct episode, are dropped. `FIRST_UPDATE_METRICS` come from the first update alone.
+
+    Args:
+      batches: the minibatch of each update.
     """
     metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
     for name in updates[0].keys() - metrics.keys():
-        counted = updates[:1] if name in FIRST_UPDATE_METRICS else updates
-        values = [update[name] for update in counted if np.isfinite(update[name])]
-        if values:
-            metrics[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+        last = 1 if name in FIRST_UPDATE_METRICS else len(updates)
+        finite = [i for i, update in enumerate(updates[:last]) if np.isfinite(update[name])]
+        values, weights = np.array([updates[i][name] for i in finite]), np.ones(len(finite))
+        if not (name.startswith("loss/") or name.endswith(BY_UPDATE)):
+            weights = np.array([_tokens(batches[i], name == "correct_loglik") for i in finite])
+        if finite:
+            largest = name.endswith("_max")
+            metrics[name] = float(max(values) if largest else values @ (weights / weights.sum()))
     return metrics
+
+
+def _tokens(batch: PackedBatch, correct: bool) -> float:
+    """Returns the number of policy tokens, or of those in correct episodes, at least 1."""
+    trained = batch.mask > 0
+    return max(1.0, float(np.sum(trained * batch.columns["correct"] if correct else trained)))
 
 
 def objective_of(config: RLConfig) -> Objective:
