@@ -135,10 +135,12 @@ def _update() -> dict:
     return dict(
         rl=dict(
             steps=10,
+            stop_when=dict(patience=0, min_gain=0.0),
             epochs=1,
             minibatch_episodes=0,
             old_logprobs="sampler",
             overlong="keep",
+            refresh_reference=0,
             document_mask=True,
         ),
         optimizer=dict(
@@ -183,7 +185,13 @@ def _update() -> dict:
             alpha=32.0,
             targets=("q", "k", "v", "o", "gate", "up", "down"),
         ),
-        watch=dict(window=3, stop=False, nonfinite_limit=3),
+        watch=dict(
+            window=3,
+            action="log",
+            rollback_rate_factor=0.5,
+            max_rollbacks=3,
+            nonfinite_limit=3,
+        ),
         learner=dict(
             row_tokens=640,
             rows=4,

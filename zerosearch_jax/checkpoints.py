@@ -20,7 +20,7 @@ _SEPARATOR = "/"
 
 
 class Checkpoints(AbstractContextManager):
-    """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them.
+    """The checkpoints of one run: `directory/STEP/`, the newest `keep` of them and the best.
 
     A checkpoint appears under its name only when it is complete, because Orbax writes to a
     temporary directory and renames it. A run killed at any moment finds the previous checkpoint.
@@ -30,18 +30,24 @@ class Checkpoints(AbstractContextManager):
         self._directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=False
-            ),
+            options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
         )
+        self._keep = keep
+        metadata = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        saved = {s: self._manager.restore(s, args=metadata) for s in self._manager.all_steps()}
+        scores = {step: one.metadata.get("score") for step, one in sorted(saved.items())}
+        self._scores = {step: score for step, score in scores.items() if score is not None}
 
-    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
+    ) -> None:
         """Writes `state` and `metadata` as checkpoint `step`; returns when it is on disk.
 
         Args:
           step: number of finished steps. A step that is already saved is not written again.
           state: any pytree of jax or numpy arrays and numbers.
           metadata: JSON values, such as the data position.
+          score: result of an evaluation of `state`, if there was one; higher is better.
         """
         if step in self._manager.all_steps():
             return
@@ -49,11 +55,26 @@ class Checkpoints(AbstractContextManager):
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)), metadata=ocp.args.JsonSave(kept)
+                state=ocp.args.StandardSave(_flat(state)),
+                metadata=ocp.args.JsonSave(kept | {"score": score}),
             ),
             force=True,
         )
         self._manager.wait_until_finished()
+        if score is not None:
+            self._scores[step] = score
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            if old != self.best_step():
+                self._manager.delete(old)
+                self._scores.pop(old, None)
+
+    def improves(self, score: float | None) -> bool:
+        """Whether `score` is higher than the best score so far; False for None."""
+        return score is not None and score > max(self._scores.values(), default=float("-inf"))
+
+    def best_step(self) -> int | None:
+        """Returns the step with the highest score, the first of equals; None without a score."""
+        return max(self._scores, key=self._scores.__getitem__, default=None)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""

@@ -16,9 +16,10 @@ from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.config import CriticConfig, KLConfig, LossConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec, TrainState
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
+from zerosearch_jax.rl.train_state import TrainState
 
 LENGTHS = (14, 9, 7, 11, 5, 12)
 LENGTH = 16

@@ -29,7 +29,7 @@ class RecordingLearner:
     def put(self, batch):
         return batch
 
-    def rl_step(self, state, batch, *, objective, kl_coef):
+    def rl_step(self, state, batch, *, objective, kl_coef, rate_scale):
         self.batches.append(batch)
         self.arguments.append((objective, kl_coef))
         skipped = len(self.batches) in self._skipped

@@ -29,7 +29,8 @@ from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.curriculum import noise_probability
@@ -47,7 +48,7 @@ from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.run_monitor import Decision, RunMonitor
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
-from zerosearch_jax.training.train_state import export, resume
+from zerosearch_jax.training.train_state import export, resume, roll_back
 from zerosearch_jax.training.validate import check
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
@@ -69,14 +70,14 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     parts, state = build(config)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
-    kept = {"kl_coef": kl.coef, "skipped_in_a_row": 0}
-    state, first, kept = resume(checkpoints, learner, state, kept)
+    state, first, kept = resume(checkpoints, learner, state, {"kl_coef": kl.coef})
     kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
         keep_config(raw, workdir)
-    rows = earlier_rows(workdir / "metrics.jsonl", first + 1)
-    monitor = RunMonitor(config, workdir, kept["skipped_in_a_row"], rows)
+    monitor = RunMonitor(config, workdir, kept, earlier_rows(workdir / "metrics.jsonl", first + 1))
+    if config.watch.action == "rollback" and first == 0:  # before the first evaluation: EM 0
+        checkpoints.save(0, state, kept, score=0.0)
     update_policy = PolicyUpdater(learner, policy.params, config, monitor.nonfinite, parts.clock)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
     profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
@@ -87,41 +88,38 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         closing(Progress(config.rl.steps, first)) as progress,
     ):
         for step in range(first, config.rl.steps):
+            if monitor.decision is Decision.FINISH:
+                break
             done = step + 1
             with profiler.step(done):
-                p_noisy = step_noise(config, step)
-                with timer.section("weights"):
-                    generator.load(learner.policy(state))
-                with timer.section("rollout"):
-                    rollouts = collect(config, step, p_noisy, sampler, parts, timer)
+                rollouts = collect(config, step, sampler, parts, state, timer)
                 trajectories, rewards = rollouts.selected()
-
                 with timer.section("learner"):
-                    state, metrics = update_policy(state, trajectories, rewards, kl_coef, step)
+                    state, metrics = update_policy(
+                        state, trajectories, rewards, kl_coef, step, monitor.rate_scale
+                    )
                 metrics |= episode_metrics(rollouts.trajectories) | rollouts.metrics()
-                metrics |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
-                metrics["weights_bytes"] = generator.weight_bytes
+                metrics |= {"p_noisy": step_noise(config, step), "kl_coef": kl_coef}
                 kl_coef = next_kl_coef(kl, kl_coef, metrics, len(trajectories))
 
                 if done % config.eval.every == 0:
-                    with timer.section("eval"):
-                        generator.load(learner.policy(state))
-                        evaluated = evaluate(config, parts, eval_rows)
-                    metrics |= {f"eval/{k}": v for k, v in episode_metrics(evaluated).items()}
+                    metrics |= eval_metrics(config, parts, state, eval_rows, timer)
                     recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
 
-                metrics |= speed(timer.pop(), parts.clock.take(), rollouts)
+                metrics |= speed(timer.pop(), parts, rollouts)
                 metrics |= monitor.decide(metrics)
-                # Metrics are written first: a run killed before its next checkpoint repeats
-                # these steps and replaces their rows.
+                # Rows precede checkpoints: a killed run repeats steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
+                em = metrics.get("eval/em")
+                if monitor.decision is Decision.ROLL_BACK:
+                    state, em = roll_back(checkpoints, learner), None
                 due = done % config.checkpoint_every == 0 or done == config.rl.steps
-                if due or monitor.decision is not Decision.CONTINUE:
+                if due or monitor.decision is not Decision.CONTINUE or checkpoints.improves(em):
                     with timer.section("checkpoint"):
-                        kept = {"kl_coef": kl_coef, "skipped_in_a_row": monitor.nonfinite.in_a_row}
-                        checkpoints.save(done, state, kept)
+                        kept = monitor.kept() | {"kl_coef": kl_coef}
+                        checkpoints.save(done, state, kept, score=em)
             monitor.report(done)
 
     conclude(config, workdir, parts, state, began)
@@ -132,7 +130,7 @@ class Parts:
     """Models and engines of a run.
 
     Attributes:
-      policy: the base policy, which is also the reference policy.
+      policy: the base policy, which is also the reference policy unless that moves.
       engine, eval_engine: search engines of training and evaluation; None without searches.
       clock: measures how long the devices are busy.
     """
@@ -168,6 +166,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
         critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
         updates_per_step=config.updates_per_step,
+        moving_reference=config.rl.refresh_reference > 0,
     )
     state = learner.init(policy.params, config.seed)
     if learner.base is not None:  # under LoRA the reference is the model without its adapters
@@ -203,22 +202,25 @@ def step_noise(config: RLConfig, step: int) -> float:
 def collect(
     config: RLConfig,
     step: int,
-    p_noisy: float,
     sampler: RowSampler,
     parts: Parts,
+    state: TrainState,
     timer: StepTimer,
 ) -> StepRollouts:
-    """Runs the episodes of a step against the training engine."""
-    return run_step(
-        config,
-        step,
-        p_noisy,
-        sampler,
-        generator=parts.generator,
-        engine=parts.engine,
-        tokenizer=parts.policy.tokenizer,
-        searching=partial(timer.section, "search"),
-    )
+    """Runs the episodes of a step, with the state's policy, against the training engine."""
+    with timer.section("weights"):
+        parts.generator.load(parts.learner.policy(state))
+    with timer.section("rollout"):
+        return run_step(
+            config,
+            step,
+            step_noise(config, step),
+            sampler,
+            generator=parts.generator,
+            engine=parts.engine,
+            tokenizer=parts.policy.tokenizer,
+            searching=partial(timer.section, "search"),
+        )
 
 
 def evaluate(
@@ -244,16 +246,26 @@ def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes:
     )
 
 
-def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -> dict[str, float]:
-    """Adds `host_share` and `tokens_per_sec` to the seconds of a step.
+def eval_metrics(
+    config: RLConfig, parts: Parts, state: TrainState, rows: Sequence[QARow], timer: StepTimer
+) -> dict[str, float]:
+    """Evaluates the state's policy; returns its metrics, named `eval/…`."""
+    with timer.section("eval"):
+        parts.generator.load(parts.learner.policy(state))
+        evaluated = evaluate(config, parts, rows)
+    return {f"eval/{name}": value for name, value in episode_metrics(evaluated).items()}
 
-    Args:
-      busy_secs: time in which the devices had work.
+
+def speed(seconds: dict[str, float], parts: Parts, rollouts: StepRollouts) -> dict[str, float]:
+    """Adds `host_share`, `tokens_per_sec` and `weights_bytes` to the seconds of a step.
+
+    Takes from the clock the time in which the devices had work since the last step.
     """
     tokens = sum(t.policy_tokens for t in rollouts.trajectories)
     return seconds | {
-        "host_share": 1.0 - min(1.0, busy_secs / seconds["seconds/step"]),
+        "host_share": 1.0 - min(1.0, parts.clock.take() / seconds["seconds/step"]),
         "tokens_per_sec": tokens / seconds["seconds/step"],
+        "weights_bytes": parts.generator.weight_bytes,
     }
 
 

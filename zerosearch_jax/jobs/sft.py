@@ -27,7 +27,8 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, from_hf
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress

@@ -7,9 +7,10 @@ sections that jobs share are in `training/sections.py`, those of the RL update i
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from zerosearch_jax.errors import UserError, check_choice, check_positive
-from zerosearch_jax.ranges import CountOrZero
+from zerosearch_jax.ranges import Count, CountOrZero, Range, Share
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
@@ -17,6 +18,7 @@ from zerosearch_jax.training.sections import DTYPES, MeshConfig, PolicyConfig, S
 
 OLD_LOGPROBS = ("sampler", "learner")
 OVERLONG = ("keep", "mask")
+WATCH_ACTIONS = ("log", "stop", "rollback")
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,24 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class PlateauConfig:
+    """End of training before `rl.steps`, when the evaluations no longer improve."""
+
+    patience: CountOrZero
+    """Number of evaluations in a row without a gain in `eval/em` that ends training. The run then
+    exports and evaluates its last policy. 0 runs all steps."""
+    min_gain: Share
+    """An evaluation is a gain if its `eval/em` exceeds the best one by more than this."""
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """Training steps, and the updates per step."""
 
     steps: int
-    """Training steps."""
+    """Training steps, at most: `stop_when` may end training earlier. The curriculum spans all of
+    them."""
+    stop_when: PlateauConfig
     epochs: int
     """Passes over the episodes of a step, at least 1."""
     minibatch_episodes: CountOrZero
@@ -125,6 +140,9 @@ class UpdateConfig:
     overlong: str
     """`mask` excludes an episode from the loss if it ended because an observation did not fit its
     slot (DAPO). `keep` trains on it."""
+    refresh_reference: CountOrZero
+    """Steps after which the current policy becomes the reference policy of the KL. Checkpoints then
+    hold the reference, too. 0 keeps the start policy."""
     document_mask: bool
     """True trains only on sampled tokens. False also trains on text inserted after the prompt, for
     Search-R1's ablation."""
@@ -158,10 +176,19 @@ class WatchConfig:
     window: int
     """Steps per window, at least 1. The collapse signals compare the newest window with earlier
     ones."""
-    stop: bool
-    """Save a checkpoint and stop when the metrics show a collapse. False only prints a warning."""
+    action: str
+    """Reaction to metrics that show a collapse. `log` prints a warning. `stop` also saves a
+    checkpoint and stops. `rollback` continues from the checkpoint with the best `eval/em`, or from
+    the start policy before the first evaluation, with lower learning rates."""
+    rollback_rate_factor: Annotated[float, Range(0, 1, open_low=True)]
+    """Factor of all learning rates at each rollback."""
+    max_rollbacks: Count
+    """Most rollbacks of a run. The next collapse stops it."""
     nonfinite_limit: int
     """Number of consecutive skipped non-finite updates that stops the run, at least 1."""
+
+    def __post_init__(self):
+        check_choice("watch.action", self.action, WATCH_ACTIONS)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.config import CriticConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec
-from zerosearch_jax.rl.optimizer import OptimizerConfig, adamw, warmup_cosine
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.optimizer import OptimizerConfig, OptimizerSpec, adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
@@ -217,6 +217,7 @@ def make_learner(
     critic: CriticConfig | None = None,
     lora: LoraConfig | None = None,
     updates_per_step: int = 1,
+    moving_reference: bool = False,
 ) -> Learner:
     """Builds a learner with AdamW and warm-up, and with adapters if `lora.rank` is above 0.
 
@@ -224,6 +225,7 @@ def make_learner(
       optimizer: AdamW hyperparameters, shared with the critic except for its learning rate and
         warm-up.
       updates_per_step: optimizer updates per training step. Schedules are given in training steps.
+      moving_reference: keep the reference policy in the training state.
     """
     specs = {"policy": optimizer_spec(optimizer, updates_per_step)}
     if critic is not None:
@@ -240,6 +242,7 @@ def make_learner(
         **specs,
         critic_trunk=critic.trunk if critic is not None else "own",
         lora=adapters,
+        moving_reference=moving_reference,
         compute_dtype=dtype_of(learner.compute_dtype),
         remat=learner.remat,
         logprob_chunk=learner.logprob_chunk,

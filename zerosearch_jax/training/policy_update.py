@@ -18,8 +18,9 @@ from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.processes import to_host
 from zerosearch_jax.rl import advantages, losses
 from zerosearch_jax.rl.config import BY_TOKEN, AdvantageConfig, KLConfig
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
@@ -37,7 +38,7 @@ class PolicyUpdater:
     """Updates a training state on the episodes of one step.
 
     Args:
-      reference: parameters of the frozen reference policy.
+      reference: parameters of the reference policy, unless the training state has one.
       nonfinite: counts skipped updates; no update follows once its limit is reached.
     """
 
@@ -63,8 +64,11 @@ class PolicyUpdater:
         rewards: np.ndarray,
         kl_coef: float,
         step: int,
+        rate_scale: float = 1.0,
     ) -> tuple[TrainState, dict[str, float]]:
         """Makes all updates of training step `step` (from 0); `state` is donated.
+
+        After every `rl.refresh_reference` steps the policy becomes the reference policy.
 
         The episodes are packed once per epoch. Log-probs, values and advantages are columns of the
         first epoch's minibatches, computed before the first update. A later epoch shuffles the
@@ -73,6 +77,7 @@ class PolicyUpdater:
         Args:
           trajectories: Q·G episodes, group by group.
           rewards: `[Q, G]` rewards of these episodes.
+          rate_scale: factor of all learning rates.
 
         Returns:
           The state, and the step's metrics (see `combine`).
@@ -97,12 +102,18 @@ class PolicyUpdater:
                 batch = with_weights(batch, loss.aggregate, loss.fixed_tokens)
                 with self._clock.working():
                     state, update = self._learner.rl_step(
-                        state, self._learner.put(batch), objective=self._objective, kl_coef=kl_coef
+                        state,
+                        self._learner.put(batch),
+                        objective=self._objective,
+                        kl_coef=kl_coef,
+                        rate_scale=rate_scale,
                     )
                     update = {name: float(value) for name, value in update.items()}
                 self._nonfinite.record(step, len(updates), update["skipped_updates"] > 0, batch)
                 updates.append(update)
                 batches.append(batch)
+        if rl.refresh_reference and (step + 1) % rl.refresh_reference == 0:
+            state = self._learner.refresh_reference(state)
         return state, metrics | combine(updates, batches)
 
     def _pack(self, sequences: Sequence[TokenSequence], step: int, epoch: int) -> Minibatches:
@@ -122,7 +133,9 @@ class PolicyUpdater:
         if config.rl.old_logprobs == "learner":
             scores["old_logprobs"] = lambda b: learner.policy_logprobs(state, b, temperature)
         if config.kl.coef:
-            scores["ref_logprobs"] = lambda b: learner.logprobs(self._reference, b, temperature)
+            moving = config.rl.refresh_reference > 0
+            reference = state.reference if moving else self._reference
+            scores["ref_logprobs"] = lambda b: learner.logprobs(reference, b, temperature)
         if config.advantage.estimator == "ppo":
             scores["values"] = lambda b: learner.values(state, b)
         if not scores:

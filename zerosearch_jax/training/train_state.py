@@ -10,7 +10,8 @@ from flax import nnx
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 
 
 def resume(
@@ -29,6 +30,14 @@ def resume(
         state, metadata = checkpoints.restore(first, learner.abstract_state())
         print(f"resuming after step {first}")
     return state, first, metadata
+
+
+def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
+    """Restores the state with the best score, or the newest one if none has a score."""
+    best = checkpoints.best_step()
+    state, _ = checkpoints.restore(best, learner.abstract_state())
+    print(f"\nrolled back to the checkpoint of step {best}", flush=True)
+    return state
 
 
 def export(

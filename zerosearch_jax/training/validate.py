@@ -99,6 +99,12 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
             f"{episodes} episodes of a step, or raise rl.epochs",
         ),
         (
+            rl.refresh_reference > 0 and (config.lora.rank > 0 or kl.coef == 0),
+            f"rl.refresh_reference={rl.refresh_reference} moves the reference policy of the KL; it "
+            "requires kl.coef above 0, and lora.rank=0, because the reference of adapters is the "
+            "model without them; set rl.refresh_reference=0 or change those",
+        ),
+        (
             config.lora.rank > 0 and estimator == "ppo" and config.critic.trunk == "own",
             "critic.trunk=own trains all parameters of a second model, which lora.rank > 0 is "
             "meant to avoid; set critic.trunk=shared",
