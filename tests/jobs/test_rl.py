@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,9 @@ def test_episodes_are_groups_of_one_question_with_unique_numbers():
         (dict(rl=dict(minibatch_episodes=9)), "rl.minibatch_episodes=9 .* 8 episodes"),
         (dict(rl=dict(epochs=0)), "rl.epochs=0"),
         (dict(advantage=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
+        (dict(rl=dict(refresh_reference=1), lora=dict(rank=4)), "rl.refresh_reference=1 .* lora"),
+        (dict(rl=dict(refresh_reference=1), kl=dict(coef=0.0)), "requires kl.coef above 0"),
+        (dict(watch=dict(action="restart")), "watch.action is 'restart'; choose one of log, stop"),
         (dict(rollout=dict(max_turns=-1)), "rollout.max_turns=-1 must be at least 0"),
         (dict(search=dict(engine="none")), "search.engine=none .* rollout.max_turns=0"),
         (dict(eval=dict(search=dict(engine="none"))), "eval.search.engine=none"),
@@ -404,36 +408,58 @@ def test_a_resumed_run_keeps_its_kl_coefficient_and_its_place_in_the_data(
     assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
 
 
-def test_watch_stop_ends_a_run_at_an_alarm(rl_config, tmp_path, monkeypatch, capsys):
+def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
+    rl_config, tmp_path, monkeypatch, capsys
+):
+    """Every watch alarms at its second step, so the run rolls back at step 2 and stops at 4."""
     config = config_flags.load(str(rl_config))
-    config.update(dict(watch=dict(stop=True), eval=dict(every=3)))
-    config.checkpoint_every = 3
-    seen = []
+    config.update(
+        dict(watch=dict(action="rollback", max_rollbacks=1), rl=dict(steps=5, refresh_reference=1))
+    )
 
     class Alarming(CollapseWatch):
+        seen = 0
+
         def update(self, metrics):
-            seen.append(dict(metrics))
+            self.seen += 1
             return super().update(metrics)
 
         def alarm(self):
-            return "WARNING: alarm" if len(seen) == 2 else None
+            return "WARNING: alarm" if self.seen == 2 else None
+
+    class Interrupted(Progress):
+        def update(self, done, metrics):
+            super().update(done, metrics)
+            if done == 3:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(run_monitor, "CollapseWatch", Alarming)
-    with pytest.raises(UserError, match="stopped after step 2.*config.watch.stop=False"):
-        rl.run(config, str(tmp_path))
-    assert "step 2: WARNING: alarm" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    rows = _rows(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert not (tmp_path / "summary.json").exists()
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    with pytest.raises(UserError, match="stopped after step 4.*after 1 rollback.*action=log"):
+        rl.run(config, str(whole))
+    printed = capsys.readouterr().out
+    assert "step 2: WARNING: alarm" in printed and not (whole / "summary.json").exists()
+    best = int(re.search(r"rolled back to the checkpoint of step (\d)", printed)[1])
+    rows = _rows(whole)
+    assert [row["rollbacks"] for row in rows] == [0, 1, 1, 1]
+    scores = [0.0, rows[0]["eval/em"]]  # of the start and of step 1
+    assert best == scores.index(max(scores))
+    assert rows[2]["learning_rate"] == 0.5 * rows[best]["learning_rate"]
+    assert all(row["kl"] < 1e-6 for row in rows)  # the reference is the policy before the update
 
-    config.watch.stop = False
-    seen.clear()
-    rl.run(config, str(tmp_path))
-    assert seen[:2] == rows and len(seen) == 3  # the watch saw the earlier steps
-    assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3]
-    assert _rows(tmp_path)[:2] == rows
-    assert (tmp_path / "summary.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "Progress", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rl.run(config, str(resumed))
+    assert len(_rows(resumed)) == 3
+    with pytest.raises(UserError, match="stopped after step 4"):
+        rl.run(config, str(resumed))
+    assert [_without_clocks(r) for r in _rows(resumed)] == [_without_clocks(r) for r in rows]
+
+    config.watch.action = "log"
+    rl.run(config, str(resumed))
+    assert [row["step"] for row in _rows(resumed)] == [1, 2, 3, 4, 5]
+    assert (resumed / "summary.json").exists()
 
 
 def _answered(number: int, answer: str) -> Trajectory:
