@@ -248,6 +248,7 @@ ALGORITHMS = {
         rl=dict(minibatch_episodes=4),
     ),
     "lora": dict(lora=LORA),
+    "moving_reference": dict(rl=dict(refresh_reference=1)),
     # Adaptive KL, combined with most other options.
     "everything": dict(
         lora=LORA,
@@ -324,6 +325,16 @@ def test_a_critic_starts_at_zero_and_learns(run_of, name):
 
 
 @pytest.mark.slow
+def test_a_reference_that_moves_every_step_is_resumed_bit_identically(
+    run_of, rl_config, tmp_path, monkeypatch, capsys
+):
+    whole, _ = run_of("moving_reference")
+    assert all(row["kl"] < 1e-6 for row in _rows(whole))  # it is the policy before the update
+    config = _two_steps(rl_config, "moving_reference")
+    _check_resumed(whole, config, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
 def test_later_updates_of_a_step_move_the_ratio(run_of):
     assert any(row["clip_fraction"] > 0 for row in _rows(run_of("gspo")[0]))
 
@@ -384,28 +395,40 @@ def test_the_kl_coefficient_adapts_to_the_kl_of_the_step_before(run_of):
     assert second["kl_coef"] != first["kl_coef"]
 
 
-def test_a_resumed_run_keeps_its_kl_coefficient_and_its_place_in_the_data(
-    run_of, rl_config, tmp_path, monkeypatch
-):
-    whole, _ = run_of("everything")
-    config = _two_steps(rl_config, "everything")
+def _run_until(step: int, config, workdir: Path, monkeypatch) -> None:
+    """Interrupts a run after it has written the row of `step`, before it saves the checkpoint."""
 
     class Interrupted(Progress):
         def update(self, done, metrics):
             super().update(done, metrics)
-            raise KeyboardInterrupt
+            if done == step:
+                raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(rl, "Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            rl.run(config, str(tmp_path))
-    assert len(_rows(tmp_path)) == 1
-    rl.run(config, str(tmp_path))
-    assert [_without_clocks(r) for r in _rows(tmp_path)] == [
+            rl.run(config, str(workdir))
+    assert len(_rows(workdir)) == step
+
+
+def _check_resumed(whole: Path, config, workdir: Path, monkeypatch, capsys) -> None:
+    """Checks that a run of two steps, interrupted in the second, equals the run in `whole`."""
+    _run_until(2, config, workdir, monkeypatch)
+    rl.run(config, str(workdir))
+    assert "resuming after step 1" in capsys.readouterr().out
+    assert [_without_clocks(r) for r in _rows(workdir)] == [
         _without_clocks(r) for r in _rows(whole)
     ]
     policy = Path("policy", "model.safetensors")
-    assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
+    assert (workdir / policy).read_bytes() == (whole / policy).read_bytes()
+
+
+def test_a_resumed_run_keeps_its_kl_coefficient_and_its_place_in_the_data(
+    run_of, rl_config, tmp_path, monkeypatch, capsys
+):
+    whole, _ = run_of("everything")
+    config = _two_steps(rl_config, "everything")
+    _check_resumed(whole, config, tmp_path, monkeypatch, capsys)
 
 
 def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
@@ -413,9 +436,7 @@ def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
 ):
     """Every watch alarms at its second step, so the run rolls back at step 2 and stops at 4."""
     config = config_flags.load(str(rl_config))
-    config.update(
-        dict(watch=dict(action="rollback", max_rollbacks=1), rl=dict(steps=5, refresh_reference=1))
-    )
+    config.update(dict(watch=dict(action="rollback", max_rollbacks=1), rl=dict(steps=5)))
 
     class Alarming(CollapseWatch):
         seen = 0
@@ -426,12 +447,6 @@ def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
 
         def alarm(self):
             return "WARNING: alarm" if self.seen == 2 else None
-
-    class Interrupted(Progress):
-        def update(self, done, metrics):
-            super().update(done, metrics)
-            if done == 3:
-                raise KeyboardInterrupt
 
     monkeypatch.setattr(run_monitor, "CollapseWatch", Alarming)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -445,19 +460,11 @@ def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
     scores = [0.0, rows[0]["eval/em"]]  # of the start and of step 1
     assert best == scores.index(max(scores))
     assert rows[2]["learning_rate"] == 0.5 * rows[best]["learning_rate"]
-    assert all(row["kl"] < 1e-6 for row in rows)  # the reference is the policy before the update
 
-    with monkeypatch.context() as patch:
-        patch.setattr(rl, "Progress", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            rl.run(config, str(resumed))
-    assert len(_rows(resumed)) == 3
-    with pytest.raises(UserError, match="stopped after step 4"):
-        rl.run(config, str(resumed))
-    assert [_without_clocks(r) for r in _rows(resumed)] == [_without_clocks(r) for r in rows]
-
-    config.watch.action = "log"
+    _run_until(3, config, resumed, monkeypatch)
+    config.watch.action = "log"  # the second alarm no longer stops the run
     rl.run(config, str(resumed))
+    assert [_without_clocks(r) for r in _rows(resumed)[:4]] == [_without_clocks(r) for r in rows]
     assert [row["step"] for row in _rows(resumed)] == [1, 2, 3, 4, 5]
     assert (resumed / "summary.json").exists()
 
