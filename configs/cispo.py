@@ -21,7 +21,11 @@ PRESETS = config_flags.presets(GRPO)
 
 def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{GRPO}:{preset}")
+    episodes = config.rollout.questions_per_step * config.rollout.group_size
     config.update(
-        dict(loss=dict(surrogate="cispo", clip_low=1.0, clip_high=0.28), rl=dict(minibatches=2))
+        dict(
+            loss=dict(surrogate="cispo", clip_low=1.0, clip_high=0.28),
+            rl=dict(minibatch_episodes=episodes // 2),
+        )
     )
     return config

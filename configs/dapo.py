@@ -22,7 +22,12 @@ PRESETS = config_flags.presets(GRPO)
 def get_config(preset: str = "") -> ConfigDict:
     config = config_flags.load(f"{GRPO}:{preset}")
     config.rollout.max_rounds = 3
+    episodes = config.rollout.questions_per_step * config.rollout.group_size
     config.update(
-        dict(loss=dict(clip_high=0.28), rl=dict(minibatches=2, overlong="mask"), kl=dict(coef=0.0))
+        dict(
+            loss=dict(clip_high=0.28),
+            rl=dict(minibatch_episodes=episodes // 2, overlong="mask"),
+            kl=dict(coef=0.0),
+        )
     )
     return config

@@ -136,10 +136,12 @@ def _update() -> dict:
     return dict(
         rl=dict(
             steps=10,
+            stop_when=dict(patience=0, min_gain=0.0),
             epochs=1,
-            minibatches=1,
+            minibatch_episodes=0,
             old_logprobs="sampler",
             overlong="keep",
+            refresh_reference=0,
             document_mask=True,
         ),
         optimizer=dict(
@@ -184,7 +186,13 @@ def _update() -> dict:
             alpha=32.0,
             targets=("q", "k", "v", "o", "gate", "up", "down"),
         ),
-        watch=dict(window=3, stop=False, nonfinite_limit=3),
+        watch=dict(
+            window=3,
+            action="log",
+            rollback_rate_factor=0.5,
+            max_rollbacks=3,
+            nonfinite_limit=3,
+        ),
         learner=dict(
             row_tokens=640,
             rows=4,
@@ -251,6 +259,7 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
     # An episode has a prompt of at most 2048 tokens, then turns (500) and documents (2048) while
     # the context stays within 4096, and one last turn. Longer episodes end with finish "length".
     episode_tokens = 4608
+    steps = 203
     config.update(
         dict(
             mesh=dict(data=1, fsdp=fsdp, tensor=tensor),
@@ -297,12 +306,12 @@ def paper(model: str, fsdp: int, tensor: int) -> ConfigDict:
                 observation_tokens=2048,
             ),
             curriculum=dict(start=0.0, end=0.5, base=4.0),
-            critic=dict(learning_rate=1e-5, warmup_steps=3),  # the script: 0.015 of the steps
+            critic=dict(learning_rate=1e-5, warmup_steps=round(0.015 * steps), value_clip=0.5),
             watch=dict(window=10),
-            rl=dict(steps=203),
+            rl=dict(steps=steps, minibatch_episodes=256),  # updates of 256 and 64 episodes
             optimizer=dict(
                 learning_rate=1e-6,
-                warmup_steps=193,
+                warmup_steps=round(0.95 * steps),
                 final_fraction=1.0,
                 beta2=0.999,
                 weight_decay=0.01,

@@ -29,5 +29,6 @@ def get_config(preset: str = "") -> ConfigDict:
         clip_low=0.03 if embedded else 3e-4,
         clip_high=0.04 if embedded else 4e-4,
     )
-    config.update(dict(loss=loss, rl=dict(minibatches=4)))
+    episodes = config.rollout.questions_per_step * config.rollout.group_size
+    config.update(dict(loss=loss, rl=dict(minibatch_episodes=episodes // 4)))
     return config

@@ -2,9 +2,10 @@
 
   python -m zerosearch_jax.main --config=configs/ppo.py[:PRESET]
 
-Differs from grpo.py: one episode per question, GAE with a critic, and the KL (k1) in each token's
-reward. The default has as many questions per step as GRPO has episodes. The presets of the paper's
-models have 64 questions and a shorter warm-up, as the released PPO script.
+Differs from grpo.py: GAE with a critic, and the KL (k1) in each token's reward. The default and
+smollm2-135m have one episode per question and as many questions per step as grpo.py has episodes.
+The presets of the paper's models have 64 questions of 5 episodes and a shorter warm-up, as the
+released PPO script.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.787
 (docs/algorithms.md).
@@ -25,8 +26,8 @@ def get_config(preset: str = "") -> ConfigDict:
     rollout = config.rollout
     if preset in ("", "smollm2-135m"):
         rollout.questions_per_step *= rollout.group_size
+        rollout.group_size = 1
     else:  # the released script's warm-up: 0.285 of the steps
         config.optimizer.warmup_steps = round(0.285 * config.rl.steps)
-    rollout.group_size = 1
     config.update(dict(advantage=dict(estimator="ppo"), kl=dict(apply_to="reward", estimator="k1")))
     return config

@@ -213,7 +213,6 @@ ALGORITHMS = {
     | KL_IN_REWARD,
     "reinforce": {
         "advantage.estimator": "reinforce",
-        "advantage.baseline": "batch_mean",
         "kl.apply_to": "loss",
     },
     "reinforce_pp": {"advantage.estimator": "reinforce_pp"} | KL_IN_REWARD,
@@ -228,14 +227,12 @@ ALGORITHMS = {
         "loss.clip_high": 0.28,
         "kl.coef": 0.0,
         "rl.overlong": "mask",
-        "rl.minibatches": 2,
     },
     "gspo": {
         "loss.surrogate": "sequence",
         "loss.aggregate": "sequence_mean",
-        "rl.minibatches": 4,
     },
-    "cispo": {"loss.surrogate": "cispo", "loss.clip_high": 0.28, "rl.minibatches": 2},
+    "cispo": {"loss.surrogate": "cispo", "loss.clip_high": 0.28},
     "lora": {"advantage.estimator": "grpo", "loss.surrogate": "clip"},
 }
 LEARNING = {"rl", "optimizer", "advantage", "loss", "kl", "lora"}
@@ -293,15 +290,15 @@ def test_misspelt_preset_of_an_algorithm_is_refused_with_the_presets(name):
 
 @pytest.mark.parametrize("preset", PAPER)
 @pytest.mark.parametrize(
-    ("name", "group_size", "apply_to", "warmup"),
-    [("ppo", 1, "reward", 0.285), ("reinforce", 5, "loss", 0.95)],
+    ("name", "apply_to", "warmup"),
+    [("grpo", "loss", 0.95), ("ppo", "reward", 0.285), ("reinforce", "loss", 0.95)],
 )
-def test_paper_presets_of_other_algorithms_have_the_released_hyperparameters(
-    preset, name, group_size, apply_to, warmup
+def test_paper_presets_have_the_released_hyperparameters_of_the_update(
+    preset, name, apply_to, warmup
 ):
     config = _algorithm(name, preset)
     rollout, loss, kl, optimizer = config.rollout, config.loss, config.kl, config.optimizer
-    assert (rollout.questions_per_step, rollout.group_size) == (64, group_size)
+    assert (rollout.questions_per_step, rollout.group_size) == (64, 5)
     assert (rollout.temperature, rollout.max_turns, config.search.topk) == (1.0, 5, 5)
     assert (config.rl.steps, optimizer.learning_rate) == (203, 1e-6)
     assert optimizer.warmup_steps == round(warmup * 203)
@@ -312,11 +309,24 @@ def test_paper_presets_of_other_algorithms_have_the_released_hyperparameters(
     assert (loss.clip_low, loss.clip_high) == (0.2, 0.2)
     assert (loss.entropy, optimizer.clip_norm) == (0.001, 1.0)
     assert (config.advantage.gamma, config.advantage.gae_lambda) == (1.0, 1.0)
-    assert (config.rl.epochs, config.rl.minibatches) == (1, 1)
+    typed = config_flags.typed(RLConfig, config)
+    assert (typed.episodes_per_step, typed.episodes_per_update) == (320, 256)
+    assert typed.updates_per_step == 2
+    if name == "reinforce":
+        assert config.advantage.baseline == "none"
     if name == "ppo":
+        assert config.critic.value_clip == 0.5
         assert config.critic.learning_rate == 1e-5
         assert config.critic.warmup_steps == round(0.015 * 203)
         assert config.critic.trunk == "own"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("name", "updates"), [("dapo", 2), ("cispo", 2), ("gspo", 4)])
+def test_algorithms_with_several_updates_split_the_step_evenly(name, updates, preset):
+    config = config_flags.typed(RLConfig, _algorithm(name, preset))
+    assert config.updates_per_step == updates
+    assert config.episodes_per_update * updates == config.episodes_per_step
 
 
 def test_dr_grpo_divides_by_the_most_tokens_of_an_episode():

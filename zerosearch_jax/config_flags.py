@@ -44,6 +44,7 @@ RENAMED_KEYS = {
     "rl.kl_target": "kl.target",
     "rl.kl_horizon": "kl.horizon",
     "rl.nonfinite_limit": "watch.nonfinite_limit",
+    "watch.stop": "watch.action",
     "critic.value": "critic.coef",
     "data.habits.astray": "data.behaviours.wrong_attribute",
     "data.habits": "data.behaviours",

@@ -127,10 +127,10 @@ def test_sequences_that_do_not_fit_are_refused():
         pack(sequences, row_tokens=8, rows=2, microbatches=1)
 
 
-def minibatches(count, parts, key):
+def minibatches(count, size, key):
     """Packs numbered sequences into minibatches; returns the numbers in each."""
     sequences = [make_sequence(number, 2) for number in range(count)]
-    packed = pack_minibatches(sequences, parts, key=key, row_tokens=4, rows=2)
+    packed = pack_minibatches(sequences, size, key=key, row_tokens=4, rows=2)
     for part, batch in zip(packed.parts, packed.batches, strict=True):
         assert batch.tokens.shape == packed.batches[0].tokens.shape
         np.testing.assert_array_equal(batch.unpack(batch.targets)[:, 1], 1000 * (part + 1) + 1)
@@ -138,25 +138,25 @@ def minibatches(count, parts, key):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 20), st.integers(1, 6), st.tuples(*[st.integers(0, 2**31)] * 3))
-def test_minibatches_are_a_partition_of_the_sequences(count, parts, key):
-    numbers = minibatches(count, parts, key)
-    assert len(numbers) == parts
+@given(st.integers(0, 20), st.integers(1, 22), st.tuples(*[st.integers(0, 2**31)] * 3))
+def test_minibatches_are_a_partition_in_which_only_the_last_is_smaller(count, size, key):
+    numbers = minibatches(count, size, key)
     assert sorted(number for part in numbers for number in part) == list(range(count))
-    assert max(map(len, numbers)) - min(map(len, numbers)) <= 1
+    assert all(len(part) == size for part in numbers[:-1])
+    assert len(numbers[-1]) == (count - 1) % size + 1 if count else numbers == [[]]
     assert all(part == sorted(part) for part in numbers)
 
 
 def test_a_single_minibatch_keeps_the_order():
     for key in ((0, 0, 0), (7, 3, 1)):
-        assert minibatches(9, 1, key) == [list(range(9))]
+        assert minibatches(9, 9, key) == [list(range(9))]
 
 
 def test_minibatches_depend_on_the_key_alone():
     keys = [(seed, step, epoch) for seed in (0, 1) for step in (0, 1) for epoch in (0, 1)]
-    forwards = {key: minibatches(12, 3, key) for key in keys}
+    forwards = {key: minibatches(12, 4, key) for key in keys}
     state = np.random.get_state()[1].tolist()
-    backwards = {key: minibatches(12, 3, key) for key in reversed(keys)}
+    backwards = {key: minibatches(12, 4, key) for key in reversed(keys)}
     assert forwards == backwards
     assert np.random.get_state()[1].tolist() == state
     assert len({str(parts) for parts in forwards.values()}) == len(keys)
@@ -164,7 +164,7 @@ def test_minibatches_depend_on_the_key_alone():
 
 def test_columns_of_minibatches_are_in_the_order_of_the_sequences():
     sequences = [make_sequence(number, length) for number, length in enumerate((5, 2, 7, 3, 4))]
-    packed = pack_minibatches(sequences, 2, key=(3,), row_tokens=8, rows=2)
+    packed = pack_minibatches(sequences, 3, key=(3,), row_tokens=8, rows=2)
     tables = packed.columns()
     assert tables.keys() == {"old_logprobs", "advantages"}
     for row, sequence in zip(tables["old_logprobs"], sequences, strict=True):

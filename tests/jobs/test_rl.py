@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.text.actions import Action
-from zerosearch_jax.training import factory
+from zerosearch_jax.training import factory, run_monitor
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, episodes_of
@@ -251,10 +252,13 @@ def test_episodes_are_groups_of_one_question_with_unique_numbers():
         ),
         (dict(kl=dict(target=0.1, apply_to="reward", horizon=1)), "kl.horizon=1"),
         (dict(loss=dict(importance_cap=2.0)), "rl.old_logprobs=learner"),
-        (dict(loss=dict(llds=0.1)), "loss.llds .* rl.minibatches or rl.epochs"),
-        (dict(rl=dict(minibatches=9)), "rl.minibatches=9 .* 8 episodes"),
+        (dict(loss=dict(llds=0.1)), "loss.llds .* rl.minibatch_episodes .* rl.epochs"),
+        (dict(rl=dict(minibatch_episodes=9)), "rl.minibatch_episodes=9 .* 8 episodes"),
         (dict(rl=dict(epochs=0)), "rl.epochs=0"),
         (dict(advantage=dict(estimator="ppo"), lora=dict(rank=4)), "critic.trunk=shared"),
+        (dict(rl=dict(refresh_reference=1), lora=dict(rank=4)), "rl.refresh_reference=1 .* lora"),
+        (dict(rl=dict(refresh_reference=1), kl=dict(coef=0.0)), "requires kl.coef above 0"),
+        (dict(watch=dict(action="restart")), "watch.action is 'restart'; choose one of log, stop"),
         (dict(rollout=dict(max_turns=-1)), "rollout.max_turns=-1 must be at least 0"),
         (dict(search=dict(engine="none")), "search.engine=none .* rollout.max_turns=0"),
         (dict(eval=dict(search=dict(engine="none"))), "eval.search.engine=none"),
@@ -297,14 +301,15 @@ ALGORITHMS = {
     "dapo": dict(
         rollout=dict(max_rounds=2),
         loss=dict(clip_high=0.28),
-        rl=dict(minibatches=2, overlong="mask"),
+        rl=dict(minibatch_episodes=4, overlong="mask"),
         kl=dict(coef=0.0),
     ),
     "gspo": dict(
         loss=dict(surrogate="sequence", aggregate="sequence_mean", clip_low=3e-4, clip_high=4e-4),
-        rl=dict(minibatches=2),
+        rl=dict(minibatch_episodes=4),
     ),
     "lora": dict(lora=LORA),
+    "moving_reference": dict(rl=dict(refresh_reference=1)),
     # Adaptive KL, combined with most other options.
     "everything": dict(
         lora=LORA,
@@ -313,7 +318,7 @@ ALGORITHMS = {
         advantage=dict(estimator="ppo"),
         loss=dict(surrogate="cispo", importance_cap=2.0, llds=0.1),
         kl=dict(target=0.01, horizon=16, **KL_IN_REWARD),
-        rl=dict(old_logprobs="learner", minibatches=2, epochs=2),
+        rl=dict(old_logprobs="learner", minibatch_episodes=6, epochs=2),
     ),
 }
 
@@ -378,6 +383,16 @@ def test_a_critic_starts_at_zero_and_learns(run_of, name):
     assert rates == [pytest.approx(2.5e-4), pytest.approx(5e-4)]  # a warm-up of 2 steps
     assert all(row["critic/grad_norm"] > 0 for row in rows)
     assert all(row["clip_fraction"] == 0.0 for row in rows)  # one update: every ratio is 1
+
+
+@pytest.mark.slow
+def test_a_reference_that_moves_every_step_is_resumed_bit_identically(
+    run_of, rl_config, tmp_path, monkeypatch, capsys
+):
+    whole, _ = run_of("moving_reference")
+    assert all(row["kl"] < 1e-6 for row in _rows(whole))  # it is the policy before the update
+    config = _two_steps(rl_config, "moving_reference")
+    _check_resumed(whole, config, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
@@ -472,36 +487,70 @@ def test_a_run_after_sigterm_keeps_its_kl_coefficient_and_its_place_in_the_data(
     assert (tmp_path / policy).read_bytes() == (whole / policy).read_bytes()
 
 
-def test_watch_stop_ends_a_run_at_an_alarm(rl_config, tmp_path, monkeypatch, capsys):
+def _run_until(step: int, config, workdir: Path, monkeypatch) -> None:
+    """Interrupts a run after it has written the row of `step`, before it saves the checkpoint."""
+
+    class Interrupted(Progress):
+        def update(self, done, metrics):
+            super().update(done, metrics)
+            if done == step:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "Progress", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            rl.run(config, str(workdir))
+    assert len(_rows(workdir)) == step
+
+
+def _check_resumed(whole: Path, config, workdir: Path, monkeypatch, capsys) -> None:
+    """Checks that a run of two steps, interrupted in the second, equals the run in `whole`."""
+    _run_until(2, config, workdir, monkeypatch)
+    rl.run(config, str(workdir))
+    assert "resuming after step 1" in capsys.readouterr().out
+    assert [_without_clocks(r) for r in _rows(workdir)] == [
+        _without_clocks(r) for r in _rows(whole)
+    ]
+    policy = Path("policy", "model.safetensors")
+    assert (workdir / policy).read_bytes() == (whole / policy).read_bytes()
+
+
+def test_a_rollback_restores_the_best_checkpoint_and_resumes_bit_identically(
+    rl_config, tmp_path, monkeypatch, capsys
+):
+    """Every watch alarms at its second step, so the run rolls back at step 2 and stops at 4."""
     config = config_flags.load(str(rl_config))
-    config.update(dict(watch=dict(stop=True), eval=dict(every=3)))
-    config.checkpoint_every = 3
-    seen = []
+    config.update(dict(watch=dict(action="rollback", max_rollbacks=1), rl=dict(steps=5)))
 
     class Alarming(CollapseWatch):
+        seen = 0
+
         def update(self, metrics):
-            seen.append(dict(metrics))
+            self.seen += 1
             return super().update(metrics)
 
         def alarm(self):
-            return "WARNING: alarm" if len(seen) == 2 else None
+            return "WARNING: alarm" if self.seen == 2 else None
 
-    monkeypatch.setattr(rl, "CollapseWatch", Alarming)
-    with pytest.raises(UserError, match="stopped after step 2.*config.watch.stop=False"):
-        rl.run(config, str(tmp_path))
-    assert "step 2: WARNING: alarm" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    rows = _rows(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(run_monitor, "CollapseWatch", Alarming)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    with pytest.raises(UserError, match="stopped after step 4.*after 1 rollback.*action=log"):
+        rl.run(config, str(whole))
+    printed = capsys.readouterr().out
+    assert "step 2: WARNING: alarm" in printed and not (whole / "summary.json").exists()
+    best = int(re.search(r"rolled back to the checkpoint of step (\d)", printed)[1])
+    rows = _rows(whole)
+    assert [row["rollbacks"] for row in rows] == [0, 1, 1, 1]
+    scores = [0.0, rows[0]["eval/em"]]  # of the start and of step 1
+    assert best == scores.index(max(scores))
+    assert rows[2]["learning_rate"] == 0.5 * rows[best]["learning_rate"]
 
-    config.watch.stop = False
-    seen.clear()
-    rl.run(config, str(tmp_path))
-    assert seen[:2] == rows and len(seen) == 3  # the watch saw the earlier steps
-    assert [row["step"] for row in _rows(tmp_path)] == [1, 2, 3]
-    assert _rows(tmp_path)[:2] == rows
-    assert (tmp_path / "summary.json").exists()
+    _run_until(3, config, resumed, monkeypatch)
+    config.watch.action = "log"  # the second alarm no longer stops the run
+    rl.run(config, str(resumed))
+    assert [_without_clocks(r) for r in _rows(resumed)[:4]] == [_without_clocks(r) for r in rows]
+    assert [row["step"] for row in _rows(resumed)] == [1, 2, 3, 4, 5]
+    assert (resumed / "summary.json").exists()
 
 
 def _answered(number: int, answer: str) -> Trajectory:

@@ -17,9 +17,9 @@ from zerosearch_jax.models.transformer import abstract_model, init_params, param
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.config import LossConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
 from zerosearch_jax.training.policy_update import with_weights
 
 LOSS = Objective(LossConfig(clip_high=0.3, entropy=0.02), temperature=0.9)

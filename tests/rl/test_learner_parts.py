@@ -16,9 +16,10 @@ from zerosearch_jax.models.transformer import abstract_model, init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl import learner as learner_module
 from zerosearch_jax.rl.config import CriticConfig, KLConfig, LossConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec, TrainState
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
+from zerosearch_jax.rl.train_state import TrainState
 
 LENGTHS = (14, 9, 7, 11, 5, 12)
 LENGTH = 16
@@ -626,3 +627,15 @@ def test_first_moments_in_bfloat16_by_hand():
     plain = adamw(optax.constant_schedule(1.0), beta1=0.9, beta2=0.99, weight_decay=0.0,
                   clip_norm=1.0)  # fmt: skip
     assert optax.tree_utils.tree_get(plain.init(params), "mu")["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_rate_scale_is_a_factor_of_the_learning_rate_alone(scale):
+    """The factor has no effect on moments, counts or the clip of the gradient."""
+    optimizer = adam().optimizer
+    params, gradient = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3e-1, -2e1])}
+    state = optimizer.init(params)
+    plain, after = optimizer.update(gradient, state, params)
+    scaled, state = optimizer.update(gradient, state, params, rate_scale=jnp.float32(scale))
+    np.testing.assert_array_equal(scaled["w"], scale * plain["w"])
+    jax.tree.map(np.testing.assert_array_equal, state, after)

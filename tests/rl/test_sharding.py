@@ -14,9 +14,9 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.config import LossConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
 from zerosearch_jax.training.policy_update import with_weights
 
 OBJECTIVE = Objective(LossConfig(clip_high=0.3, entropy=0.02), temperature=0.9)

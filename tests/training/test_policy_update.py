@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from zerosearch_jax import config_flags
+from zerosearch_jax.data.packing import pack
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.text.actions import INVALID, Action
@@ -28,7 +29,7 @@ class RecordingLearner:
     def put(self, batch):
         return batch
 
-    def rl_step(self, state, batch, *, objective, kl_coef):
+    def rl_step(self, state, batch, *, objective, kl_coef, rate_scale):
         self.batches.append(batch)
         self.arguments.append((objective, kl_coef))
         skipped = len(self.batches) in self._skipped
@@ -86,11 +87,18 @@ def _of(batch, name: str) -> dict[int, np.ndarray]:
     return dict(zip(_numbers(batch), values, strict=True))
 
 
+def _packed(answers):
+    """Packs one episode per answer; "Chad" is correct."""
+    episodes = [_episode(i, answer=answer) for i, answer in enumerate(answers)]
+    return pack(sequences_of(episodes, "keep"), row_tokens=16, rows=2, microbatches=None)
+
+
 def test_a_steps_metrics_by_hand():
     updates = [
         {
             "skipped_updates": 0.0,
             "loss/total": 1.0,
+            "entropy": 1.0,
             "grad_norm": 2.0,
             "correct_loglik": NAN,
             "critic/value": NAN,
@@ -101,6 +109,7 @@ def test_a_steps_metrics_by_hand():
         {
             "skipped_updates": 1.0,
             "loss/total": NAN,
+            "entropy": 2.0,
             "grad_norm": float("inf"),
             "correct_loglik": -0.5,
             "critic/value": NAN,
@@ -111,6 +120,7 @@ def test_a_steps_metrics_by_hand():
         {
             "skipped_updates": 1.0,
             "loss/total": 4.0,
+            "entropy": 3.0,
             "grad_norm": 3.0,
             "correct_loglik": -0.25,
             "critic/value": -float("inf"),
@@ -119,18 +129,23 @@ def test_a_steps_metrics_by_hand():
             "sampler_logprob_diff_max": 9.0,
         },
     ]
-    assert combine(updates) == {
+    # Episodes of 4 policy tokens each: 2, 1 and 5 episodes, of which 2, 1 and 3 are correct.
+    batches = [
+        _packed(answers) for answers in (["Chad"] * 2, ["Chad"], ["Chad"] * 3 + ["Peru"] * 2)
+    ]
+    assert combine(updates, batches) == {
         "skipped_updates": 2.0,
         "loss/total": 2.5,
         "grad_norm": 2.5,
-        "correct_loglik": -0.375,
+        "entropy": (2 * 1.0 + 1 * 2.0 + 5 * 3.0) / 8,
+        "correct_loglik": (1 * -0.5 + 3 * -0.25) / 4,
         "some_max": 4.0,
         "sampler_logprob_diff_mean": 0.125,
         "sampler_logprob_diff_max": 0.5,
     }
     # A later update's value does not replace that of the first.
     updates[0]["sampler_logprob_diff_mean"] = NAN
-    assert "sampler_logprob_diff_mean" not in combine(updates)
+    assert "sampler_logprob_diff_mean" not in combine(updates, batches)
 
 
 @pytest.mark.parametrize("overlong", ["keep", "mask"])
@@ -154,7 +169,7 @@ def test_overlong_masks_only_episodes_that_ran_out_of_tokens(overlong):
 
 
 def test_every_epoch_updates_on_each_episode_once(config, tmp_path):
-    config.rl.update(dict(minibatches=2, epochs=2))
+    config.rl.update(dict(minibatch_episodes=6, epochs=2))
     trajectories = [_episode(i) for i in range(12)]
     rewards = np.tile(np.float32([1, 0]), (6, 1))
 
@@ -187,7 +202,7 @@ def test_later_epochs_take_their_columns_from_the_first(config, tmp_path):
     config.update(
         dict(
             advantage=dict(estimator="ppo"),
-            rl=dict(old_logprobs="learner", minibatches=2, epochs=2),
+            rl=dict(old_logprobs="learner", minibatch_episodes=4, epochs=2),
             kl=dict(coef=0.25),
         )
     )
@@ -206,19 +221,20 @@ def test_later_epochs_take_their_columns_from_the_first(config, tmp_path):
             np.testing.assert_array_equal(epochs[1][name][number], epochs[0][name][number])
 
 
-@pytest.mark.parametrize("minibatches", [1, 2, 4])
-def test_updates_have_one_shape_for_episodes_of_any_length(config, tmp_path, minibatches):
-    config.rl.minibatches = minibatches
+@pytest.mark.parametrize(("size", "updates"), [(0, 1), (3, 2), (2, 3), (4, 2), (5, 1)])
+def test_updates_have_one_shape_for_episodes_of_any_length(config, tmp_path, size, updates):
+    config.rl.minibatch_episodes = size
+    config.rollout.update(dict(questions_per_step=1, group_size=5))
     shapes = set()
     for step, lengths in enumerate([(1, 1, 1, 1, 1), (14, 14, 14, 14, 14), (1, 14, 2, 13, 7)]):
         learner = RecordingLearner()
         update_policy, _ = _updater(learner, config, tmp_path)
         trajectories = [_episode(i, tokens) for i, tokens in enumerate(lengths)]
         update_policy(0, trajectories, np.float32([[1, 0, 0, 1, 1]]), 0.0, step)
-        assert len(learner.batches) == minibatches
+        assert len(learner.batches) == updates
         shapes |= {batch.tokens.shape for batch in learner.batches}
     # In the worst case each episode fills a row. A microbatch has 2 rows.
-    assert shapes == {({1: 3, 2: 2, 4: 1}[minibatches], 2, 16)}
+    assert shapes == {({0: 3, 2: 1}.get(size, (size + 1) // 2), 2, 16)}
 
 
 def test_columns_hold_the_scores_of_their_models(config, tmp_path):
@@ -226,7 +242,7 @@ def test_columns_hold_the_scores_of_their_models(config, tmp_path):
         dict(
             rollout=dict(temperature=0.5),
             advantage=dict(estimator="ppo"),
-            rl=dict(old_logprobs="learner", minibatches=2),
+            rl=dict(old_logprobs="learner", minibatch_episodes=3),
             kl=dict(coef=0.25),
         )
     )
@@ -292,7 +308,7 @@ def test_a_masked_episodes_reward_still_counts_in_its_group(config, tmp_path):
 
 
 def test_updates_stop_once_the_limit_of_skipped_ones_is_reached(config, tmp_path):
-    config.rl.update(dict(minibatches=2, epochs=2))
+    config.rl.update(dict(minibatch_episodes=2, epochs=2))
     given = ([_episode(i) for i in range(4)], np.float32([[1, 0], [0, 1]]), 0.0, 6)
 
     learner = RecordingLearner(skipped={2, 3, 4})

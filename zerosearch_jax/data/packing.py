@@ -189,21 +189,23 @@ class Minibatches:
 
 def pack_minibatches(
     sequences: Sequence[TokenSequence],
-    count: int,
+    size: int,
     *,
     key: tuple[int, ...],
     row_tokens: int,
     rows: int,
 ) -> Minibatches:
-    """Packs sequences into `count` minibatches whose sizes differ by at most one sequence.
+    """Packs sequences into minibatches of `size` sequences; the last may have fewer.
 
-    All minibatches have the shape that fits their sequences at any length. Several minibatches
-    are a shuffle keyed by `key`; a single one keeps the order.
+    All minibatches have the shape that fits `size` sequences at any length. Several minibatches
+    are a shuffle keyed by `key`, which may separate the sequences of a group; a single one keeps
+    the order.
     """
     order = np.arange(len(sequences))
-    if count > 1:
+    if len(sequences) > size:
         order = np.random.default_rng(key).permutation(len(sequences))
-    parts = [np.sort(part) for part in np.array_split(order, count)]
+    starts = range(0, max(len(sequences), 1), size)
+    parts = [np.sort(order[start : start + size]) for start in starts]
     microbatches = -(-len(parts[0]) // rows)  # the first part is the largest
     batches = [
         pack(

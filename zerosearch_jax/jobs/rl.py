@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
-from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.errors import Terminated
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import summary, text_table
 from zerosearch_jax.files import write_json
@@ -33,13 +32,13 @@ from zerosearch_jax.parallel.processes import gather
 from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.curriculum import noise_probability
 from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.simulator import gate
-from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder, earlier_rows
@@ -49,12 +48,18 @@ from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.inputs import check_job
-from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.row_sampler import RowSampler
+from zerosearch_jax.training.run_monitor import Decision, RunMonitor
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
-from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
+from zerosearch_jax.training.train_state import (
+    export,
+    kept_step,
+    restore_kept,
+    resume,
+    roll_back,
+)
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
 
@@ -75,17 +80,15 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
-    kept = {"kl_coef": kl.coef, "skipped_in_a_row": 0}
-    state, first, kept = resume(checkpoints, learner, state, kept)
+    state, first, kept = resume(checkpoints, learner, state, {"kl_coef": kl.coef})
     kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
         keep_config(raw, workdir)
-    nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
-    update_policy = PolicyUpdater(learner, policy.params, config, nonfinite, parts.clock)
-    watch = CollapseWatch(window=config.watch.window)
-    for row in earlier_rows(workdir / "metrics.jsonl", first + 1):
-        watch.update(row)
+    monitor = RunMonitor(config, workdir, kept, earlier_rows(workdir / "metrics.jsonl", first + 1))
+    if config.watch.action == "rollback" and first == 0:  # before the first evaluation: EM 0
+        checkpoints.save(0, state, kept, score=0.0)
+    update_policy = PolicyUpdater(learner, policy.params, config, monitor.nonfinite, parts.clock)
     generator.warm_up([Sampling(config.rollout.temperature), GREEDY])
     profiler, timer = Profiler(profile_steps, workdir / "profile"), StepTimer()
     parts.clock.take()
@@ -96,54 +99,45 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         StopRequest() as stop,
     ):
         for step in range(first, config.rl.steps):
+            if monitor.decision is Decision.FINISH:
+                break
             done = step + 1
             with profiler.step(done):
-                p_noisy = step_noise(config, step)
-                with timer.section("weights"):
-                    generator.load(learner.policy(state))
                 try:
-                    with timer.section("rollout"):
-                        rollouts = collect(config, step, p_noisy, sampler, parts, timer, stop)
-                except Terminated:  # the state is that of the step before, which will be repeated
+                    rollouts = collect(config, step, sampler, parts, state, timer, stop)
+                except Terminated:  # the state is that of the last finished step
                     if step > first:
                         checkpoints.save(step, state, kept)
                     raise
                 trajectories, rewards = rollouts.selected()
-
                 with timer.section("learner"):
-                    state, metrics = update_policy(state, trajectories, rewards, kl_coef, step)
+                    state, metrics = update_policy(
+                        state, trajectories, rewards, kl_coef, step, monitor.rate_scale
+                    )
                 metrics |= episode_metrics(rollouts.trajectories) | rollouts.metrics()
-                metrics |= {"p_noisy": p_noisy, "kl_coef": kl_coef}
-                metrics["weights_bytes"] = generator.weight_bytes
+                metrics |= {"p_noisy": step_noise(config, step), "kl_coef": kl_coef}
                 kl_coef = next_kl_coef(kl, kl_coef, metrics, len(trajectories))
 
                 if done % config.eval.every == 0:
-                    with timer.section("eval"):
-                        generator.load(learner.policy(state))
-                        evaluated = evaluate(config, parts, eval_rows)
-                    metrics |= {f"eval/{k}": v for k, v in episode_metrics(evaluated).items()}
+                    metrics |= eval_metrics(config, parts, state, eval_rows, timer)
                     recorder.text(done, "trajectory", show(trajectories[0], policy.tokenizer))
 
-                metrics |= speed(timer.pop(), parts.clock.take(), rollouts) | watch.update(metrics)
-                # Metrics are written first: a run killed before its next checkpoint repeats
-                # these steps and replaces their rows.
+                metrics |= speed(timer.pop(), parts, rollouts)
+                metrics |= monitor.decide(metrics)
+                # Rows precede checkpoints: a killed run repeats steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
 
-                kept = {"kl_coef": kl_coef, "skipped_in_a_row": nonfinite.in_a_row}
+                kept, em = monitor.kept() | {"kl_coef": kl_coef}, metrics.get("eval/em")
+                if monitor.decision is Decision.ROLL_BACK:
+                    state, em = roll_back(checkpoints, learner), None
                 terminated = any(gather([stop.received]))  # all processes end after one step
-                em = metrics.get("eval/em")
-                stopping = nonfinite.limit_reached or (config.watch.stop and watch.alarm())
                 due = done % config.checkpoint_every == 0 or done == config.rl.steps
-                if due or stopping or terminated or checkpoints.improves(em):
+                due = due or terminated or monitor.decision is not Decision.CONTINUE
+                if due or checkpoints.improves(em):
                     with timer.section("checkpoint"):
                         checkpoints.save(done, state, kept, score=em)
-            if watch.alarm():
-                print(f"\nstep {done}: {watch.alarm()}", flush=True)
-            if nonfinite.limit_reached:
-                nonfinite.raise_error(step)
-            if stopping:
-                raise_collapse(done, workdir)
+            monitor.report(done)
             if terminated:
                 raise Terminated
 
@@ -155,7 +149,7 @@ class Parts:
     """Models and engines of a run.
 
     Attributes:
-      policy: the base policy, which is also the reference policy.
+      policy: the base policy, which is also the reference policy unless that moves.
       engine, eval_engine: search engines of training and evaluation; None without searches.
       clock: measures how long the devices are busy.
     """
@@ -204,7 +198,8 @@ def policy_and_learner(config: RLConfig, mesh: jax.sharding.Mesh) -> tuple[facto
         steps=config.rl.steps,
         critic=config.critic if config.advantage.estimator == "ppo" else None,
         lora=config.lora,
-        updates_per_step=config.rl.epochs * config.rl.minibatches,
+        updates_per_step=config.updates_per_step,
+        moving_reference=config.rl.refresh_reference > 0,
     )
     return policy, learner
 
@@ -285,24 +280,27 @@ def step_noise(config: RLConfig, step: int) -> float:
 def collect(
     config: RLConfig,
     step: int,
-    p_noisy: float,
     sampler: RowSampler,
     parts: Parts,
+    state: TrainState,
     timer: StepTimer,
     stop: StopRequest,
 ) -> StepRollouts:
-    """Runs the episodes of a step against the training engine."""
-    return run_step(
-        config,
-        step,
-        p_noisy,
-        sampler,
-        generator=parts.generator,
-        engine=parts.engine,
-        tokenizer=parts.policy.tokenizer,
-        searching=partial(timer.section, "search"),
-        stop=stop,
-    )
+    """Runs the episodes of a step, with the state's policy, against the training engine."""
+    with timer.section("weights"):
+        parts.generator.load(parts.learner.policy(state))
+    with timer.section("rollout"):
+        return run_step(
+            config,
+            step,
+            step_noise(config, step),
+            sampler,
+            generator=parts.generator,
+            engine=parts.engine,
+            tokenizer=parts.policy.tokenizer,
+            searching=partial(timer.section, "search"),
+            stop=stop,
+        )
 
 
 def evaluate(
@@ -328,25 +326,27 @@ def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes:
     )
 
 
-def speed(seconds: dict[str, float], busy_secs: float, rollouts: StepRollouts) -> dict[str, float]:
-    """Adds `host_share` and `tokens_per_sec` to the seconds of a step.
+def eval_metrics(
+    config: RLConfig, parts: Parts, state: TrainState, rows: Sequence[QARow], timer: StepTimer
+) -> dict[str, float]:
+    """Evaluates the state's policy; returns its metrics, named `eval/…`."""
+    with timer.section("eval"):
+        parts.generator.load(parts.learner.policy(state))
+        evaluated = evaluate(config, parts, rows)
+    return {f"eval/{name}": value for name, value in episode_metrics(evaluated).items()}
 
-    Args:
-      busy_secs: time in which the devices had work.
+
+def speed(seconds: dict[str, float], parts: Parts, rollouts: StepRollouts) -> dict[str, float]:
+    """Adds `host_share`, `tokens_per_sec` and `weights_bytes` to the seconds of a step.
+
+    Takes from the clock the time in which the devices had work since the last step.
     """
     tokens = sum(t.policy_tokens for t in rollouts.trajectories)
     return seconds | {
-        "host_share": 1.0 - min(1.0, busy_secs / seconds["seconds/step"]),
+        "host_share": 1.0 - min(1.0, parts.clock.take() / seconds["seconds/step"]),
         "tokens_per_sec": tokens / seconds["seconds/step"],
+        "weights_bytes": parts.generator.weight_bytes,
     }
-
-
-def raise_collapse(done: int, workdir: Path) -> NoReturn:
-    """Raises the UserError that ends a collapsing run after step `done`, counted from 1."""
-    raise UserError(
-        f"stopped after step {done}: the metrics show a collapse and config.watch.stop=True; the "
-        f"checkpoint and metrics.jsonl are in {workdir}. To continue: --config.watch.stop=False"
-    )
 
 
 def conclude(

@@ -31,7 +31,8 @@ from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.parallel.stop_request import StopRequest
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
@@ -97,7 +98,9 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             with profiler.step(done):
                 batch = batch_of(sampler.draw(step), config, microbatches)
                 state, metrics = learner.sft_step(state, learner.put(batch))
-                metrics = combine([{name: float(value) for name, value in metrics.items()}])
+                metrics = combine(
+                    [{name: float(value) for name, value in metrics.items()}], [batch]
+                )
                 nonfinite.record(step, 0, metrics["skipped_updates"] > 0, batch)
                 if done % config.sft.eval_every == 0 or done == config.sft.steps:
                     loss = float(learner.sft_loss(state, validation_batch))

@@ -8,7 +8,7 @@ This module knows packed arrays and parameters, but no text, rewards or engines.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,36 +29,10 @@ from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.rl.batch import LearnerBatch
 from zerosearch_jax.rl.logprobs import chunked_logprobs
 from zerosearch_jax.rl.objective import Objective, policy_terms, value_terms
+from zerosearch_jax.rl.optimizer import OptimizerSpec
+from zerosearch_jax.rl.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """Optimizer of the policy or of the critic, with the learning-rate schedule it follows."""
-
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Trainable parameters and optimizer states.
-
-    Attributes:
-      params: "policy" holds the float32 parameters, with layers stacked on the first axis, or only
-        the adapters under LoRA.
-        "critic", if there is one, holds the value head and, with `critic_trunk="own"`, a model.
-      opt_state: optimizer state under the same names.
-      step: `[]` int32, number of optimizer updates; skipped updates do not count.
-    """
-
-    params: dict[str, Any]
-    opt_state: dict[str, Any]
-    step: jax.Array
-
-
-jax.tree_util.register_dataclass(TrainState)
 
 
 class Learner:
@@ -72,6 +46,8 @@ class Learner:
         a value head on the policy, so that the value loss also trains the policy's layers.
       lora: None trains all parameters. Otherwise only adapters are trained. `base` holds the frozen
         parameters in `compute_dtype`; they are also the reference policy.
+      moving_reference: the state has a reference policy, which `refresh_reference` replaces. Not
+        with `lora`.
       compute_dtype: dtype of activations; trained parameters are float32.
       remat: a key of `models.transformer.REMAT_POLICIES`.
       logprob_chunk: number of positions per row whose logits are in memory at once.
@@ -86,6 +62,7 @@ class Learner:
         critic: OptimizerSpec | None = None,
         critic_trunk: str = "own",
         lora: lora_lib.LoRA | None = None,
+        moving_reference: bool = False,
         compute_dtype: Any = jnp.float32,
         remat: str = "none",
         logprob_chunk: int = 128,
@@ -96,6 +73,7 @@ class Learner:
         self.base: nnx.State | None = None
         self._specs = {"policy": policy} | ({"critic": critic} if critic else {})
         self._critic_trunk = critic_trunk
+        self._moving_reference = moving_reference
         self._compute_dtype = compute_dtype
         self._chunk = logprob_chunk
         attention = kernel_for(mesh.devices.flat[0], compute_dtype, config.head_dim)
@@ -111,6 +89,9 @@ class Learner:
         self._jitted_sft_loss = jax.jit(self._sft_eval)
         self._jitted_logprobs = jax.jit(self._all_logprobs, static_argnames="temperature")
         self._jitted_values = jax.jit(self._all_values)
+        self._copy = jax.jit(
+            lambda params: jax.tree.map(jnp.copy, params), out_shardings=self.params_shardings
+        )
         self._merge = jax.jit(
             partial(lora_lib.merge, options=lora), out_shardings=self.params_shardings
         )
@@ -131,7 +112,13 @@ class Learner:
             lambda params: self._init_state(jax.tree.map(jnp.copy, params), jax.random.key(seed)),
             out_shardings=self.state_shardings,
         )
-        return fresh(jax.device_put(params, self.params_shardings))
+        state = fresh(jax.device_put(params, self.params_shardings))
+        # The first refresh compiles its copy, so that later ones compile nothing.
+        return self.refresh_reference(state) if self._moving_reference else state
+
+    def refresh_reference(self, state: TrainState) -> TrainState:
+        """Returns the state with a copy of the policy as its reference policy."""
+        return replace(state, reference=self._copy(state.params["policy"]))
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""
@@ -198,26 +185,33 @@ class Learner:
         return self._jitted_values(state.params, self.base, batch)
 
     def rl_step(
-        self, state: TrainState, batch: LearnerBatch, *, objective: Objective, kl_coef: float
+        self,
+        state: TrainState,
+        batch: LearnerBatch,
+        *,
+        objective: Objective,
+        kl_coef: float,
+        rate_scale: float = 1.0,
     ) -> tuple[TrainState, Metrics]:
         """Updates the policy, and the critic if there is one; `state` is donated.
 
         Args:
           batch: from `put`, with the columns that `policy_terms` and `value_terms` read.
           kl_coef: weight of the KL term, read if `objective.kl.apply_to` is "loss".
+          rate_scale: factor of all learning rates, for optimizers that take it (`adamw`).
         """
-        return self._jitted_rl_step(
-            state, self.base, batch, np.float32(kl_coef), objective=objective
-        )
+        scalars = np.float32(kl_coef), np.float32(rate_scale)
+        return self._jitted_rl_step(state, self.base, batch, *scalars, objective=objective)
 
     def lower_rl_step(self, batch: LearnerBatch, objective: Objective) -> jax.stages.Lowered:
         """Lowers `rl_step` for the shapes of `batch`, without arrays or devices."""
-        kl_coef = jax.ShapeDtypeStruct((), jnp.float32)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
         return self._jitted_rl_step.lower(
             self.abstract_state(),
             self.abstract_reference() if self.lora else None,
             batch,
-            kl_coef,
+            scalar,
+            scalar,
             objective=objective,
         )
 
@@ -247,7 +241,8 @@ class Learner:
             if self._critic_trunk == "own":
                 start["critic"]["trunk"] = jax.tree.map(jnp.copy, params)
         opt_state = {name: spec.optimizer.init(start[name]) for name, spec in self._specs.items()}
-        return TrainState(start, opt_state, jnp.int32(0))
+        reference = jax.tree.map(jnp.copy, params) if self._moving_reference else None
+        return TrainState(start, opt_state, jnp.int32(0), reference)
 
     def _state_shapes(self) -> TrainState:
         return jax.eval_shape(self._init_state, self._abstract, jax.random.key(0))
@@ -273,7 +268,8 @@ class Learner:
             )
             for name, spec in self._specs.items()
         }
-        return TrainState(params, opt_state, replicated)
+        reference = self.params_shardings if self._moving_reference else None
+        return TrainState(params, opt_state, replicated, reference)
 
     def _policy_tree(self, policy: Any, base: nnx.State | None) -> nnx.State:
         return policy if self.lora is None else lora_lib.adapted(base, policy, self.lora)
@@ -354,7 +350,7 @@ class Learner:
         return lax.fori_loop(0, batch.num_microbatches, add, zeros)
 
     def _update(
-        self, state: TrainState, grads: dict, loss: jax.Array
+        self, state: TrainState, grads: dict, loss: jax.Array, rate_scale: Any = 1.0
     ) -> tuple[TrainState, Metrics]:
         """Applies the optimizers; returns the old state if `loss` or a gradient is not finite."""
         params, opt_state, metrics = {}, {}, {}
@@ -362,14 +358,15 @@ class Learner:
         for name, spec in self._specs.items():
             norm = optax.tree_utils.tree_norm(grads[name])
             finite &= jnp.isfinite(norm)
-            updates, opt_state[name] = spec.optimizer.update(
-                grads[name], state.opt_state[name], state.params[name]
+            optimizer = optax.with_extra_args_support(spec.optimizer)
+            updates, opt_state[name] = optimizer.update(
+                grads[name], state.opt_state[name], state.params[name], rate_scale=rate_scale
             )
             params[name] = optax.apply_updates(state.params[name], updates)
             prefix = "" if name == "policy" else f"{name}/"
             metrics[f"{prefix}grad_norm"] = norm
-            metrics[f"{prefix}learning_rate"] = spec.schedule(state.step)
-        updated = TrainState(params, opt_state, state.step + 1)
+            metrics[f"{prefix}learning_rate"] = rate_scale * spec.schedule(state.step)
+        updated = TrainState(params, opt_state, state.step + 1, state.reference)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return kept, metrics | {"skipped_updates": 1.0 - finite.astype(jnp.float32)}
 
@@ -379,6 +376,7 @@ class Learner:
         base: nnx.State | None,
         batch: LearnerBatch,
         kl_coef: jax.Array,
+        rate_scale: jax.Array,
         *,
         objective: Objective,
     ) -> tuple[TrainState, Metrics]:
@@ -395,7 +393,7 @@ class Learner:
             return total, sums | {"loss/total": total}
 
         grads, sums = self._accumulate(numerators, state.params, batch)
-        state, metrics = self._update(state, grads, sums["loss/total"])
+        state, metrics = self._update(state, grads, sums["loss/total"], rate_scale)
         # NaN if no episode of the batch is correct; callers drop NaNs.
         metrics["correct_loglik"] = sums.pop("correct_loglik") / sums.pop("correct_tokens")
         tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)

@@ -1,5 +1,6 @@
 """The optimizer and its learning-rate schedule, built with optax."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -7,6 +8,14 @@ import jax.numpy as jnp
 import optax
 
 UNDECAYED = ("norm", "bias")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Optimizer of the policy or of the critic, with the learning-rate schedule it follows."""
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
 
 
 def warmup_cosine(
@@ -35,8 +44,10 @@ def adamw(
     weight_decay: float,
     clip_norm: float,
     moment_dtype: Any = jnp.float32,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Returns global-norm clipping followed by AdamW, without decay of norms and biases.
+
+    Its `update` takes `rate_scale`, a factor of the learning rate. 1.0 changes no bit.
 
     Args:
       moment_dtype: dtype of the first moment. bfloat16 saves two bytes per parameter and also
@@ -50,14 +61,20 @@ def adamw(
             params,
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(
-            schedule,
-            b1=beta1,
-            b2=beta2,
-            weight_decay=weight_decay,
-            mask=decayed,
-            mu_dtype=moment_dtype,
-        ),
-    )
+    def scaled(rate_scale: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(clip_norm),
+            optax.adamw(
+                lambda count: rate_scale * schedule(count),
+                b1=beta1,
+                b2=beta2,
+                weight_decay=weight_decay,
+                mask=decayed,
+                mu_dtype=moment_dtype,
+            ),
+        )
+
+    def update(grads, state, params=None, *, rate_scale=1.0, **_):
+        return scaled(rate_scale).update(grads, state, params)
+
+    return optax.GradientTransformationExtraArgs(scaled(1.0).init, update)

@@ -39,6 +39,7 @@ from zerosearch_jax.training.sections import (
 
 OLD_LOGPROBS = ("sampler", "learner")
 OVERLONG = ("keep", "mask")
+WATCH_ACTIONS = ("log", "stop", "rollback")
 # The next two repeat names of modules that import jax; a test compares them.
 REMAT = ("none", "dots", "full")
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -127,15 +128,29 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class PlateauConfig:
+    """End of training before `rl.steps`, when the evaluations no longer improve."""
+
+    patience: CountOrZero
+    """Number of evaluations in a row without a gain in `eval/em` that ends training. The run then
+    exports and evaluates its last policy. 0 runs all steps."""
+    min_gain: Share
+    """An evaluation is a gain if its `eval/em` exceeds the best one by more than this."""
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """Training steps, and the updates per step."""
 
     steps: Count
-    """Training steps."""
+    """Training steps, at most: `stop_when` may end training earlier. The curriculum spans all of
+    them."""
+    stop_when: PlateauConfig
     epochs: Annotated[int, Range(1, 1000)]
     """Passes over the episodes of a step."""
-    minibatches: Rows
-    """Updates per pass. The episodes are split evenly over them."""
+    minibatch_episodes: CountOrZero
+    """Episodes per update. The last update of a pass may have fewer. 0 makes one update per pass,
+    on all episodes of the step."""
     old_logprobs: str
     """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
     `learner` before a step's first update."""
@@ -143,6 +158,9 @@ class UpdateConfig:
     """`mask` excludes truncated episodes from the loss (DAPO): the last turn was cut at
     rollout.response_tokens or the slot's end, or an observation did not fit the slot. `keep` trains
     on them."""
+    refresh_reference: CountOrZero
+    """Steps after which the current policy becomes the reference policy of the KL. Checkpoints then
+    hold the reference, too. 0 keeps the start policy."""
     document_mask: bool
     """True trains only on sampled tokens. False also trains on text inserted after the prompt, for
     Search-R1's ablation."""
@@ -181,10 +199,19 @@ class WatchConfig:
 
     window: Count
     """Steps per window. The collapse signals compare the newest window with earlier ones."""
-    stop: bool
-    """Save a checkpoint and stop when the metrics show a collapse. False only prints a warning."""
+    action: str
+    """Reaction to metrics that show a collapse. `log` prints a warning. `stop` also saves a
+    checkpoint and stops. `rollback` continues from the checkpoint with the best `eval/em`, or from
+    the start policy before the first evaluation, with lower learning rates."""
+    rollback_rate_factor: Annotated[float, Range(0, 1, open_low=True)]
+    """Factor of all learning rates at each rollback."""
+    max_rollbacks: Count
+    """Most rollbacks of a run. The next collapse stops it."""
     nonfinite_limit: Count
     """Number of consecutive skipped non-finite updates that stops the run."""
+
+    def __post_init__(self):
+        check_choice("watch.action", self.action, WATCH_ACTIONS)
 
 
 @dataclass(frozen=True)
@@ -282,3 +309,18 @@ class RLConfig:
     watch: WatchConfig
     learner: LearnerConfig
     eval: EvalConfig
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Episodes that a step trains on."""
+        return self.rollout.questions_per_step * self.rollout.group_size
+
+    @property
+    def episodes_per_update(self) -> int:
+        """Episodes of every update but the last of a pass, which may have fewer."""
+        return self.rl.minibatch_episodes or self.episodes_per_step
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of a step, over all passes."""
+        return self.rl.epochs * -(-self.episodes_per_step // self.episodes_per_update)

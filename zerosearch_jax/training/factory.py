@@ -24,8 +24,8 @@ from zerosearch_jax.models.weights import load_params
 from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.mesh import local_meshes, make_mesh
 from zerosearch_jax.rl.config import CriticConfig, OptimizerConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchEngine
@@ -249,6 +249,7 @@ def make_learner(
     critic: CriticConfig | None = None,
     lora: LoraConfig | None = None,
     updates_per_step: int = 1,
+    moving_reference: bool = False,
 ) -> Learner:
     """Builds a learner with AdamW and warm-up, and with adapters if `lora.rank` is above 0.
 
@@ -257,6 +258,7 @@ def make_learner(
         warm-up.
       steps: training steps of the run, the length of a schedule with `schedule_steps` 0.
       updates_per_step: optimizer updates per training step. Schedules are given in training steps.
+      moving_reference: keep the reference policy in the training state.
     """
     optimizer = replace(optimizer, schedule_steps=optimizer.schedule_steps or steps)
     specs = {"policy": optimizer_spec(optimizer, updates_per_step)}
@@ -274,6 +276,7 @@ def make_learner(
         **specs,
         critic_trunk=critic.trunk if critic is not None else "own",
         lora=adapters,
+        moving_reference=moving_reference,
         compute_dtype=dtype_of(learner.compute_dtype),
         remat=learner.remat,
         logprob_chunk=learner.logprob_chunk,

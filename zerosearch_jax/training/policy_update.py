@@ -18,13 +18,17 @@ from zerosearch_jax.parallel.device_clock import DeviceClock
 from zerosearch_jax.parallel.processes import to_host
 from zerosearch_jax.rl import advantages, losses
 from zerosearch_jax.rl.config import BY_TOKEN, AdvantageConfig, KLConfig
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
+from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 
+# A step's metrics with these endings, and its losses, are plain means over its updates. All others
+# are means over tokens, so an update counts by its tokens.
+BY_UPDATE = ("grad_norm", "learning_rate")
 # After a step's first update the policy differs from the sampler by design, so these metrics come
 # from the first update only.
 FIRST_UPDATE_METRICS = ("sampler_logprob_diff_mean", "sampler_logprob_diff_max")
@@ -34,7 +38,7 @@ class PolicyUpdater:
     """Updates a training state on the episodes of one step.
 
     Args:
-      reference: parameters of the frozen reference policy.
+      reference: parameters of the reference policy, unless the training state has one.
       nonfinite: counts skipped updates; no update follows once its limit is reached.
     """
 
@@ -60,8 +64,11 @@ class PolicyUpdater:
         rewards: np.ndarray,
         kl_coef: float,
         step: int,
+        rate_scale: float = 1.0,
     ) -> tuple[TrainState, dict[str, float]]:
         """Makes all updates of training step `step` (from 0); `state` is donated.
+
+        After every `rl.refresh_reference` steps the policy becomes the reference policy.
 
         The episodes are packed once per epoch. Log-probs, values and advantages are columns of the
         first epoch's minibatches, computed before the first update. A later epoch shuffles the
@@ -70,6 +77,7 @@ class PolicyUpdater:
         Args:
           trajectories: Q·G episodes, group by group.
           rewards: `[Q, G]` rewards of these episodes.
+          rate_scale: factor of all learning rates.
 
         Returns:
           The state, and the step's metrics (see `combine`).
@@ -83,7 +91,7 @@ class PolicyUpdater:
         first, metrics = with_advantages(
             first, rewards, self._config.advantage, self._config.kl, kl_coef
         )
-        updates = []
+        updates, batches = [], []
         for epoch in range(rl.epochs):
             minibatches = first
             if epoch > 0:
@@ -94,18 +102,25 @@ class PolicyUpdater:
                 batch = with_weights(batch, loss.aggregate, loss.fixed_tokens)
                 with self._clock.working():
                     state, update = self._learner.rl_step(
-                        state, self._learner.put(batch), objective=self._objective, kl_coef=kl_coef
+                        state,
+                        self._learner.put(batch),
+                        objective=self._objective,
+                        kl_coef=kl_coef,
+                        rate_scale=rate_scale,
                     )
                     update = {name: float(value) for name, value in update.items()}
                 self._nonfinite.record(step, len(updates), update["skipped_updates"] > 0, batch)
                 updates.append(update)
-        return state, metrics | combine(updates)
+                batches.append(batch)
+        if rl.refresh_reference and (step + 1) % rl.refresh_reference == 0:
+            state = self._learner.refresh_reference(state)
+        return state, metrics | combine(updates, batches)
 
     def _pack(self, sequences: Sequence[TokenSequence], step: int, epoch: int) -> Minibatches:
         config = self._config
         return pack_minibatches(
             sequences,
-            config.rl.minibatches,
+            config.episodes_per_update,
             key=(config.seed, step, epoch),
             row_tokens=config.learner.row_tokens,
             rows=config.learner.rows,
@@ -118,7 +133,9 @@ class PolicyUpdater:
         if config.rl.old_logprobs == "learner":
             scores["old_logprobs"] = lambda b: learner.policy_logprobs(state, b, temperature)
         if config.kl.coef:
-            scores["ref_logprobs"] = lambda b: learner.logprobs(self._reference, b, temperature)
+            moving = config.rl.refresh_reference > 0
+            reference = state.reference if moving else self._reference
+            scores["ref_logprobs"] = lambda b: learner.logprobs(reference, b, temperature)
         if config.advantage.estimator == "ppo":
             scores["values"] = lambda b: learner.values(state, b)
         if not scores:
@@ -223,20 +240,36 @@ def with_weights(batch: PackedBatch, aggregate: str, fixed_tokens: int) -> Packe
     return batch.with_columns(weights=batch.spread(np.asarray(weights)))
 
 
-def combine(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+def combine(
+    updates: Sequence[dict[str, float]], batches: Sequence[PackedBatch]
+) -> dict[str, float]:
     """Returns a step's metrics from its updates' metrics.
 
-    Skipped updates are added up, names that end in "_max" take the maximum, all others the mean.
-    Non-finite values, such as `correct_loglik` without a correct episode, are dropped.
-    `FIRST_UPDATE_METRICS` come from the first update alone.
+    Skipped updates are added up. Names that end in "_max" take the maximum. Losses and `BY_UPDATE`
+    take the mean over updates, all others the mean over tokens: the correct episodes' tokens for
+    `correct_loglik`, else the policy's. Non-finite values, such as `correct_loglik` without a
+    correct episode, are dropped. `FIRST_UPDATE_METRICS` come from the first update alone.
+
+    Args:
+      batches: the minibatch of each update.
     """
     metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
     for name in updates[0].keys() - metrics.keys():
-        counted = updates[:1] if name in FIRST_UPDATE_METRICS else updates
-        values = [update[name] for update in counted if np.isfinite(update[name])]
-        if values:
-            metrics[name] = max(values) if name.endswith("_max") else float(np.mean(values))
+        last = 1 if name in FIRST_UPDATE_METRICS else len(updates)
+        finite = [i for i, update in enumerate(updates[:last]) if np.isfinite(update[name])]
+        values, weights = np.array([updates[i][name] for i in finite]), np.ones(len(finite))
+        if not (name.startswith("loss/") or name.endswith(BY_UPDATE)):
+            weights = np.array([_tokens(batches[i], name == "correct_loglik") for i in finite])
+        if finite:
+            largest = name.endswith("_max")
+            metrics[name] = float(max(values) if largest else values @ (weights / weights.sum()))
     return metrics
+
+
+def _tokens(batch: PackedBatch, correct: bool) -> float:
+    """Returns the number of policy tokens, or of those in correct episodes, at least 1."""
+    trained = batch.mask > 0
+    return max(1.0, float(np.sum(trained * batch.columns["correct"] if correct else trained)))
 
 
 def objective_of(config: RLConfig) -> Objective:

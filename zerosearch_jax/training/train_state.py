@@ -11,7 +11,8 @@ from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.errors import UserError, named_disk_errors
 from zerosearch_jax.models.lora import save_adapters
 from zerosearch_jax.models.weights import save_params
-from zerosearch_jax.rl.learner import Learner, TrainState
+from zerosearch_jax.rl.learner import Learner
+from zerosearch_jax.rl.train_state import TrainState
 
 
 def resume(
@@ -60,6 +61,14 @@ def restore_kept(directory: Path, step: int, abstract: Any) -> Any:
     """Restores a checkpoint without changing its directory; raises as `Checkpoints.restore`."""
     with Checkpoints(directory, read_only=True) as checkpoints:
         return checkpoints.restore(step, abstract)[0]
+
+
+def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
+    """Restores the state with the best score, or the newest one if none has a score."""
+    best = checkpoints.best_step()
+    state, _ = checkpoints.restore(best, learner.abstract_state())
+    print(f"\nrolled back to the checkpoint of step {best}", flush=True)
+    return state
 
 
 def export(

@@ -129,7 +129,7 @@ def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
 def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
     """Rules on the loss, the KL penalty, the updates of a step and the critic."""
     rl, loss, kl, estimator = config.rl, config.loss, config.kl, config.advantage.estimator
-    episodes = config.rollout.questions_per_step * config.rollout.group_size
+    episodes = config.episodes_per_step
     return (
         (
             loss.surrogate == "sequence" and estimator in BY_TOKEN,
@@ -147,13 +147,21 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
             "rl.old_logprobs=learner",
         ),
         (
-            rl.minibatches > episodes,
-            f"rl.minibatches={rl.minibatches} must be at most the {episodes} episodes of a step",
+            rl.minibatch_episodes > episodes,
+            f"rl.minibatch_episodes={rl.minibatch_episodes} is more than the {episodes} episodes "
+            "of a step; lower it, or set it to 0 for one update per pass",
         ),
         (
-            loss.llds != 0 and rl.epochs * rl.minibatches == 1,
+            loss.llds != 0 and config.updates_per_step == 1,
             "loss.llds compares with the log-probs before a step's first update, so with one "
-            "update per step it is always 0; raise rl.minibatches or rl.epochs",
+            "update per step it is always 0; set rl.minibatch_episodes to fewer than the "
+            f"{episodes} episodes of a step, or raise rl.epochs",
+        ),
+        (
+            rl.refresh_reference > 0 and (config.lora.rank > 0 or kl.coef == 0),
+            f"rl.refresh_reference={rl.refresh_reference} moves the reference policy of the KL; it "
+            "requires kl.coef above 0, and lora.rank=0, because the reference of adapters is the "
+            "model without them; set rl.refresh_reference=0 or change those",
         ),
         (
             config.lora.rank > 0 and estimator == "ppo" and config.critic.trunk == "own",
