@@ -188,6 +188,35 @@ def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_pa
     assert (tmp_path / "pairs.jsonl").read_bytes() == (finished / "pairs.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("agent", r"config.policy.model \(content\)="),
+        ("question", "question of episode q1#0 has changed"),
+        ("episodes", r"labels\.jsonl labels the searches of episodes that are gone"),
+    ],
+)
+def test_records_of_other_content_are_refused(
+    config, finished, markov_model, questions, tmp_path, change, message
+):
+    """The paths are those of the finished run; a changed file behind one is found by content."""
+    for name in ("episodes", "labels"):
+        for suffix in (".jsonl", ".settings.json"):
+            (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
+    if change == "episodes":
+        (tmp_path / "episodes.jsonl").unlink()
+    copied = {"agent": markov_model / "tokenizer.json", "question": questions}.get(change)
+    before = copied.read_text() if copied else ""
+    try:
+        if copied:
+            copied.write_text(before.replace("number 1?", "number one?") + "\n")
+        with pytest.raises(UserError, match=message):
+            collect.run(config, str(tmp_path))
+    finally:
+        if copied:
+            copied.write_text(before)
+
+
 def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, tmp_path):
     for name in FILES[:2]:
         (tmp_path / name).write_bytes((finished / name).read_bytes())

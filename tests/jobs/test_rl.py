@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,12 +21,14 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.text.actions import Action
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
+from zerosearch_jax.training.no_signal import Notices
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, episodes_of
 from zerosearch_jax.training.validate import check
@@ -76,7 +80,7 @@ def test_summary_holds_the_documented_keys(finished):
     workdir, _ = finished
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() == {
-        "base", "trained", "no_search", "steps", "seconds", "engine", "split",
+        "base", "trained", "no_search", "steps", "training_seconds", "engine", "split",
     }  # fmt: skip
     for name in ("base", "trained", "no_search"):
         assert {"em", "f1"} <= summary[name].keys()
@@ -155,7 +159,55 @@ def test_resume_after_sigkill_is_bit_identical(finished, rl_config, tmp_path):
         _without_clocks(r) for r in _rows(whole)
     ]
     summaries = [json.loads((d / "summary.json").read_text()) for d in (tmp_path, whole)]
-    assert len({json.dumps(s | {"seconds": 0}) for s in summaries}) == 1
+    assert len({json.dumps(s | {"training_seconds": 0}) for s in summaries}) == 1
+
+
+def _conclude(rl_config, workdir, monkeypatch, steps: int, failure: str = "") -> dict | None:
+    """Runs `conclude` with given episodes; returns the summary."""
+    episode = Trajectory(Episode(0, "Who?", ("Ada",)), finish="answer")
+    request = SearchRequest(0, 0, "Ada", "Who?", ("Ada",))
+    episode.searches.append((request, SearchResult(request.key, (), failure)))
+    monkeypatch.setattr(rl, "evaluate", lambda *_, **__: [episode])
+    monkeypatch.setattr(rl, "load_qa", lambda *_: [QARow("q", "Who?", ("Ada",), "test")])
+    monkeypatch.setattr(rl, "export", lambda *_: None)
+    generator = SimpleNamespace(load=lambda params: None)
+    policy = SimpleNamespace(tokenizer=None, params=None)
+    parts = rl.Parts(policy, generator, None, None, None, None, Notices())
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))  # rl.steps=3
+    rl.conclude(config, workdir, parts, None, steps)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_the_summary_has_the_steps_and_seconds_of_all_calls(
+    rl_config, tmp_path, monkeypatch, capsys
+):
+    rows = [{"step": step, "seconds/step": 2.0} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = _conclude(rl_config, tmp_path, monkeypatch, steps=8)
+    assert (summary["steps"], summary["training_seconds"]) == (8, 16.0)
+    assert "has 8 training steps; config.rl.steps=3" in capsys.readouterr().out
+
+
+def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="base policy: 1 of 1 searches failed.*HTTP 401"):
+        _conclude(rl_config, tmp_path, monkeypatch, steps=3, failure="HTTP 401")
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_another_base_model_is_refused_and_other_inputs_are_warned_about(
+    finished, rl_config, markov_model, tmp_path
+):
+    workdir, other = finished[0], tmp_path / "other"
+    shutil.copytree(markov_model, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    config = config_flags.load(str(rl_config))
+    files = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    config.policy.model = str(other)
+    with pytest.raises(UserError, match=f"{markov_model} .*{other}.*another --workdir"):
+        rl.run(config, str(workdir))
+    assert files == {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    kept = json.loads((workdir / "config.json").read_text())["contents"]
+    assert all(kept[name] for name in ("policy.model", "search", "training questions"))
 
 
 def _rows_of_questions(n: int) -> list[QARow]:

@@ -4,7 +4,9 @@ Finished runs are skipped, interrupted runs resume.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -15,30 +17,27 @@ from zerosearch_jax.evaluation.summary import text_table
 from zerosearch_jax.experiments.config import AlgorithmsConfig
 from zerosearch_jax.files import write_json
 from zerosearch_jax.jobs import rl
+from zerosearch_jax.training.workdir import check_workdir
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes one run per name in `config.configs` to `workdir/NAME`, and `algorithms.json`.
 
     Raises:
-      UserError: a config has another number of episodes per step, or `workdir` holds a run with
-        another number of steps.
+      UserError: a config has another number of episodes per step, or `workdir` holds a finished
+        run with another config.
     """
     config = config_flags.typed(AlgorithmsConfig, config)
     summaries = {}
     for name, run_config in {name: algorithm_run(config, name) for name in config.configs}.items():
         summary = Path(workdir) / name / "summary.json"
-        if not summary.exists():
+        if summary.exists():
+            check_same(check_workdir(summary.parent), run_config, summary.parent)
+        else:
             print(f"\n==== {name}", flush=True)
             rl.run(run_config, str(summary.parent))
             jax.clear_caches()  # The next algorithm compiles different programs.
         summaries[name] = json.loads(summary.read_text())
-        steps = summaries[name]["steps"]
-        if steps != config.steps:
-            raise UserError(
-                f"{summary.parent} has {steps} training steps, config.steps is {config.steps}; "
-                "use another --workdir or remove this directory"
-            )
     first = next(iter(summaries.values()))
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}
@@ -47,6 +46,21 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "algorithms.json"
     write_json(path, summaries)
     print(f"written to {path}")
+
+
+def check_same(before: Mapping[str, Any] | None, run_config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError if the finished run in `workdir` had another config.
+
+    Args:
+      before: content of its config.json.
+    """
+    now = json.loads(json.dumps(run_config.to_dict()))
+    of_run = {key: value for key, value in (before or {}).items() if key in now}
+    if differences := config_flags.differences(of_run, now):
+        raise UserError(
+            f"{workdir} holds a run with another config.{differences[0]}; use another --workdir or "
+            "remove this directory"
+        )
 
 
 def algorithm_run(config: AlgorithmsConfig, name: str) -> ConfigDict:

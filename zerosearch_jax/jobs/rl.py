@@ -6,7 +6,6 @@ policy are evaluated on held-out questions with a real engine.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import run_method
-from zerosearch_jax.evaluation.summary import summary, text_table
+from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
 from zerosearch_jax.files import write_json
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
@@ -46,6 +45,13 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
+from zerosearch_jax.training.fingerprints import (
+    check_base,
+    engine_sha256,
+    model_sha256,
+    rows_sha256,
+)
+from zerosearch_jax.training.no_signal import Notices, no_signal, unanswered
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
 from zerosearch_jax.training.row_sampler import RowSampler
@@ -62,13 +68,14 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
       profile_steps: numbers of the steps to profile, counted from 1; traces go to
         `workdir/profile`.
     """
-    began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
+    raw, config = config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check(config)
-    check_workdir(workdir)
     check_simulator(config)
     sampler, eval_rows = load_questions(config)
+    contents = input_contents(config, sampler.rows, eval_rows)
+    check_base(workdir, check_workdir(workdir), config.policy.model, contents["policy.model"])
     parts, state = build(config)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -77,7 +84,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
-        keep_config(raw, workdir)
+        keep_config(config_flags.plain(raw) | {"contents": contents}, workdir)
     nonfinite = NonFiniteCounter(workdir, config.watch.nonfinite_limit, kept["skipped_in_a_row"])
     update_policy = PolicyUpdater(learner, policy.params, config, nonfinite, parts.clock)
     watch = CollapseWatch(window=config.watch.window)
@@ -133,7 +140,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if stopping:
                 raise_collapse(done, workdir)
 
-    conclude(config, workdir, parts, state, began)
+    conclude(config, workdir, parts, state, checkpoints.latest_step() or 0)
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ class Parts:
       policy: the base policy, which is also the reference policy.
       engine, eval_engine: search engines of training and evaluation; None without searches.
       clock: measures how long the devices are busy.
+      notices: explains steps and evaluations without a signal.
     """
 
     policy: factory.Model
@@ -152,6 +160,7 @@ class Parts:
     engine: SearchEngine | None
     eval_engine: SearchEngine | None
     clock: DeviceClock
+    notices: Notices
 
 
 def build(config: RLConfig) -> tuple[Parts, TrainState]:
@@ -181,7 +190,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     state = learner.init(policy.params, config.seed)
     if learner.base is not None:  # under LoRA the reference is the model without its adapters
         policy = replace(policy, params=learner.base)
-    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+    return Parts(policy, generator, learner, engine, eval_engine, clock, Notices()), state
 
 
 def check_simulator(config: RLConfig) -> None:
@@ -204,6 +213,19 @@ def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow]]:
     return sampler, load_qa(data.eval_source, data.eval_split, config.eval.questions)
 
 
+def input_contents(
+    config: RLConfig, train_rows: Sequence[QARow], eval_rows: Sequence[QARow]
+) -> dict[str, str]:
+    """Returns the fingerprints of the run's inputs. A resumed run compares them with its own."""
+    return {
+        "policy.model": model_sha256(config.policy.model),
+        "search": engine_sha256(config.search),
+        "eval.search": engine_sha256(config.eval.search),
+        "training questions": rows_sha256(train_rows),
+        "evaluation questions": rows_sha256(eval_rows),
+    }
+
+
 def step_noise(config: RLConfig, step: int) -> float:
     """Returns the noise probability of a step, from `curriculum.start` to `curriculum.end`."""
     return noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
@@ -218,7 +240,7 @@ def collect(
     timer: StepTimer,
 ) -> StepRollouts:
     """Runs the episodes of a step against the training engine."""
-    return run_step(
+    rollouts = run_step(
         config,
         step,
         p_noisy,
@@ -228,13 +250,16 @@ def collect(
         tokenizer=parts.policy.tokenizer,
         searching=partial(timer.section, "search"),
     )
+    reason = no_signal(config, episode_metrics(rollouts.trajectories), rollouts.selected()[1])
+    parts.notices.show(f"step {step + 1} teaches nothing", reason)
+    return rollouts
 
 
 def evaluate(
     config: RLConfig, parts: Parts, rows: Sequence[QARow], method: str = "search"
 ) -> list[Trajectory]:
     """Runs greedy episodes of the loaded policy with the evaluation engine."""
-    return run_method(
+    trajectories = run_method(
         method,
         parts.generator,
         parts.eval_engine,
@@ -242,6 +267,11 @@ def evaluate(
         rows,
         limits=limits_of(config.rollout),
     )
+    reason = unanswered(episode_metrics(trajectories), "rollout")
+    if trouble := search_failures(trajectories, config.eval.max_failed_searches):
+        reason = "failed searches", f"{trouble}; its scores are no result; fix config.eval.search"
+    parts.notices.show("evaluation", reason)
+    return trajectories
 
 
 def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
@@ -274,9 +304,7 @@ def raise_collapse(done: int, workdir: Path) -> NoReturn:
     )
 
 
-def conclude(
-    config: RLConfig, workdir: Path, parts: Parts, state: TrainState, began: float
-) -> None:
+def conclude(config: RLConfig, workdir: Path, parts: Parts, state: TrainState, steps: int) -> None:
     """Exports the trained policy and evaluates the base policy and the trained policy.
 
     The trained policy is also evaluated without search.
@@ -286,8 +314,13 @@ def conclude(
     `summary.json`.
 
     Args:
-      began: `time.monotonic()` at the run's start.
+      steps: finished training steps, all calls together.
+
+    Raises:
+      UserError: too many searches failed, so there is no summary.
     """
+    if steps > config.rl.steps:
+        print(f"{workdir} has {steps} training steps; config.rl.steps={config.rl.steps} adds none")
     policy = parts.policy
     trained_params = export(
         workdir / "policy", parts.learner, state, policy.tokenizer, config.policy.model
@@ -298,6 +331,12 @@ def conclude(
     parts.generator.load(trained_params)
     episodes["trained"] = evaluate(config, parts, rows)
     episodes["no_search"] = evaluate(config, parts, rows, method="direct")
+    for name, trajectories in episodes.items():
+        if trouble := search_failures(trajectories, config.eval.max_failed_searches):
+            raise UserError(
+                f"evaluation of the {name} policy: {trouble}; fix config.eval.search or its server "
+                "and repeat the command, which evaluates again without training"
+            )
     if jax.process_index() != 0:  # the first process writes
         return
     engine = parts.eval_engine.name if parts.eval_engine else "none"
@@ -316,10 +355,11 @@ def conclude(
     for name in ("base", "trained"):
         print(f"\n---- {name} policy: {rows[shown].id}, gold {rows[shown].golden_answers[0]!r}")
         print(show(episodes[name][shown], policy.tokenizer))
+    rows_of_steps = earlier_rows(workdir / "metrics.jsonl", steps + 1)
     report = {
         **table,
-        "steps": config.rl.steps,
-        "seconds": time.monotonic() - began,
+        "steps": steps,
+        "training_seconds": sum(row["seconds/step"] for row in rows_of_steps),
         "engine": engine,
         "split": config.data.test_split,
     }

@@ -34,6 +34,7 @@ from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.fingerprints import model_sha256
 from zerosearch_jax.training.job_configs import SFTConfig
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
@@ -59,14 +60,18 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
-    examples_digest = digest(train)
-    kept = {"skipped_in_a_row": 0, "examples": examples_digest}
+    inputs = {
+        "config.data": digest(train),
+        "config.init": model_sha256(config.init) if config.init else "",
+    }
+    kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
-    if kept["examples"] != examples_digest:
-        raise UserError(
-            f"{workdir} was trained on other examples than config.data now gives; give another "
-            "--workdir, or remove it to start over"
-        )
+    for key, fingerprint in inputs.items():
+        if kept["inputs"][key] != fingerprint:
+            raise UserError(
+                f"{workdir} was trained with another content of {key}; give "
+                "another --workdir, or remove it to start over"
+            )
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -101,7 +106,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
                 last = done == config.sft.steps or stopping
                 if done % config.sft.checkpoint_every == 0 or last:
-                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
+                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "inputs": inputs}
                     checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)

@@ -9,6 +9,7 @@ sections that jobs share are in `training/sections.py`, those of the RL update i
 from dataclasses import dataclass
 
 from zerosearch_jax.errors import UserError, check_choice, check_positive
+from zerosearch_jax.ranges import Share
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.rl.rewards import RULES
@@ -213,6 +214,9 @@ class EvalConfig:
     """Questions per evaluation during training: the first of data.eval_split."""
     test_questions: int
     """Questions of the evaluation after training: the first of data.test_split."""
+    max_failed_searches: Share
+    """Largest share of failed searches in a result. With more, the evaluation after training writes
+    no summary and the job exits with 2; the same command evaluates again."""
     search: SearchConfig
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ from typing import Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
 from zerosearch_jax.errors import UserError, check_choice, check_positive
+from zerosearch_jax.ranges import Share
 from zerosearch_jax.rl.optimizer import OptimizerConfig
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
@@ -17,6 +18,7 @@ from zerosearch_jax.training.sections import (
     MeshConfig,
     PolicyConfig,
     SearchConfig,
+    check_address,
 )
 
 EXAMPLE_KEYS = {
@@ -195,6 +197,7 @@ class LabelingConfig:
 
     def __post_init__(self):
         check_choice("labeling.kind", self.kind, LABELERS)
+        check_address("labeling.url", self.url, "/v1/chat/completions")
         if self.kind != "none" and not self.model:
             raise UserError(
                 f"labeling.kind={self.kind} needs labeling.model: a model directory, or the name "
@@ -284,6 +287,9 @@ class EvaluateConfig:
     """Any of `direct`, `cot`, `rag`, `search` and `search_o1`; see evaluation/baselines.py."""
     engines: dict[str, SearchConfig]
     """Engines by name."""
+    max_failed_searches: Share
+    """Largest share of failed searches in a result. A row with more is not written, the job exits
+    with 2, and the same command runs the row again."""
     limits: LimitsConfig
     refine: RefineConfig
 

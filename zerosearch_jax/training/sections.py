@@ -20,6 +20,25 @@ ENGINES = {
 """Search engine: the keys of section `search` that it needs, in addition to `topk`."""
 
 
+def check_address(key: str, url: str, path: str) -> None:
+    """Raises UserError if a server's address is no http address or ends in a part of `path`.
+
+    Args:
+      url: the address; "" is accepted.
+      path: the path that the client appends, such as "/retrieve".
+    """
+    if not url:
+        return
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{key}={url} must begin with http:// or https://, as in http://HOST:PORT")
+    parts = path.strip("/").split("/")
+    for end in range(len(parts), 0, -1):
+        appended = "/" + "/".join(parts[:end])
+        if url.rstrip("/").endswith(appended):
+            server = url.rstrip("/").removesuffix(appended)
+            raise UserError(f"{key}={url}: the client appends {path} itself; set it to {server}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Device mesh over all processes. The product of the sizes is the number of devices used."""
@@ -109,6 +128,9 @@ class RemoteConfig:
     """Most requests in flight per batch of searches, at least 1. The dialect `search_r1` sends one
     request per batch."""
 
+    def __post_init__(self):
+        check_address("remote.url", self.url, "/retrieve")
+
 
 @dataclass(frozen=True)
 class GateConfig:
@@ -153,6 +175,9 @@ class SimulatorConfig:
     max_new_tokens: int
     """Most tokens written per search."""
     generator: GeneratorConfig
+
+    def __post_init__(self):
+        check_address("simulator.url", self.url, "/v1/chat/completions")
 
 
 @dataclass(frozen=True)
