@@ -189,32 +189,35 @@ def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "before", "after", "message"),
     [
-        ("agent", r"config.policy.model \(content\)="),
-        ("question", "question of episode q1#0 has changed"),
-        ("episodes", r"labels\.jsonl labels the searches of episodes that are gone"),
+        (
+            "episodes.settings.json",
+            '(content)": "',
+            '(content)": "0',
+            r"config.policy.model \(cont",
+        ),
+        ("episodes.jsonl", "number 1?", "number one?", "question of episode q1#0 has changed"),
+        ("episodes.jsonl", '["Chad"]', '["Mali"]', "question of episode q0#0 has changed"),
+        (
+            "episodes.jsonl",
+            None,
+            None,
+            r"labels\.jsonl labels the searches of episodes that are go",
+        ),
     ],
 )
 def test_records_of_other_content_are_refused(
-    config, finished, markov_model, questions, tmp_path, change, message
+    config, finished, tmp_path, name, before, after, message
 ):
-    """The paths are those of the finished run; a changed file behind one is found by content."""
-    for name in ("episodes", "labels"):
-        for suffix in (".jsonl", ".settings.json"):
-            (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
-    if change == "episodes":
-        (tmp_path / "episodes.jsonl").unlink()
-    copied = {"agent": markov_model / "tokenizer.json", "question": questions}.get(change)
-    before = copied.read_text() if copied else ""
-    try:
-        if copied:
-            copied.write_text(before.replace("number 1?", "number one?") + "\n")
-        with pytest.raises(UserError, match=message):
-            collect.run(config, str(tmp_path))
-    finally:
-        if copied:
-            copied.write_text(before)
+    """The paths in the config are those of the finished run; only the content differs."""
+    for path in (*finished.glob("episodes.*"), *finished.glob("labels.*")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / name).read_text()
+    assert before is None or before in text
+    (tmp_path / name).write_text("" if before is None else text.replace(before, after))
+    with pytest.raises(UserError, match=message):
+        collect.run(config, str(tmp_path))
 
 
 def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, tmp_path):
