@@ -74,7 +74,7 @@ def test_each_config_runs_once_with_the_same_budget(config, tmp_path, monkeypatc
     assert capsys.readouterr().out.rpartition("1 steps each")[2] == table
 
     config.steps = 2
-    with pytest.raises(UserError, match="another config.rl.steps: 1 → 2"):
+    with pytest.raises(UserError, match="rl.steps: 1 → 2"):
         algorithms.run(config, str(workdir))
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_of_another_config_is_refused(config, tmp_path):
     kept = json.loads(json.dumps({"format": 3, "contents": {}, **run_config.to_dict()}))
     algorithms.check_same(kept, run_config, tmp_path)
     run_config.seed = 4
-    with pytest.raises(UserError, match="another config.seed: 3 → 4"):
+    with pytest.raises(UserError, match="seed: 3 → 4"):
         algorithms.check_same(kept, run_config, tmp_path)
     with pytest.raises(UserError, match="another config"):
         algorithms.check_same(None, run_config, tmp_path)

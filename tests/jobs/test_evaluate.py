@@ -221,7 +221,7 @@ def test_a_row_is_evaluated_again_exactly_if_an_input_has_changed(job, name, cap
     assert job.run() == engines
     assert job.run() == []
     assert capsys.readouterr().out.count("runs again; since its last row changed") == len(engines)
-    # Stale rows are replaced; rows of other settings are kept.
+    # Stale rows are removed; rows of other settings are kept.
     assert len(job.rows()) == (4 if name == "limits" else 2)
     assert (before == job.rows()) is not bool(engines)
 
@@ -235,8 +235,12 @@ def test_failed_searches_are_no_result_and_run_again(job, capsys):
     assert "config.engines.other" in printed
     assert [row["engine"] for row in job.rows()] == ["bm25"]
     assert not (job.workdir / "evaluation.txt").exists()
+    job.failing.add("bm25")
+    _append(job.corpus, "\n")
+    assert job.run()[:2] == ["bm25", "other"]
+    assert job.rows() == []  # the stale row is gone, too
     job.failing.clear()
-    assert job.run() == ["other"]
+    assert job.run() == ["bm25", "other"]
     assert (job.workdir / "evaluation.txt").exists()
     job.config.max_failed_searches = 1.0  # accepts an engine that always fails
     job.failing.add("bm25")

@@ -58,8 +58,8 @@ def check_same(before: Mapping[str, Any] | None, run_config: ConfigDict, workdir
     of_run = {key: value for key, value in (before or {}).items() if key in now}
     if differences := config_flags.differences(of_run, now):
         raise UserError(
-            f"{workdir} holds a run with another config.{differences[0]}; use another --workdir or "
-            "remove this directory"
+            f"{workdir} holds a run with another config ({', '.join(differences)}); use another "
+            "--workdir or remove this directory"
         )
 
 

@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
     `evaluation.json` is a list of rows, rewritten after each row: an eval case (see `eval_cases`)
     with its `summary`. A case that has a row there is skipped, so an interrupted command resumes.
-    A row with other fingerprints is stale: its case runs again and replaces it. `evaluation.txt`
+    A row with other fingerprints is stale: it is removed and its case runs again. `evaluation.txt`
     holds the printed table and exists only once all rows do.
 
     Raises:
@@ -64,6 +64,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         probe(config.engines[name], f"engines.{name}", config.seed, config.mesh)
     path.parent.mkdir(parents=True, exist_ok=True)
     text_path.unlink(missing_ok=True)
+    rows = [row for row in rows if not any(_is_stale(row, case) for case in missing)]
+    write_json(path, rows)
     notices, failed = Notices(), 0
     for case, trajectories in evaluate_cases(config, missing, question_sets):
         notices.show(_name(case), unanswered(episode_metrics(trajectories), "limits"))
@@ -76,11 +78,12 @@ def run(config: ConfigDict, workdir: str) -> None:
             )
             continue
         exact_matches = answer_scores(trajectories, "em")  # one per question, in the set's order
-        rows = [row for row in rows if not _is_stale(row, case)]
         rows.append(case | summary(trajectories) | {"em_of_each": exact_matches})
         write_json(path, rows)
-    text = table(cases, rows, config.policy.model)
-    print(f"\n{text}")
+    text = ""
+    if failed < len(cases):
+        text = table(cases, rows, config.policy.model)
+        print(f"\n{text}")
     if failed:
         raise UserError(
             f"{failed} of {len(cases)} rows have no result, because their searches failed (see the "

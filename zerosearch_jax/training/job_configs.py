@@ -197,7 +197,7 @@ class LabelingConfig:
 
     def __post_init__(self):
         check_choice("labeling.kind", self.kind, LABELERS)
-        check_address("labeling.url", self.url, "/v1/chat/completions")
+        check_address("url", self.url, "/v1/chat/completions")
         if self.kind != "none" and not self.model:
             raise UserError(
                 f"labeling.kind={self.kind} needs labeling.model: a model directory, or the name "

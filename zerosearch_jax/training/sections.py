@@ -129,7 +129,7 @@ class RemoteConfig:
     request per batch."""
 
     def __post_init__(self):
-        check_address("remote.url", self.url, "/retrieve")
+        check_address("url", self.url, "/retrieve")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class SimulatorConfig:
     generator: GeneratorConfig
 
     def __post_init__(self):
-        check_address("simulator.url", self.url, "/v1/chat/completions")
+        check_address("url", self.url, "/v1/chat/completions")
 
 
 @dataclass(frozen=True)
