@@ -248,7 +248,7 @@ def test_failed_searches_are_no_result_and_run_again(job, capsys):
     assert job.run() == ["bm25", "other"]
 
 
-def test_a_dead_server_is_refused_before_the_model_is_loaded(job, monkeypatch):
+def test_a_dead_server_is_refused_before_the_model_is_loaded(job):
     job.config.engines.other.update(engine="retriever")
     job.config.engines.other.remote.update(url="http://127.0.0.1:9")
     (error,) = job.run()

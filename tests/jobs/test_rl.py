@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
+from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.text.actions import Action
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
@@ -192,6 +194,37 @@ def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_pat
     with pytest.raises(UserError, match="base policy: 1 of 1 searches failed.*HTTP 401"):
         _conclude(rl_config, tmp_path, monkeypatch, steps=3, failure="HTTP 401")
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_steps_and_evaluations_without_an_answer_say_so_once(rl_config, monkeypatch, capsys):
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
+    silent = Trajectory(Episode(0, "Who?", ("Ada",)), finish="turns")
+    silent.turns.append(Turn("hm", Action("invalid", "")))
+    rollouts = SimpleNamespace(
+        trajectories=[silent] * 4, selected=lambda: ([silent] * 4, np.zeros((1, 4)))
+    )
+    monkeypatch.setattr(rl, "run_step", lambda *_, **__: rollouts)
+    monkeypatch.setattr(rl, "run_method", lambda *_, **__: [silent])
+    policy = SimpleNamespace(tokenizer=None)
+    for _ in range(2):  # two runs
+        parts = rl.Parts(policy, None, None, None, None, None, Notices())
+        for step in range(3):
+            assert rl.collect(config, step, 0.0, None, parts, StepTimer()) is rollouts
+        (note,) = re.findall("note: (.*)", capsys.readouterr().out)
+        assert note.startswith("step 1 teaches nothing: no episode has an answer; 100% of the turn")
+    rl.evaluate(config, rl.Parts(policy, None, None, None, None, None, Notices()), [])
+    assert "note: evaluation: no episode has an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["search", "eval.search"])
+def test_a_dead_server_is_refused_before_a_model_is_loaded(rl_config, monkeypatch, section):
+    config = config_flags.load(str(rl_config))
+    config.search.engine = "bm25"
+    part = config.search if section == "search" else config.eval.search
+    part.engine, part.remote.url = "retriever", "http://127.0.0.1:9"
+    monkeypatch.setattr(factory, "load_model", None)
+    with pytest.raises(UserError, match=f"config.{section}: .*retriever .*http://127.0.0.1:9"):
+        rl.build(config_flags.typed(RLConfig, config))
 
 
 def test_another_base_model_is_refused_and_other_inputs_are_warned_about(

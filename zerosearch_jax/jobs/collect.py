@@ -52,6 +52,7 @@ from zerosearch_jax.training.episode_metrics import episode_metrics
 from zerosearch_jax.training.fingerprints import engine_sha256, model_sha256
 from zerosearch_jax.training.job_configs import CollectConfig
 from zerosearch_jax.training.no_signal import Notices, unanswered
+from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.step_rollouts import limits_of
 
 
@@ -145,6 +146,7 @@ def check_questions(episodes: Records, planned: Mapping[str, QARow]) -> None:
 
 def make_rollouts(config: CollectConfig) -> Rollouts:
     """Builds the agent's rollouts, with its programs compiled."""
+    probe(config.search, "search", config.seed, config.mesh)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)

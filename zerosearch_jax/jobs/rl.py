@@ -54,6 +54,7 @@ from zerosearch_jax.training.fingerprints import (
 from zerosearch_jax.training.no_signal import Notices, no_signal, unanswered
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import PolicyUpdater
+from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, limits_of, run_step
 from zerosearch_jax.training.train_state import export, resume
@@ -165,6 +166,9 @@ class Parts:
 
 def build(config: RLConfig) -> tuple[Parts, TrainState]:
     """Loads the models, builds the engines, and returns them with a fresh training state."""
+    if config.rollout.max_turns:
+        probe(config.search, "search", config.seed, config.mesh)
+        probe(config.eval.search, "eval.search", config.seed, config.mesh)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
     policy_mesh, _ = local_meshes(mesh, simulator.devices, simulator.tensor)
