@@ -10,7 +10,8 @@
 Hardware: 1 CPU core. Time: 2 minutes for five methods on 240 questions. Scores: README and
 docs/miniature/report.md. Episodes are greedy, so the seed matters only for the draws of `simulated`
 and `noisy_bm25`. The table is printed and written to the workdir. A combination of method, engine
-and set with a row in evaluation.json is not evaluated again.
+and set with a row in evaluation.json is evaluated again only if the config or the content of the
+model, the questions or the engine's files has changed. A row whose searches failed is not written.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def get_config(preset: str = "") -> ConfigDict:
             ),
             methods=("search",),
             engines=config_flags.choose(PRESETS, preset, __file__)(training),
+            max_failed_searches=0.01,
             limits=dict(max_turns=3, response_tokens=64, observation_tokens=192),
             refine=dict(max_new_tokens=96),
         )

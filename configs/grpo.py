@@ -98,6 +98,7 @@ def embedded() -> ConfigDict:
                 every=5,
                 questions=120,
                 test_questions=240,
+                max_failed_searches=0.01,
                 search=dict(
                     engine="bm25", topk=2, corpus="world", web=dict(WEB), remote=dict(REMOTE)
                 ),

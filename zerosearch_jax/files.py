@@ -12,7 +12,7 @@ from typing import Any
 
 from zerosearch_jax.errors import UserError, named_disk_errors
 
-FORMAT = 2
+FORMAT = 3
 """Increased when a newer program cannot resume the workdir of an older one."""
 
 

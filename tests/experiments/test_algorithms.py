@@ -74,8 +74,19 @@ def test_each_config_runs_once_with_the_same_budget(config, tmp_path, monkeypatc
     assert capsys.readouterr().out.rpartition("1 steps each")[2] == table
 
     config.steps = 2
-    with pytest.raises(UserError, match="has 1 training steps, config.steps is 2"):
+    with pytest.raises(UserError, match="rl.steps: 1 → 2"):
         algorithms.run(config, str(workdir))
+
+
+def test_a_finished_run_of_another_config_is_refused(config, tmp_path):
+    run_config = algorithms.algorithm_run(config, "rloo")
+    kept = json.loads(json.dumps({"format": 3, "contents": {}, **run_config.to_dict()}))
+    algorithms.check_same(kept, run_config, tmp_path)
+    run_config.seed = 4
+    with pytest.raises(UserError, match="seed: 3 → 4"):
+        algorithms.check_same(kept, run_config, tmp_path)
+    with pytest.raises(UserError, match="another config"):
+        algorithms.check_same(None, run_config, tmp_path)
 
 
 def test_an_algorithm_run_has_the_common_budget_and_the_algorithm_of_its_config(config):

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.experiments.stages import Stage, run_stages
+from zerosearch_jax.experiments.stages import Stage, check_finished, run_stages
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +29,42 @@ def test_stages_run_in_order_and_finished_stages_are_skipped(tmp_path, capsys):
     run_stages(todo, tmp_path, 1, log)
     assert len(log) == 2
     assert "2 of 2 stages are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ended", "changes", "message"),
+    [
+        ({"a": 1, "b": 2}, {}, None),
+        ({"a": 1}, {}, None),  # b was not finished by this pipeline
+        ({"a": 3, "b": 2}, {}, "stage b is older than .* stage a"),
+        ({"a": 1, "b": 2}, {"argv": ("--help", "--x")}, "stage b ran with other flags"),
+        ({"a": 1, "b": 2}, {"config": "edited"}, "stage b ran with other flags or .* config file"),
+    ],
+)
+def test_a_stale_stage_is_refused(tmp_path, ended, changes, message):
+    a = Stage("a", (f"--x={tmp_path}/out",), "done")
+    b = Stage("b", ("--help",), "done", ("a",))
+    log = Records(tmp_path / "stages.jsonl")
+    moved = [Stage("a", ("--x=elsewhere/out",), "done"), b]  # a workdir may move
+    for stage in moved:
+        if stage.name in ended:
+            recipe = stage.recipe(Path("elsewhere"))
+            time_ = ended[stage.name]
+            log.append([{"id": f"{stage.name}@{time_}", "ended": time_, "recipe": recipe}])
+    check = partial(check_finished, [a, replace(b, **changes)], [], tmp_path, log)
+    if message is None:
+        check()
+        return
+    with pytest.raises(UserError, match=message):
+        check()
+
+
+def test_a_finished_stage_waits_for_no_stage_that_runs_again(tmp_path):
+    a, b = Stage("a", (), "done"), Stage("b", (), "done", ("a",))
+    log = Records(tmp_path / "stages.jsonl")
+    log.append([{"id": "b@2", "ended": 2, "recipe": b.recipe(tmp_path)}])
+    with pytest.raises(UserError, match="stage b is older than .* stage a"):
+        check_finished([b], [a], tmp_path, log)
 
 
 def test_a_failed_stage_is_named_with_its_log(tmp_path):

@@ -188,6 +188,38 @@ def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_pa
     assert (tmp_path / "pairs.jsonl").read_bytes() == (finished / "pairs.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after", "message"),
+    [
+        (
+            "episodes.settings.json",
+            '(content)": "',
+            '(content)": "0',
+            r"config.policy.model \(cont",
+        ),
+        ("episodes.jsonl", "number 1?", "number one?", "question of episode q1#0 has changed"),
+        ("episodes.jsonl", '["Chad"]', '["Mali"]', "question of episode q0#0 has changed"),
+        (
+            "episodes.jsonl",
+            None,
+            None,
+            r"labels\.jsonl labels the searches of episodes that are go",
+        ),
+    ],
+)
+def test_records_of_other_content_are_refused(
+    config, finished, tmp_path, name, before, after, message
+):
+    """The paths in the config are those of the finished run; only the content differs."""
+    for path in (*finished.glob("episodes.*"), *finished.glob("labels.*")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / name).read_text()
+    assert before is None or before in text
+    (tmp_path / name).write_text("" if before is None else text.replace(before, after))
+    with pytest.raises(UserError, match=message):
+        collect.run(config, str(tmp_path))
+
+
 def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, tmp_path):
     for name in FILES[:2]:
         (tmp_path / name).write_bytes((finished / name).read_bytes())

@@ -2,14 +2,22 @@
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags, main
+from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.intervals import bootstrap_interval, wilson_interval
 from zerosearch_jax.jobs import evaluate
+from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.text.actions import parse_action
+from zerosearch_jax.training.job_configs import EvaluateConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,10 +112,16 @@ def test_an_interrupted_evaluation_resumes_with_the_missing_rows(
         main.cli([*command, "--config.engines.bm25.topk=1"])
 
 
+def _cases(config) -> list[dict]:
+    sets = {name: [QARow("1", "Who?", ("Ada",), name)] for name in config.data.sets}
+    config = config_flags.typed(EvaluateConfig, config)
+    return evaluate.eval_cases(config, evaluate.selection(config), sets)
+
+
 def test_settings_that_change_results_identify_an_eval_case():
     config = config_flags.load("configs/eval.py:simulated")
     config.methods = ("direct", "search")
-    cases = evaluate.eval_cases(config)
+    cases = _cases(config)
     assert [(c["method"], c["engine"], c["set"]) for c in cases] == [
         (method, engine, f"world/{split}")
         for method, engine in (("direct", "none"), ("search", "bm25"), ("search", "simulated"))
@@ -115,7 +129,155 @@ def test_settings_that_change_results_identify_an_eval_case():
     ]
     assert cases == json.loads(json.dumps(cases))
     config.limits.max_turns = 2
-    assert not any(case in cases for case in evaluate.eval_cases(config))
+    assert not any(case in cases for case in _cases(config))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A small evaluate job whose episodes are given, and the files that it reads."""
+
+    config: ConfigDict
+    workdir: Path
+    model: Path
+    questions: Path
+    corpus: Path
+    failing: set[str]  # engines whose searches fail
+
+    def run(self) -> list[str]:
+        """Runs the job; returns the engines whose cases ran."""
+        ran = []
+
+        def evaluate_cases(config, cases, question_sets):
+            for case in cases:
+                ran.append(case["engine"])
+                yield case, [_answered(row, case["engine"] in self.failing)
+                             for row in question_sets[case["set"]]]  # fmt: skip
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "evaluate_cases", evaluate_cases)
+            try:
+                evaluate.run(self.config, str(self.workdir))
+            except UserError as error:
+                ran.append(str(error))
+        return ran
+
+    def rows(self) -> list[dict]:
+        return json.loads((self.workdir / "evaluation.json").read_text())
+
+
+def _answered(row: QARow, failed: bool) -> Trajectory:
+    trajectory = Trajectory(Episode(0, row.question, row.golden_answers), finish="answer")
+    text = f"<answer>{row.golden_answers[0]}</answer>"
+    trajectory.turns.append(Turn(text, parse_action(text)))
+    request = SearchRequest(0, 0, "q", row.question, row.golden_answers)
+    failure = "POST /retrieve: HTTP 404" if failed else ""
+    trajectory.searches.append((request, SearchResult(request.key, (), failure)))
+    return trajectory
+
+
+@pytest.fixture
+def job(tmp_path, markov_model, questions) -> Job:
+    config = config_flags.load("configs/eval.py:retriever")
+    paths = [tmp_path / name for name in ("model", "questions.jsonl", "passages.jsonl")]
+    shutil.copytree(markov_model, paths[0])
+    shutil.copy(questions, paths[1])
+    paths[2].write_text('{"id": "1", "contents": "Chad\\nChad lies in Africa."}\n')
+    engines = dict(bm25=dict(engine="bm25", topk=1, corpus=str(paths[2])))
+    engines["other"] = config.engines.retriever.to_dict() | dict(engine="bm25")
+    config.unlock()
+    config.engines = engines
+    config.policy.model, config.data.sets = str(paths[0]), (str(paths[1]),)
+    return Job(config, tmp_path / "run", *paths, failing=set())
+
+
+def _append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+CHANGES = {
+    "nothing": (lambda job: None, []),
+    "weights": (
+        lambda job: (job.model / "model.safetensors").write_bytes(b"retrained"),
+        ["bm25", "other"],
+    ),
+    "tokenizer": (lambda job: _append(job.model / "tokenizer.json", " "), ["bm25", "other"]),
+    "questions": (
+        lambda job: job.questions.write_text(job.questions.read_text().replace("Peru", "Mali")),
+        ["bm25", "other"],
+    ),
+    "passages": (lambda job: _append(job.corpus, "\n"), ["bm25"]),
+    "limits": (lambda job: job.config.limits.update(max_turns=2), ["bm25", "other"]),
+    "retries": (lambda job: job.config.engines.other.remote.update(attempts=9), []),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_row_is_evaluated_again_exactly_if_an_input_has_changed(job, name, capsys):
+    assert job.run() == ["bm25", "other"]
+    before = job.rows()
+    change, engines = CHANGES[name]
+    change(job)
+    capsys.readouterr()
+    assert job.run() == engines
+    assert job.run() == []
+    assert capsys.readouterr().out.count("runs again; since its last row changed") == len(engines)
+    # Stale rows are removed; rows of other settings are kept.
+    assert len(job.rows()) == (4 if name == "limits" else 2)
+    assert (before == job.rows()) is not bool(engines)
+
+
+def test_failed_searches_are_no_result_and_run_again(job, capsys):
+    job.failing.add("other")
+    *ran, error = job.run()
+    assert ran == ["bm25", "other"] and "1 of 2 rows have no result" in error
+    printed = capsys.readouterr().out
+    assert "12 of 12 searches failed" in printed and "HTTP 404" in printed
+    assert "config.engines.other" in printed
+    assert [row["engine"] for row in job.rows()] == ["bm25"]
+    assert not (job.workdir / "evaluation.txt").exists()
+    job.failing.add("bm25")
+    _append(job.corpus, "\n")
+    assert job.run()[:2] == ["bm25", "other"]
+    assert job.rows() == []  # the stale row is gone, too
+    job.failing.clear()
+    assert job.run() == ["bm25", "other"]
+    assert (job.workdir / "evaluation.txt").exists()
+    job.config.max_failed_searches = 1.0  # accepts an engine that always fails
+    job.failing.add("bm25")
+    job.config.limits.max_turns = 2
+    assert job.run() == ["bm25", "other"]
+
+
+def test_a_dead_server_is_refused_before_the_model_is_loaded(job):
+    job.config.engines.other.update(engine="retriever")
+    job.config.engines.other.remote.update(url="http://127.0.0.1:9")
+    (error,) = job.run()
+    assert "config.engines.other" in error and "http://127.0.0.1:9" in error
+    assert not job.workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "url", "server"),
+    [
+        ("engines.retriever.remote", "http://h:1/retrieve", "http://h:1"),
+        ("engines.retriever.remote", "http://h:1/retrieve/", "http://h:1"),
+        ("engines.simulated.simulator", "http://h:1/v1", "http://h:1"),
+        ("engines.simulated.simulator", "http://h:1/v1/chat/completions", "http://h:1"),
+        ("engines.simulated.simulator", "h:1", "http://"),
+        ("engines.simulated.simulator", "http://h:1/base", ""),
+    ],
+)
+def test_an_address_with_the_clients_path_is_refused(section, url, server):
+    config = config_flags.load(f"configs/eval.py:{section.split('.')[1]}")
+    part = config
+    for name in section.split("."):
+        part = part[name]
+    part.url = url
+    if not server:
+        config_flags.typed(EvaluateConfig, config)
+        return
+    with pytest.raises(UserError, match=f"url={url}.*{server}"):
+        config_flags.typed(EvaluateConfig, config)
 
 
 @pytest.mark.parametrize(

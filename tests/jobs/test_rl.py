@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,12 +23,15 @@ from zerosearch_jax.jobs import rl
 from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
+from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.collapse import CollapseWatch
 from zerosearch_jax.telemetry.metrics import CRITIC_METRICS, METRICS, SFT_METRICS
 from zerosearch_jax.telemetry.progress import Progress
+from zerosearch_jax.telemetry.step_timer import StepTimer
 from zerosearch_jax.text.actions import Action
 from zerosearch_jax.training import factory, run_monitor
 from zerosearch_jax.training.config import RLConfig
+from zerosearch_jax.training.no_signal import Notices
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.step_rollouts import StepRollouts, episodes_of
 from zerosearch_jax.training.validate import check
@@ -102,7 +107,7 @@ def test_summary_holds_the_documented_keys(finished):
     workdir, _ = finished
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary.keys() == {
-        "base", "trained", "no_search", "steps", "seconds", "engine", "split",
+        "base", "trained", "no_search", "steps", "training_seconds", "engine", "split",
     }  # fmt: skip
     for name in ("base", "trained", "no_search"):
         assert {"em", "f1"} <= summary[name].keys()
@@ -217,7 +222,86 @@ def test_resume_after_a_signal_is_bit_identical(finished, rl_config, tmp_path, n
         _without_clocks(r) for r in _rows(whole)
     ]
     summaries = [json.loads((d / "summary.json").read_text()) for d in (tmp_path, whole)]
-    assert len({json.dumps(s | {"seconds": 0}) for s in summaries}) == 1
+    assert len({json.dumps(s | {"training_seconds": 0}) for s in summaries}) == 1
+
+
+def _conclude(rl_config, workdir, monkeypatch, steps: int, failure: str = "") -> dict | None:
+    """Runs `conclude` with given episodes; returns the summary."""
+    episode = Trajectory(Episode(0, "Who?", ("Ada",)), finish="answer")
+    request = SearchRequest(0, 0, "Ada", "Who?", ("Ada",))
+    episode.searches.append((request, SearchResult(request.key, (), failure)))
+    monkeypatch.setattr(rl, "evaluate", lambda *_, **__: [episode])
+    monkeypatch.setattr(rl, "load_qa", lambda *_: [QARow("q", "Who?", ("Ada",), "test")])
+    monkeypatch.setattr(rl, "export", lambda *_: None)
+    generator = SimpleNamespace(load=lambda params: None)
+    policy = SimpleNamespace(tokenizer=None, params=None)
+    parts = rl.Parts(policy, generator, None, None, None, None, Notices())
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))  # rl.steps=3
+    rl.conclude(config, workdir, parts, None, steps)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_the_summary_has_the_steps_and_seconds_of_all_calls(
+    rl_config, tmp_path, monkeypatch, capsys
+):
+    rows = [{"step": step, "seconds/step": 2.0} for step in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = _conclude(rl_config, tmp_path, monkeypatch, steps=8)
+    assert (summary["steps"], summary["training_seconds"]) == (8, 16.0)
+    assert "has 8 training steps; config.rl.steps=3" in capsys.readouterr().out
+
+
+def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="base policy: 1 of 1 searches failed.*HTTP 401"):
+        _conclude(rl_config, tmp_path, monkeypatch, steps=3, failure="HTTP 401")
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_steps_and_evaluations_without_an_answer_say_so_once(rl_config, monkeypatch, capsys):
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
+    silent = Trajectory(Episode(0, "Who?", ("Ada",)), finish="turns")
+    silent.turns.append(Turn("hm", Action("invalid", "")))
+    rollouts = SimpleNamespace(
+        trajectories=[silent] * 4, selected=lambda: ([silent] * 4, np.zeros((1, 4)))
+    )
+    monkeypatch.setattr(rl, "run_step", lambda *_, **__: rollouts)
+    monkeypatch.setattr(rl, "run_method", lambda *_, **__: [silent])
+    policy = SimpleNamespace(tokenizer=None)
+    for _ in range(2):  # two runs
+        parts = rl.Parts(policy, None, None, None, None, None, Notices())
+        for step in range(3):
+            assert rl.collect(config, step, 0.0, None, parts, StepTimer()) is rollouts
+        (note,) = re.findall("note: (.*)", capsys.readouterr().out)
+        assert note.startswith("step 1 teaches nothing: no episode has an answer; 100% of the turn")
+    rl.evaluate(config, rl.Parts(policy, None, None, None, None, None, Notices()), [])
+    assert "note: evaluation: no episode has an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["search", "eval.search"])
+def test_a_dead_server_is_refused_before_a_model_is_loaded(rl_config, monkeypatch, section):
+    config = config_flags.load(str(rl_config))
+    config.search.engine = "bm25"
+    part = config.search if section == "search" else config.eval.search
+    part.engine, part.remote.url = "retriever", "http://127.0.0.1:9"
+    monkeypatch.setattr(factory, "load_model", None)
+    with pytest.raises(UserError, match=f"config.{section}: .*retriever .*http://127.0.0.1:9"):
+        rl.build(config_flags.typed(RLConfig, config))
+
+
+def test_another_base_model_is_refused_and_other_inputs_are_warned_about(
+    finished, rl_config, markov_model, tmp_path
+):
+    workdir, other = finished[0], tmp_path / "other"
+    shutil.copytree(markov_model, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    config = config_flags.load(str(rl_config))
+    files = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    config.policy.model = str(other)
+    with pytest.raises(UserError, match=f"{markov_model} .*{other}.*another --workdir"):
+        rl.run(config, str(workdir))
+    assert files == {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    kept = json.loads((workdir / "config.json").read_text())["contents"]
+    assert all(kept[name] for name in ("policy.model", "search", "training questions"))
 
 
 def _rows_of_questions(n: int) -> list[QARow]:

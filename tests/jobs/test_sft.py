@@ -236,7 +236,7 @@ def test_resume_after_a_signal_is_bit_identical(overfitting, tmp_path, number, s
     assert (workdir / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert _rows(workdir) == _rows(tmp_path / "whole")
     overfitting.data.examples = _pairs(tmp_path / "pairs.jsonl", ["Chad"] * 3 + ["Mali"])
-    with pytest.raises(UserError, match="other examples"):
+    with pytest.raises(UserError, match="another content of config.data"):
         sft.run(overfitting, str(workdir))
 
 

@@ -1,6 +1,7 @@
 """Tests of the simulator report, its metrics, and the gate that reads it."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -231,7 +232,8 @@ def test_only_searches_with_useful_engine_documents_count(report, tmp_path, mark
     _check(path, markov_model)
 
 
-def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path):
+def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path, markov_model):
+    shutil.copy(markov_model / "config.json", tmp_path)
     with pytest.raises(UserError, match="holds no .safetensors file"):
         _check(report, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"retrained")

@@ -60,6 +60,14 @@ def test_filters_drop_searches_and_count_the_rest():
     }
 
 
+def test_a_failed_search_drops_its_whole_episode():
+    episode = _episode("a#0", "A", "x", "y")
+    episode["searches"][1]["failure"] = "timeout"
+    options = dict(topk=2, last_only=False, balance=False, heldout_share=0.0, seed=0)
+    train, _, counts = extract_pairs([episode], {"a#0/0": "noisy", "a#0/1": "noisy"}, **options)
+    assert train == [] and counts["labelled"]["all"] == 2
+
+
 def test_last_only_keeps_the_last_search_of_each_episode():
     train, _, counts = _extract(last_only=True)
     assert [pair.id for pair in train] == ["a#0/1", "a#1/1", "b#0/2"]

@@ -1,5 +1,6 @@
 """Scores of evaluated episodes with 95% intervals, and the table that shows them."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from tabulate import tabulate
@@ -35,6 +36,20 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
         "searches_per_episode": metrics["searches_per_episode"],
         "failed_search_ratio": metrics["failed_search_ratio"],
     }
+
+
+def search_failures(trajectories: Sequence[Trajectory], accepted: float) -> str:
+    """Returns why an evaluation is no result: too many of its searches failed. Else "".
+
+    Args:
+      accepted: share of failed searches, 0 to 1, up to which the scores are a result.
+    """
+    results = [result for t in trajectories for _, result in t.searches]
+    reasons = Counter(result.failure for result in results if result.failure)
+    if reasons.total() <= accepted * len(results):
+        return ""
+    ((reason, _),) = reasons.most_common(1)
+    return f"{reasons.total()} of {len(results)} searches failed, most of them with: {reason}"
 
 
 def text_table(summaries: dict[str, dict], title: str) -> str:

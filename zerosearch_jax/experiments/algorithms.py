@@ -4,7 +4,9 @@ Finished runs are skipped, interrupted runs resume.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -18,14 +20,15 @@ from zerosearch_jax.jobs import rl
 from zerosearch_jax.training import validate
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.inputs import check_inputs
+from zerosearch_jax.training.workdir import check_workdir
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes one run per name in `config.configs` to `workdir/NAME`, and `algorithms.json`.
 
     Raises:
-      UserError: a config has another number of episodes per step, or `workdir` holds a run with
-        another number of steps.
+      UserError: a config has another number of episodes per step, or `workdir` holds a finished
+        run with another config.
     """
     config = config_flags.typed(AlgorithmsConfig, config)
     runs = {name: algorithm_run(config, name) for name in config.configs}
@@ -34,7 +37,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         typed = config_flags.typed(RLConfig, run_config)
         validate.check(typed)
         check_inputs(typed)
-        check_steps(paths[name], config.steps)
+        if paths[name].exists():
+            check_same(check_workdir(paths[name].parent), run_config, paths[name].parent)
     summaries = {}
     for name, run_config in runs.items():
         if not paths[name].exists():
@@ -52,14 +56,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"written to {path}")
 
 
-def check_steps(summary: Path, steps: int) -> None:
-    """Raises UserError if a finished run has another number of steps."""
-    if not summary.exists():
-        return
-    finished = json.loads(summary.read_text())["steps"]
-    if finished != steps:
+def check_same(before: Mapping[str, Any] | None, run_config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError if the finished run in `workdir` had another config.
+
+    Args:
+      before: content of its config.json.
+    """
+    now = json.loads(json.dumps(run_config.to_dict()))
+    of_run = {key: value for key, value in (before or {}).items() if key in now}
+    if differences := config_flags.differences(of_run, now):
         raise UserError(
-            f"{summary.parent} has {finished} training steps, config.steps is {steps}; use another "
+            f"{workdir} holds a run with another config ({', '.join(differences)}); use another "
             "--workdir or remove this directory"
         )
 

@@ -4,6 +4,7 @@ Every stage is a subprocess with its own folder, see `experiments/stages.py`. An
 train; an arm run is an arm with one seed.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -44,8 +45,10 @@ def stages(config: MiniatureConfig, root: Path) -> list[Stage]:
 
     def stage(name: str, preset: str, done: str, after: Sequence[str] = (), **changes) -> Stage:
         overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-        argv = (f"--config={config.recipe}:{config.prefix}{preset}", *overrides)
-        return Stage(name, argv, done, tuple(after))
+        spec = f"{config.recipe}:{config.prefix}{preset}"
+        content = json.dumps(config_flags.load(spec).to_dict(), sort_keys=True)
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        return Stage(name, (f"--config={spec}", *overrides), done, tuple(after), fingerprint)
 
     pairs = {"data.examples": root / "collect/pairs.jsonl"}
     pairs["data.validation"] = root / "collect/heldout.jsonl"

@@ -41,12 +41,18 @@ class Stage:
       argv: flags of `main`, without --workdir.
       done: the file that the stage writes last, relative to its folder.
       after: names of the stages whose results this stage reads.
+      config: fingerprint of the config file behind `argv`.
     """
 
     name: str
     argv: tuple[str, ...]
     done: str
     after: tuple[str, ...] = ()
+    config: str = ""
+
+    def recipe(self, root: Path) -> list[str]:
+        """Returns flags and config fingerprint; paths below `root` do not depend on it."""
+        return [*(flag.replace(str(root), "WORKDIR") for flag in self.argv), self.config]
 
 
 def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) -> None:
@@ -58,17 +64,19 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
       todo: all stages of the pipeline; a stage comes after its prerequisites.
       root: the pipeline's workdir.
       workers: stages that run at the same time; each gets an equal share of the cores.
-      log: receives one record per finished stage: "id", "ended" (Unix time) and "seconds".
+      log: receives one record per finished stage: "id", "ended" (Unix time), "seconds" and
+        "recipe".
 
     Raises:
-      UserError: `workers` is out of range, or a stage failed. The other stages are terminated
-        and resume when the command is repeated.
+      UserError: `workers` is out of range, a finished stage is stale (see `check_finished`), or a
+        stage failed. The other stages are terminated and resume when the command is repeated.
       Terminated: SIGTERM arrived; the stages have got it, too.
     """
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= len(cores):
         raise UserError(f"config.workers={workers}: choose 1 to {len(cores)}, the number of cores")
     waiting = [stage for stage in todo if not (root / stage.name / stage.done).exists()]
+    check_finished([stage for stage in todo if stage not in waiting], waiting, root, log)
     print(f"{len(todo) - len(waiting)} of {len(todo)} stages are done", flush=True)
     unfinished = {stage.name for stage in waiting}
     with StopRequest() as stop, _ended_together() as running:
@@ -93,9 +101,8 @@ def run_stages(todo: Sequence[Stage], root: Path, workers: int, log: Records) ->
                     )
                 seconds, ended = time.monotonic() - began, time.time()
                 unfinished.discard(stage.name)
-                log.append(
-                    [{"id": f"{stage.name}@{ended:.0f}", "ended": ended, "seconds": seconds}]
-                )
+                record = {"id": f"{stage.name}@{ended:.0f}", "ended": ended, "seconds": seconds}
+                log.append([record | {"recipe": stage.recipe(root)}])
                 print(f"{stage.name}: {seconds:.0f} s; {len(unfinished)} stages left", flush=True)
 
 
@@ -110,6 +117,40 @@ def _ended_together() -> Iterator[dict[int, tuple[Stage, subprocess.Popen, float
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
+
+
+def check_finished(
+    finished: Sequence[Stage], waiting: Sequence[Stage], root: Path, log: Records
+) -> None:
+    """Checks that the result of each finished stage is of these flags and these prerequisites.
+
+    A stage without a record in `log` was not finished by this pipeline and passes.
+
+    Raises:
+      UserError: a stage had other flags or another config file, or one of its prerequisites ended
+        after it or has to run again.
+    """
+    last = {record["id"].rpartition("@")[0]: record for record in log}
+    rerun = {stage.name for stage in waiting}
+    for stage in finished:
+        if stage.name not in last:
+            continue
+        record, folder = last[stage.name], root / stage.name
+        newer = [
+            name
+            for name in stage.after
+            if name in rerun or (name in last and last[name]["ended"] > record["ended"])
+        ]
+        if record.get("recipe") != stage.recipe(root):
+            raise UserError(
+                f"stage {stage.name} ran with other flags or another config file; remove {folder} "
+                "to run it again, or use another --workdir"
+            )
+        if newer:
+            raise UserError(
+                f"stage {stage.name} is older than the result of stage {newer[0]}, which it reads; "
+                f"remove {folder} to run it again"
+            )
 
 
 def _start(stage: Stage, root: Path, cores: Sequence[int]) -> subprocess.Popen:

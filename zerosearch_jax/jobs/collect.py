@@ -50,8 +50,11 @@ from zerosearch_jax.simulator.pairs import (
 from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import episode_metrics
+from zerosearch_jax.training.fingerprints import engine_sha256, model_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import CollectConfig
+from zerosearch_jax.training.no_signal import Notices, unanswered
+from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
 
@@ -66,8 +69,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     workdir.mkdir(parents=True, exist_ok=True)
     episodes = Records(workdir / "episodes.jsonl")
-    collect_episodes(config, rows, episodes)
     labels = Records(workdir / "labels.jsonl")
+    if len(labels) and not len(episodes):
+        raise UserError(
+            f"{labels.path} labels the searches of episodes that are gone; delete it, too"
+        )
+    collect_episodes(config, rows, episodes)
     label_searches(config, episodes, labels)
     train, heldout, counts = extract_pairs(
         episodes,
@@ -108,10 +115,11 @@ def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Rec
     batches = [planned[start : start + size] for start in range(0, len(planned), size)]
     missing = [batch for batch in batches if any(id_ not in episodes.ids for id_, _ in batch)]
     keep_settings(episodes, collect_settings(config))
+    check_questions(episodes, dict(planned))
     if not missing:
         print(f"all {len(episodes)} episodes are collected already")
         return
-    rollouts = make_rollouts(config)
+    rollouts, notices = make_rollouts(config), Notices()
     first = len(batches) - len(missing)
     with closing(Progress(len(batches), first)) as progress:
         for done, batch in enumerate(missing, first + 1):
@@ -125,17 +133,32 @@ def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Rec
                     for (id_, row), trajectory in zip(batch, trajectories, strict=True)
                 ]
             )
-            progress.update(done, episode_metrics(trajectories))
+            metrics = episode_metrics(trajectories)
+            progress.update(done, metrics)
+            notices.show(f"batch {done}", unanswered(metrics, "limits"))
+
+
+def check_questions(episodes: Records, planned: Mapping[str, QARow]) -> None:
+    """Raises UserError if an episode's question or gold answers have changed in the source."""
+    for episode in episodes:
+        row = planned.get(episode["id"])
+        recorded = episode["question"], tuple(episode["golden_answers"])
+        if row is not None and recorded != (row.question, row.golden_answers):
+            raise UserError(
+                f"{episodes.path}: the question of episode {episode['id']} has changed in "
+                "config.data.source; give another --workdir or delete that file"
+            )
 
 
 def make_rollouts(config: CollectConfig) -> Rollouts:
     """Builds the agent's rollouts, with its programs compiled.
 
-    First checks the models, the labeler's included, whose stage comes last.
+    First checks the models, the labeler's included, whose stage comes last, and the engine.
     """
     factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
     factory.check_simulator_model(config.search)
     check_labeler(config.labeling)
+    probe(config.search, "search", config.seed, config.mesh)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)
     generator = factory.make_generator(policy, config.policy.generator, mesh, STOP_STRINGS)
@@ -233,6 +256,8 @@ def collect_settings(config: CollectConfig) -> dict[str, object]:
         "data.split": config.data.split,
         "limits": config_flags.plain(config.limits),
         "collect.temperature": config.collect.temperature,
+        "policy.model (content)": model_sha256(config.policy.model),
+        "search (content)": engine_sha256(config.search),
     }
 
 
@@ -267,6 +292,8 @@ def label_searches(config: CollectConfig, episodes: Records, labels: Records) ->
     if labeling.kind != "none":
         keys = ("model", "url", "response_tokens", "observation_tokens")
         settings |= {f"labeling.{key}": getattr(labeling, key) for key in keys}
+    if labeling.kind in ("reader", "local"):
+        settings["labeling.model (content)"] = model_sha256(labeling.model)
     keep_settings(labels, settings)
     missing = [
         (episode, search)

@@ -6,7 +6,6 @@ policy are evaluated on held-out questions with a real engine.
 """
 
 import json
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import Terminated
 from zerosearch_jax.evaluation.baselines import run_method
-from zerosearch_jax.evaluation.summary import summary, text_table
+from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
 from zerosearch_jax.files import write_json
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
@@ -47,8 +46,16 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
+from zerosearch_jax.training.fingerprints import (
+    check_base,
+    engine_sha256,
+    model_sha256,
+    rows_sha256,
+)
 from zerosearch_jax.training.inputs import check_job
+from zerosearch_jax.training.no_signal import Notices, no_signal, unanswered
 from zerosearch_jax.training.policy_update import PolicyUpdater
+from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.run_monitor import Decision, RunMonitor
@@ -70,12 +77,14 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
       profile_steps: numbers of the steps to profile, counted from 1; traces go to
         `workdir/profile`.
     """
-    began, raw, config = time.monotonic(), config, config_flags.typed(RLConfig, config)
+    raw, config = config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
     check_job(config)
-    check_workdir(workdir)
+    before = check_workdir(workdir)
     check_models(config)
     sampler, eval_rows, test_rows = load_questions(config)
+    contents = input_contents(config, sampler.rows, [*eval_rows, *test_rows])
+    check_base(workdir, before, config.policy.model, contents["policy.model"])
     parts, state = build(config)
     workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
@@ -84,7 +93,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
-        keep_config(raw, workdir)
+        keep_config(config_flags.plain(raw) | {"contents": contents}, workdir)
     monitor = RunMonitor(config, workdir, kept, earlier_rows(workdir / "metrics.jsonl", first + 1))
     if config.watch.action == "rollback" and first == 0:  # before the first evaluation: EM 0
         checkpoints.save(0, state, kept, score=0.0)
@@ -141,7 +150,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
             if terminated:
                 raise Terminated
 
-    conclude(config, workdir, parts, state, test_rows, began)
+    conclude(config, workdir, parts, state, test_rows, checkpoints.latest_step() or 0)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Parts:
       policy: the base policy, which is also the reference policy unless that moves.
       engine, eval_engine: search engines of training and evaluation; None without searches.
       clock: measures how long the devices are busy.
+      notices: explains steps and evaluations without a signal.
     """
 
     policy: factory.Model
@@ -160,10 +170,14 @@ class Parts:
     engine: SearchEngine | None
     eval_engine: SearchEngine | None
     clock: DeviceClock
+    notices: Notices
 
 
 def build(config: RLConfig) -> tuple[Parts, TrainState]:
     """Loads the models, builds the engines, and returns them with a fresh training state."""
+    if config.rollout.max_turns:
+        probe(config.search, "search", config.seed, config.mesh)
+        probe(config.eval.search, "eval.search", config.seed, config.mesh)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     simulator = config.search.simulator
     own = (simulator.devices, simulator.tensor) if simulator else (0, 0)
@@ -184,7 +198,7 @@ def build(config: RLConfig) -> tuple[Parts, TrainState]:
     state = learner.init(policy.params, config.seed)
     if learner.base is not None:  # under LoRA the reference is the model without its adapters
         policy = replace(policy, params=learner.base)
-    return Parts(policy, generator, learner, engine, eval_engine, clock), state
+    return Parts(policy, generator, learner, engine, eval_engine, clock, Notices()), state
 
 
 def policy_and_learner(config: RLConfig, mesh: jax.sharding.Mesh) -> tuple[factory.Model, Learner]:
@@ -272,6 +286,19 @@ def load_questions(config: RLConfig) -> tuple[RowSampler, list[QARow], list[QARo
     return sampler, eval_rows, test_rows
 
 
+def input_contents(
+    config: RLConfig, train_rows: Sequence[QARow], eval_rows: Sequence[QARow]
+) -> dict[str, str]:
+    """Returns the fingerprints of the run's inputs. A resumed run compares them with its own."""
+    return {
+        "policy.model": model_sha256(config.policy.model),
+        "search": engine_sha256(config.search),
+        "eval.search": engine_sha256(config.eval.search),
+        "training questions": rows_sha256(train_rows),
+        "evaluation questions": rows_sha256(eval_rows),
+    }
+
+
 def step_noise(config: RLConfig, step: int) -> float:
     """Returns the noise probability of a step, from `curriculum.start` to `curriculum.end`."""
     return noise_probability(step, max(1, config.rl.steps - 1), **asdict(config.curriculum))
@@ -290,7 +317,7 @@ def collect(
     with timer.section("weights"):
         parts.generator.load(parts.learner.policy(state))
     with timer.section("rollout"):
-        return run_step(
+        rollouts = run_step(
             config,
             step,
             step_noise(config, step),
@@ -301,13 +328,16 @@ def collect(
             searching=partial(timer.section, "search"),
             stop=stop,
         )
+    reason = no_signal(config, episode_metrics(rollouts.trajectories), rollouts.selected()[1])
+    parts.notices.show(f"step {step + 1} teaches nothing", reason)
+    return rollouts
 
 
 def evaluate(
     config: RLConfig, parts: Parts, rows: Sequence[QARow], method: str = "search"
 ) -> list[Trajectory]:
     """Runs greedy episodes of the loaded policy with the evaluation engine."""
-    return run_method(
+    trajectories = run_method(
         method,
         parts.generator,
         parts.eval_engine,
@@ -315,6 +345,11 @@ def evaluate(
         rows,
         limits=limits_of(config.rollout),
     )
+    reason = unanswered(episode_metrics(trajectories), "rollout")
+    if trouble := search_failures(trajectories, config.eval.max_failed_searches):
+        reason = "failed searches", f"{trouble}; its scores are no result; fix config.eval.search"
+    parts.notices.show("evaluation", reason)
+    return trajectories
 
 
 def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes: int) -> float:
@@ -355,7 +390,7 @@ def conclude(
     parts: Parts,
     state: TrainState,
     rows: Sequence[QARow],
-    began: float,
+    steps: int,
 ) -> None:
     """Exports the trained policy and evaluates the base policy and the trained policy.
 
@@ -367,8 +402,13 @@ def conclude(
 
     Args:
       rows: questions of the evaluation.
-      began: `time.monotonic()` at the run's start.
+      steps: finished training steps, all calls together.
+
+    Raises:
+      UserError: too many searches failed, so there is no summary.
     """
+    if steps > config.rl.steps:
+        print(f"{workdir} has {steps} training steps; config.rl.steps={config.rl.steps} adds none")
     policy = parts.policy
     trained_params = export(
         workdir / "policy",
@@ -383,6 +423,12 @@ def conclude(
     parts.generator.load(trained_params)
     episodes["trained"] = evaluate(config, parts, rows)
     episodes["no_search"] = evaluate(config, parts, rows, method="direct")
+    for name, trajectories in episodes.items():
+        if trouble := search_failures(trajectories, config.eval.max_failed_searches):
+            raise UserError(
+                f"evaluation of the {name} policy: {trouble}; fix config.eval.search or its server "
+                "and repeat the command, which evaluates again without training"
+            )
     if jax.process_index() != 0:  # the first process writes
         return
     engine = parts.eval_engine.name if parts.eval_engine else "none"
@@ -401,10 +447,11 @@ def conclude(
     for name in ("base", "trained"):
         print(f"\n---- {name} policy: {rows[shown].id}, gold {rows[shown].golden_answers[0]!r}")
         print(show(episodes[name][shown], policy.tokenizer))
+    rows_of_steps = earlier_rows(workdir / "metrics.jsonl", steps + 1)
     report = {
         **table,
-        "steps": config.rl.steps,
-        "seconds": time.monotonic() - began,
+        "steps": steps,
+        "training_seconds": sum(row["seconds/step"] for row in rows_of_steps),
         "engine": engine,
         "split": config.data.test_split,
     }

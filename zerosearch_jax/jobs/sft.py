@@ -39,6 +39,7 @@ from zerosearch_jax.telemetry.progress import Progress
 from zerosearch_jax.telemetry.recorder import Recorder
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.fingerprints import model_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import SFTConfig, is_path
 from zerosearch_jax.training.nonfinite import NonFiniteCounter
@@ -67,14 +68,18 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     if not config.init:  # --export needs the new tokenizer before the run ends
         tokenizer.save_pretrained(workdir / "model")
     checkpoints = Checkpoints(workdir / "checkpoints")
-    examples_digest = digest(train)
-    kept = {"skipped_in_a_row": 0, "examples": examples_digest}
+    inputs = {
+        "config.data": digest(train),
+        "config.init": model_sha256(config.init) if config.init else "",
+    }
+    kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
-    if kept["examples"] != examples_digest:
-        raise UserError(
-            f"{workdir} was trained on other examples than config.data now gives; give another "
-            "--workdir, or remove it to start over"
-        )
+    for key, fingerprint in inputs.items():
+        if kept["inputs"][key] != fingerprint:
+            raise UserError(
+                f"{workdir} was trained with another content of {key}; give "
+                "another --workdir, or remove it to start over"
+            )
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -112,7 +117,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
                 last, terminated = done == config.sft.steps or stopping, stop.received
                 if done % config.sft.checkpoint_every == 0 or last or terminated:
-                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
+                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "inputs": inputs}
                     checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)

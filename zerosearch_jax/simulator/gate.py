@@ -1,26 +1,34 @@
 """Gate before RL: refuses a simulator whose report fails the configured bounds.
 
-The gate reads reports of `jobs/simulator_report.py` and hashes weights. It runs no model.
+The gate reads reports of `jobs/simulator_report.py` and hashes models. It runs no model.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.training.fingerprints import model_sha256
 from zerosearch_jax.training.sections import SearchConfig
 
 
 def simulator_identity(search: SearchConfig) -> dict[str, object]:
-    """Returns the hash of a `search` section's simulator weights and its prompt settings.
+    """Returns the fingerprint of a `search` section's simulator and its prompt settings.
 
     A report is valid for exactly one identity.
+
+    Raises:
+      UserError: the simulator runs on a server, or its directory has no weights.
     """
     simulator = search.simulator
+    if simulator.url:
+        raise UserError(
+            f"simulator.url={simulator.url}: a model on a server has no fingerprint, so it can "
+            "have neither a report nor a gate; leave the url or simulator.gate.report empty"
+        )
     keys = ("form", "temperature", "top_k", "top_p", "max_new_tokens")
     settings = {key: getattr(simulator, key) for key in keys}
-    return {"weights": weights_sha256(simulator.model), "topk": search.topk, **settings}
+    return {"weights": model_sha256(simulator.model), "topk": search.topk, **settings}
 
 
 def check(
@@ -62,25 +70,6 @@ def check(
             "fine-tune it longer or on more pairs, or change simulator.gate.useful_min and "
             "noisy_max"
         )
-
-
-def weights_sha256(directory: str | Path) -> str:
-    """Returns the SHA-256, in hex, of a model directory's *.safetensors files in name order.
-
-    Raises:
-      UserError: the directory has no such file.
-    """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{directory} holds no .safetensors file, so its weights cannot be identified; give a "
-            "model directory (a model on a server can have neither report nor gate)"
-        )
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # adds the file to the same hash
-    return digest.hexdigest()
 
 
 def _reader_em_of(path: Path, identity: Mapping[str, object]) -> tuple[str, dict[str, float]]:

@@ -135,7 +135,8 @@ def extract_pairs(
 ) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
     """Filters labeled searches into pairs and splits them by gold answer.
 
-    Always dropped: searches without a label, failed searches, searches with fewer than `topk`
+    Always dropped: searches without a label, all searches of an episode with a failed search (the
+    failure may be why its answer, and so their label, is wrong), searches with fewer than `topk`
     documents, searches of episodes cut by length, and repetitions of (question, query, label).
 
     Args:
@@ -154,7 +155,9 @@ def extract_pairs(
     filters = {
         "searches": lambda pair, episode, search: True,
         "labelled": lambda pair, episode, search: pair.label in LABELS,
-        "not failed": lambda pair, episode, search: not search["failure"],
+        "not failed": lambda pair, episode, search: (
+            not any(s["failure"] for s in episode["searches"])
+        ),
         f"with {topk} documents": lambda pair, episode, search: len(pair.documents) >= topk,
         "not cut by length": lambda pair, episode, search: episode["finish"] != "length",
     }

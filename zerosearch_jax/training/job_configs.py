@@ -34,6 +34,7 @@ from zerosearch_jax.training.sections import (
     MeshConfig,
     PolicyConfig,
     SearchConfig,
+    check_address,
 )
 
 EXAMPLE_KEYS = {
@@ -233,6 +234,7 @@ class LabelingConfig:
 
     def __post_init__(self):
         check_choice("labeling.kind", self.kind, LABELERS)
+        check_address("url", self.url, "/v1/chat/completions")
         if self.kind != "none" and not self.model:
             raise UserError(
                 f"labeling.kind={self.kind} needs labeling.model: a model directory, or the name "
@@ -327,6 +329,9 @@ class EvaluateConfig:
     """Any of `direct`, `cot`, `rag`, `search` and `search_o1`; see evaluation/baselines.py."""
     engines: dict[str, SearchConfig]
     """Engines by name."""
+    max_failed_searches: Share
+    """Largest share of failed searches in a result. A row with more is not written, the job exits
+    with 2, and the same command runs the row again."""
     limits: LimitsConfig
     refine: RefineConfig
 

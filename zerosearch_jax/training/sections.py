@@ -40,6 +40,25 @@ ENGINES = {
 """Search engine: the keys of section `search` that it needs, in addition to `topk`."""
 
 
+def check_address(key: str, url: str, path: str) -> None:
+    """Raises UserError if a server's address is no http address or ends in a part of `path`.
+
+    Args:
+      url: the address; "" is accepted.
+      path: the path that the client appends, such as "/retrieve".
+    """
+    if not url:
+        return
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{key}={url} must begin with http:// or https://, as in http://HOST:PORT")
+    parts = path.strip("/").split("/")
+    for end in range(len(parts), 0, -1):
+        appended = "/" + "/".join(parts[:end])
+        if url.rstrip("/").endswith(appended):
+            server = url.rstrip("/").removesuffix(appended)
+            raise UserError(f"{key}={url}: the client appends {path} itself; set it to {server}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Device mesh over all processes. The product of the sizes is the number of devices used."""
@@ -136,6 +155,7 @@ class RemoteConfig:
 
     def __post_init__(self):
         check_choice("dialect", self.dialect, DIALECTS)
+        check_address("url", self.url, "/retrieve")
 
 
 @dataclass(frozen=True)
@@ -184,6 +204,7 @@ class SimulatorConfig:
 
     def __post_init__(self):
         check_choice("form", self.form, SIMULATOR_FORMS)
+        check_address("url", self.url, "/v1/chat/completions")
         if not self.url and self.max_new_tokens >= self.generator.max_tokens:
             raise UserError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
