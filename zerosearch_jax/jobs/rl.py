@@ -30,6 +30,7 @@ from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
 from zerosearch_jax.rl.train_state import TrainState
+from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.search.curriculum import noise_probability
 from zerosearch_jax.simulator import gate
