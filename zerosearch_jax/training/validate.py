@@ -285,7 +285,7 @@ def _without_effect(config: RLConfig) -> tuple[Rule, ...]:
         ),
         (
             watch.stop and 2 * watch.window > config.rl.steps,
-            f"watch.stop has no effect: rl.steps={config.rl.steps} is less than two windows of "
+            f"watch.action={watch.action} has no effect: rl.steps={config.rl.steps} is less than two windows of "
             f"watch.window={watch.window} steps",
         ),
     )
