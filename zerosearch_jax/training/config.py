@@ -118,8 +118,9 @@ class UpdateConfig:
     minibatches: int
     """Updates per pass, at least 1. The episodes are split evenly over them."""
     old_logprobs: str
-    """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
-    `learner` before a step's first update."""
+    """Source of the old log-probs of the ratio. `sampler` keeps those of sampling, so the ratio
+    includes the rounding difference of generator and learner. `learner` makes every ratio of a
+    step's first update exactly 1, and recomputes them before it for later updates."""
     overlong: str
     """`mask` excludes an episode from the loss if it ended because an observation did not fit its
     slot (DAPO). `keep` trains on it."""

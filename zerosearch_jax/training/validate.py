@@ -67,11 +67,19 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
     """Rules on the loss, the KL penalty, the updates of a step and the critic."""
     rl, loss, kl, estimator = config.rl, config.loss, config.kl, config.advantage.estimator
     episodes = config.rollout.questions_per_step * config.rollout.group_size
+    generator = config.policy.generator
+    dtypes = {config.learner.compute_dtype, generator.dtype}
+    rounded = dtypes != {"float32"} or generator.int8_weights
     return (
         (
             loss.surrogate == "sequence" and estimator in BY_TOKEN,
             "loss.surrogate=sequence needs one advantage for a sequence, but advantage.estimator="
             f"{estimator} gives one per token; use grpo, rloo or reinforce",
+        ),
+        (
+            loss.surrogate == "sequence" and rl.old_logprobs == "sampler" and rounded,
+            "loss.surrogate=sequence would clip the rounding difference of generator and learner "
+            "in bfloat16 or int8; set rl.old_logprobs=learner, or float32 for both dtypes",
         ),
         (
             kl.target != 0 and 5 * kl.horizon <= episodes,
