@@ -3,8 +3,9 @@
   python -m zerosearch_jax.main --config=configs/gspo.py[:PRESET]
 
 Differs from grpo.py: one ratio and one loss per sequence with a narrow clip, and four updates per
-step as in the paper. In a step's first update every ratio is 1. The embedded example has a learning
-rate of 5e-4 and not 1e-6, so its clip is wider.
+step as in the paper. In a step's first update every ratio is 1. The other presets compute in
+bfloat16, which needs old_logprobs=learner for that (docs/algorithms.md#gspo-in-bfloat16). The
+embedded example has a learning rate of 5e-4 and not 1e-6, so its clip is wider.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.667
 (docs/algorithms.md).
@@ -30,5 +31,7 @@ def get_config(preset: str = "") -> ConfigDict:
         clip_high=0.04 if embedded else 4e-4,
     )
     episodes = config.rollout.questions_per_step * config.rollout.group_size
-    config.update(dict(loss=loss, rl=dict(minibatch_episodes=episodes // 4)))
+    old_logprobs = "sampler" if embedded else "learner"
+    rl = dict(minibatch_episodes=episodes // 4, old_logprobs=old_logprobs)
+    config.update(dict(loss=loss, rl=rl))
     return config

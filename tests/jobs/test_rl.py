@@ -334,6 +334,17 @@ def test_episodes_are_groups_of_one_question_with_unique_numbers():
             ),
             "loss.surrogate=sequence .* advantage.estimator=reinforce_pp",
         ),
+        *(
+            (
+                dict(loss=dict(surrogate="sequence", aggregate="sequence_mean"), **bfloat16),
+                "loss.surrogate=sequence .* rl.old_logprobs=learner",
+            )
+            for bfloat16 in (
+                dict(policy=dict(generator=dict(dtype="bfloat16"))),
+                dict(policy=dict(generator=dict(int8_weights=True))),
+                dict(learner=dict(compute_dtype="bfloat16")),
+            )
+        ),
         (dict(kl=dict(target=0.1, apply_to="reward", horizon=1)), "kl.horizon=1"),
         (dict(loss=dict(importance_cap=2.0)), "rl.old_logprobs=learner"),
         (dict(loss=dict(llds=0.1)), "loss.llds .* rl.minibatch_episodes .* rl.epochs"),

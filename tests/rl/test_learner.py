@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from zerosearch_jax import config_flags
 from zerosearch_jax.data.packing import TokenSequence, pack
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
@@ -20,7 +21,8 @@ from zerosearch_jax.rl.config import LossConfig
 from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
 from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
-from zerosearch_jax.training.policy_update import with_weights
+from zerosearch_jax.training.config import RLConfig
+from zerosearch_jax.training.policy_update import objective_of, with_weights
 
 LOSS = Objective(LossConfig(clip_high=0.3, entropy=0.02), temperature=0.9)
 KL = 0.05
@@ -394,10 +396,10 @@ def test_norms_and_biases_are_not_decayed(params0):
     jax.tree_util.tree_map_with_path(check, updates, params0)
 
 
-def test_sampler_and_learner_agree(sgd, tiny_config, params0):
-    """With tokens of the real generator, the first update's ratios are 1 up to rounding."""
+def sampled_batch(config, params, temperature, dtype=jnp.float32):
+    """Returns episodes of a real generator of `dtype` in one microbatch."""
     generator = Generator(
-        tiny_config,
+        config,
         stop_table=build_stop_table([b"x"] * 320, []),
         end_ids=[],
         slots=4,
@@ -405,11 +407,12 @@ def test_sampler_and_learner_agree(sgd, tiny_config, params0):
         mesh=make_mesh(),
         prefill_buckets=(8,),
         window_tokens=32,
+        dtype=dtype,
     )
-    generator.load(jax.device_put(params0, param_shardings(params0, generator.mesh)))
+    generator.load(jax.device_put(params, param_shardings(params, generator.mesh)))
     prompts = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10]]
     generator.start(range(4), prompts)
-    tempered = Sampling(temperature=LOSS.temperature)
+    tempered = Sampling(temperature=temperature)
     made = []
     inserted = [31, 32, 33]
     streams = [(slot, 0) for slot in range(4)]
@@ -431,7 +434,30 @@ def test_sampler_and_learner_agree(sgd, tiny_config, params0):
         made.append(TokenSequence(tokens, mask, columns))
     batch = with_weights(pack(made, row_tokens=40, rows=1, microbatches=5), "token_mean", 0)
     assert batch.mask.sum() == 4 * 14
-    metrics = step(sgd, params0, batch)[1]
+    return batch
+
+
+def test_sampler_and_learner_agree(sgd, tiny_config, params0):
+    """With tokens of the real generator, the first update's ratios are 1 up to rounding."""
+    metrics = step(sgd, params0, sampled_batch(tiny_config, params0, LOSS.temperature))[1]
     assert metrics["sampler_logprob_diff_max"] <= 1e-4
     assert metrics["clip_fraction"] == 0
     np.testing.assert_allclose(metrics["loss/policy"], -1.0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gspo_in_bfloat16_clips_nothing_in_the_first_update(make_learner, tiny_config, params0):
+    """The log-probs of sampling differ by rounding, which GSPO's narrow clip takes for a change."""
+    config = config_flags.typed(RLConfig, config_flags.load("configs/gspo.py:qwen2.5-3b"))
+    assert config.learner.compute_dtype == config.policy.generator.dtype == "bfloat16"
+    objective = objective_of(config)
+    batch = sampled_batch(tiny_config, params0, objective.temperature, jnp.bfloat16)
+    learner = make_learner(compute_dtype=jnp.bfloat16)
+    by_source = {}
+    for on_policy in (config.rl.old_logprobs == "learner", False):
+        source = replace(objective, on_policy=on_policy)
+        by_source[on_policy] = step(learner, params0, batch, source, kl_coef=0.0)[1]
+    print({on_policy: float(m["clip_fraction"]) for on_policy, m in by_source.items()})
+    assert by_source[True]["clip_fraction"] == 0 < by_source[False]["clip_fraction"]
+    for metrics in by_source.values():  # still of the sampler and the learner
+        assert 1e-3 < metrics["sampler_logprob_diff_mean"] < 0.05

@@ -226,6 +226,28 @@ def test_no_kl_in_the_loss_leaves_the_coefficient_unread(batch, left_out):
     assert policy_terms(OBJECTIVES["clip"], KL_COEF, *batch)[0] != total
 
 
+@pytest.mark.parametrize("name", ["clip", "all"])
+def test_on_policy_compares_the_policy_with_itself(batch, name):
+    """Every ratio is exactly 1, so even the narrowest clip clips nothing."""
+    logprobs, entropy, arrays = batch
+    narrow = replace(OBJECTIVES[name].loss, clip_low=1e-7, clip_high=1e-7)
+    objective = replace(OBJECTIVES[name], loss=narrow)
+
+    def run(on_policy, old_logprobs):
+        given = replace(arrays, old_logprobs=old_logprobs)
+        terms = replace(objective, on_policy=on_policy)
+        return jax.value_and_grad(
+            lambda x: policy_terms(terms, KL_COEF, x, entropy, given), has_aux=True
+        )(logprobs)
+
+    result = run(True, jnp.full(SHAPE, NAN))
+    jax.tree.map(np.testing.assert_array_equal, result, run(False, logprobs))
+    sums = result[0][1]
+    assert sums["clip_fraction"] == 0 < run(False, arrays.old_logprobs)[0][1]["clip_fraction"]
+    difference = jnp.abs(logprobs - arrays.sampler_logprobs)[arrays.mask > 0]
+    np.testing.assert_allclose(sums["sampler_logprob_diff_mean"], difference.sum(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["clip", "dual clip", "cispo, capped", "llds", "all"])
 def test_masked_tokens_are_not_read(batch, name):
     """Values at other tokens change no bit of the loss, a metric or the gradient."""

@@ -289,6 +289,33 @@ def test_a_kl_in_the_reward_is_subtracted_and_reported(config, tmp_path):
     assert metrics["kl"] == pytest.approx((-0.25 - 0.5 + 0.01) / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("old_logprobs", ["learner", "sampler"])
+def test_only_a_steps_first_update_is_on_policy(config, tmp_path, old_logprobs):
+    config.rl.update(dict(minibatches=2, epochs=2, old_logprobs=old_logprobs))
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path)
+    for step in range(2):
+        update_policy(7, [_episode(i) for i in range(4)], np.float32([[1, 0], [0, 1]]), 0.0, step)
+    flags = [objective.on_policy for objective, _ in learner.arguments]
+    assert flags == [old_logprobs == "learner", False, False, False] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "scored"),
+    [({}, False), (dict(rl=dict(epochs=2)), True), (dict(rl=dict(document_mask=False)), True),
+     (dict(kl=dict(coef=0.5, apply_to="reward")), True), (dict(kl=dict(coef=0.5)), False)],
+)  # fmt: skip
+def test_the_learner_scores_old_logprobs_only_where_they_are_read(config, tmp_path, change, scored):
+    config.rl.old_logprobs = "learner"
+    config.update(change)
+    learner = ScoringLearner()
+    update_policy, _ = _updater(learner, config, tmp_path)
+    update_policy(7, [_episode(0), _episode(1)], np.float32([[1, 0]]), 0.0, 0)
+    for batch in learner.batches:
+        for number, old in _of(batch, "old_logprobs").items():
+            assert (old < -7).all() == scored, number  # the sampler's are above -1
+
+
 def test_models_score_nothing_that_the_config_does_not_need(config, tmp_path):
     update_policy, _ = _updater(RecordingLearner(), config, tmp_path)  # has no scoring method
     state, _ = update_policy(0, [_episode(0), _episode(1)], np.float32([[1, 0]]), 0.0, 0)

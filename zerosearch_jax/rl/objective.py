@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from zerosearch_jax.rl import losses
 from zerosearch_jax.rl.batch import LearnerBatch
@@ -25,12 +26,16 @@ class Objective:
         argument, because it may adapt.
       critic: settings of the value loss, read only if there is a critic.
       temperature: temperature at which the tokens were sampled.
+      on_policy: the trained policy is the old policy, as in a step's first update. Its own
+        log-probs are then the old ones, so every ratio is exactly 1, and `old_logprobs` is not
+        read. Log-probs of another program differ by rounding, in bfloat16 by about 0.01 per token.
     """
 
     loss: LossConfig = LossConfig()
     kl: KLConfig = KLConfig()
     critic: CriticConfig = CriticConfig()
     temperature: float = 1.0
+    on_policy: bool = False
 
 
 def policy_terms(
@@ -48,14 +53,16 @@ def policy_terms(
       logprobs, entropy: `[R, T]` of the policy that is trained.
       batch: one microbatch with `weights`, `advantages`, `old_logprobs` and, for a metric,
         `correct`. A KL term also reads `ref_logprobs`; importance weights also read
-        `sampler_logprobs`.
+        `sampler_logprobs`, and so do metrics if it is set.
 
     Returns:
       The loss `[]`, already a mean because of the weights, and metrics. Metrics are sums over the
       policy's tokens, except terms of the loss ("loss/…") and maxima ("…_max").
     """
     loss, mask, old = objective.loss, batch.mask, batch.old_logprobs
-    surrogate, clipped = _surrogate(loss, logprobs, batch)
+    if objective.on_policy:
+        old = lax.stop_gradient(logprobs)
+    surrogate, clipped = _surrogate(loss, logprobs, old, batch)
     sums = {"clip_fraction": losses.masked_sum(clipped, mask)}
     if loss.importance_cap:
         weights = losses.truncated_importance_weights(
@@ -106,10 +113,10 @@ def value_terms(
 
 
 def _surrogate(
-    loss: LossConfig, logprobs: jax.Array, batch: LearnerBatch
+    loss: LossConfig, logprobs: jax.Array, old_logprobs: jax.Array, batch: LearnerBatch
 ) -> tuple[jax.Array, jax.Array]:
     clip = dict(clip_low=loss.clip_low, clip_high=loss.clip_high)
-    inputs = (logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    inputs = (logprobs, old_logprobs, batch.advantages, batch.mask)
     if loss.surrogate == "sequence":
         return losses.sequence_surrogate(*inputs, batch.segment_ids, **clip)
     if loss.surrogate == "cispo":

@@ -152,8 +152,9 @@ class UpdateConfig:
     """Episodes per update. The last update of a pass may have fewer. 0 makes one update per pass,
     on all episodes of the step."""
     old_logprobs: str
-    """Source of the old log-probs of the ratio: kept from the `sampler`, or recomputed by the
-    `learner` before a step's first update."""
+    """Source of the old log-probs of the ratio. `sampler` keeps those of sampling, so the ratio
+    includes the rounding difference of generator and learner. `learner` makes every ratio of a
+    step's first update exactly 1, and recomputes them before it for later updates."""
     overlong: str
     """`mask` excludes truncated episodes from the loss (DAPO): the last turn was cut at
     rollout.response_tokens or the slot's end, or an observation did not fit the slot. `keep` trains

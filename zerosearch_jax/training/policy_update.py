@@ -74,6 +74,9 @@ class PolicyUpdater:
         first epoch's minibatches, computed before the first update. A later epoch shuffles the
         episodes into other minibatches and copies these columns.
 
+        With `rl.old_logprobs=learner` the first update is on-policy: it compares the policy with
+        itself and not with recomputed log-probs.
+
         Args:
           trajectories: Q·G episodes, group by group.
           rewards: `[Q, G]` rewards of these episodes.
@@ -85,7 +88,9 @@ class PolicyUpdater:
         rl, loss = self._config.rl, self._config.loss
         sequences = sequences_of(trajectories, rl.overlong, document_mask=rl.document_mask)
         first = self._pack(sequences, step, epoch=0)
-        first = replace(first, batches=[self._score(state, batch) for batch in first.batches])
+        one_update = rl.epochs * len(first.batches) == 1
+        scored = [self._score(state, batch, one_update) for batch in first.batches]
+        first = replace(first, batches=scored)
         if not rl.document_mask:
             first = _inserted_as_sampled(first, trajectories)
         first, metrics = with_advantages(
@@ -100,11 +105,13 @@ class PolicyUpdater:
                 if self._nonfinite.limit_reached:
                     break
                 batch = with_weights(batch, loss.aggregate, loss.fixed_tokens)
+                on_policy = rl.old_logprobs == "learner" and not updates
+                objective = replace(self._objective, on_policy=on_policy)
                 with self._clock.working():
                     state, update = self._learner.rl_step(
                         state,
                         self._learner.put(batch),
-                        objective=self._objective,
+                        objective=objective,
                         kl_coef=kl_coef,
                         rate_scale=rate_scale,
                     )
@@ -126,11 +133,17 @@ class PolicyUpdater:
             rows=config.learner.rows,
         )
 
-    def _score(self, state: TrainState, batch: PackedBatch) -> PackedBatch:
-        """Adds the columns that the config needs: old log-probs, reference log-probs, values."""
+    def _score(self, state: TrainState, batch: PackedBatch, one_update: bool) -> PackedBatch:
+        """Adds the columns that the step needs: old log-probs, reference log-probs, values.
+
+        Args:
+          one_update: the step has only its on-policy update, whose loss reads no old log-probs.
+        """
         config, learner, temperature = self._config, self._learner, self._objective.temperature
         scores: dict[str, Callable[..., jax.Array]] = {}
-        if config.rl.old_logprobs == "learner":
+        kl_in_reward = config.kl.coef and config.kl.apply_to == "reward"
+        read = not one_update or kl_in_reward or not config.rl.document_mask
+        if config.rl.old_logprobs == "learner" and read:
             scores["old_logprobs"] = lambda b: learner.policy_logprobs(state, b, temperature)
         if config.kl.coef:
             moving = config.rl.refresh_reference > 0

@@ -130,11 +130,19 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
     """Rules on the loss, the KL penalty, the updates of a step and the critic."""
     rl, loss, kl, estimator = config.rl, config.loss, config.kl, config.advantage.estimator
     episodes = config.episodes_per_step
+    generator = config.policy.generator
+    dtypes = {config.learner.compute_dtype, generator.dtype}
+    rounded = dtypes != {"float32"} or generator.int8_weights
     return (
         (
             loss.surrogate == "sequence" and estimator in BY_TOKEN,
             "loss.surrogate=sequence needs one advantage for a sequence, but advantage.estimator="
             f"{estimator} gives one per token; use grpo, rloo or reinforce",
+        ),
+        (
+            loss.surrogate == "sequence" and rl.old_logprobs == "sampler" and rounded,
+            "loss.surrogate=sequence would clip the rounding difference of generator and learner "
+            "in bfloat16 or int8; set rl.old_logprobs=learner, or float32 for both dtypes",
         ),
         (
             kl.target != 0 and 5 * kl.horizon <= episodes,
@@ -284,8 +292,8 @@ def _without_effect(config: RLConfig) -> tuple[Rule, ...]:
             "simulator's server",
         ),
         (
-            watch.stop and 2 * watch.window > config.rl.steps,
-            f"watch.action={watch.action} has no effect: rl.steps={config.rl.steps} is less than two windows of "
-            f"watch.window={watch.window} steps",
+            watch.action != "log" and 2 * watch.window > config.rl.steps,
+            f"watch.action={watch.action} has no effect: rl.steps={config.rl.steps} is less than "
+            f"two windows of watch.window={watch.window} steps",
         ),
     )
