@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,15 @@ def test_adapters_are_saved_and_merged_into_the_exported_model(config, tmp_path,
     assert not adapters
     written = json.loads((tmp_path / "adapters" / lora.ADAPTER_CONFIG).read_text())
     assert (written["r"], written["base_model_name_or_path"]) == (2, str(markov_model))
+    # Adapters of another base or scale have the same shapes.
+    for change, message in (
+        (dict(lora=dict(alpha=16.0)), r"config.lora.alpha=8.0"),
+        (dict(init=str(shutil.copytree(markov_model, tmp_path / "base"))), "config.init='.*base'"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update(change)
+        with pytest.raises(UserError, match=message):
+            sft.run(other, str(tmp_path))
 
 
 def test_profile_steps_writes_a_trace(config, tmp_path):

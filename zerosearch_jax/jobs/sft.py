@@ -62,14 +62,11 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         model_config, mesh, config.optimizer, config.learner, lora=config.lora
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
-    examples_digest = digest(train)
-    kept = {"skipped_in_a_row": 0, "examples": examples_digest}
+    alpha = config.lora.alpha if config.lora.rank else 0.0
+    identity = {"examples": digest(train), "init": config.init, "lora_alpha": alpha}
+    kept = {"skipped_in_a_row": 0} | identity
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
-    if kept["examples"] != examples_digest:
-        raise UserError(
-            f"{workdir} was trained on other examples than config.data now gives; give another "
-            "--workdir, or remove it to start over"
-        )
+    check_same_run(workdir, kept, identity)
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -104,7 +101,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 stopping = nonfinite.limit_reached or (best and best.patience_exceeded(done))
                 last = done == config.sft.steps or stopping
                 if done % config.sft.checkpoint_every == 0 or last:
-                    kept = {"skipped_in_a_row": nonfinite.in_a_row, "examples": examples_digest}
+                    kept = {"skipped_in_a_row": nonfinite.in_a_row} | identity
                     checkpoints.save(done, state, kept)
             if nonfinite.limit_reached:
                 nonfinite.raise_error(step)
@@ -149,6 +146,25 @@ def load_data(
             f"number of examples, {len(sequences)}"
         )
     return tokenizer, sequences[:-count], sequences[-count:]
+
+
+def check_same_run(workdir: Path, kept: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises UserError if the checkpoint has other examples, another start or adapter scale.
+
+    Adapters of another start or scale have the same shapes, so they would be restored silently.
+    """
+    differences = {
+        "examples": "other examples than config.data now gives",
+        "init": f"config.init={kept.get('init')!r}, which is now {identity['init']!r}",
+        "lora_alpha": f"config.lora.alpha={kept.get('lora_alpha')}, which has changed",
+    }
+    for key, difference in differences.items():
+        # Older checkpoints lack the last two keys.
+        if key in kept and kept[key] != identity[key]:
+            raise UserError(
+                f"{workdir} was trained with {difference}; give another --workdir, or remove it "
+                "to start over"
+            )
 
 
 def digest(sequences: Sequence[TokenSequence]) -> str:
