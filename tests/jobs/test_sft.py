@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,7 +237,7 @@ def test_resume_after_a_signal_is_bit_identical(overfitting, tmp_path, number, s
     assert (workdir / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert _rows(workdir) == _rows(tmp_path / "whole")
     overfitting.data.examples = _pairs(tmp_path / "pairs.jsonl", ["Chad"] * 3 + ["Mali"])
-    with pytest.raises(UserError, match="another content of config.data"):
+    with pytest.raises(UserError, match="content of config.data"):
         sft.run(overfitting, str(workdir))
 
 
@@ -274,6 +275,17 @@ def test_adapters_are_saved_and_merged_into_the_exported_model(config, tmp_path,
     assert not adapters
     written = json.loads((tmp_path / "adapters" / lora.ADAPTER_CONFIG).read_text())
     assert (written["r"], written["base_model_name_or_path"]) == (2, str(markov_model))
+    # Adapters of another base or scale have the same shapes.
+    base = shutil.copytree(markov_model, tmp_path / "base")
+    (base / "vocab.txt").write_text("another content")
+    for change, message in (
+        (dict(lora=dict(alpha=16.0)), "config.lora.alpha"),
+        (dict(init=str(base)), "content of config.init"),
+    ):
+        other = config.copy_and_resolve_references()
+        other.update(change)
+        with pytest.raises(UserError, match=message):
+            sft.run(other, str(tmp_path))
 
 
 def test_profile_steps_writes_a_trace(config, tmp_path):

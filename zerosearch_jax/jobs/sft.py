@@ -71,15 +71,11 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     inputs = {
         "config.data": digest(train),
         "config.init": model_sha256(config.init) if config.init else "",
+        "config.lora.alpha": config.lora.alpha if config.lora.rank else 0.0,
     }
     kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
-    for key, fingerprint in inputs.items():
-        if kept["inputs"][key] != fingerprint:
-            raise UserError(
-                f"{workdir} was trained with another content of {key}; give "
-                "another --workdir, or remove it to start over"
-            )
+    check_same_run(workdir, kept["inputs"], inputs)
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
@@ -189,6 +185,23 @@ def load_data(config: SFTConfig) -> tuple[object, list[TokenSequence], list[Toke
             f"{len(sequences)}"
         )
     return tokenizer, sequences[:-count], sequences[-count:]
+
+
+def check_same_run(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError if the run in `workdir` had other examples, another start or adapter scale.
+
+    Adapters of another start or scale have the same shapes, so they would be restored silently.
+
+    Args:
+      before: the run's inputs by config key: a fingerprint of the content, or the value.
+      now: the inputs of this call.
+    """
+    for key, value in now.items():
+        if before[key] != value:
+            raise UserError(
+                f"{workdir} was trained with another value or content of {key}; give another "
+                "--workdir, or remove it to start over"
+            )
 
 
 def digest(sequences: Sequence[TokenSequence]) -> str:

@@ -57,7 +57,7 @@ def check_ids(directory: str | Path, tokenizer, vocab_size: int) -> None:
     A tokenizer with fewer ids than rows is normal: many models pad their vocabulary.
     """
     # A post-processor can name ids that the vocabulary lacks.
-    largest = max(*tokenizer.get_vocab().values(), *tokenizer("")["input_ids"])
+    largest = max([*tokenizer.get_vocab().values(), *tokenizer("")["input_ids"]])
     if largest >= vocab_size:
         raise UserError(
             f"{directory}: the tokenizer has ids up to {largest} "

@@ -1,8 +1,9 @@
 """End-of-text ids and generation defaults of a Hugging Face model directory.
 
 Three files can name the ids that end a text: `generation_config.json`, `config.json` and the
-tokenizer's. Instruct models often have several, and no file lists all of them. `transformers` stops
-at the first file's ids, vLLM and SGLang also at the tokenizer's. Here every id of the three counts.
+tokenizer's. Instruct models often have several, and a single file may lack some. `transformers`
+stops at the first file's ids, or at the second's if there is no first. Servers also stop at the
+tokenizer's. Here every id of the three counts.
 """
 
 import json
@@ -15,6 +16,7 @@ from zerosearch_jax.files import write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
 
 GENERATION_CONFIG = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_generation_config(
@@ -72,7 +74,7 @@ def write_configs(
     if isinstance(end_ids := generation["eos_token_id"], list) and len(end_ids) == 1:
         generation["eos_token_id"] = end_ids[0]
     write_json(directory / GENERATION_CONFIG, generation, indent=2)
-    ids = {key: generation[key] for key in generation if key.endswith("_token_id")}
+    ids = {key: generation[key] for key in SPECIAL_IDS if key in generation}
     write_json(directory / "config.json", to_hf(config) | {"dtype": dtype} | ids, indent=2)
 
 

@@ -167,12 +167,21 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Returns the special ids that are not text, which are all but the tags."""
-    pieces = tokenizer.added_tokens_decoder
-    return {
-        i for i in _special_ids(tokenizer) if i not in pieces or not _TAG.fullmatch(str(pieces[i]))
-    }
+    return _cached_control_ids(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _cached_control_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Computes `_control_ids` once per tokenizer; Llama 3 has 256 special tokens.
+
+    Args:
+      size: number of tokens, which grows when one is added.
+    """
+    added = tokenizer.added_tokens_decoder
+    tags = {token_id for token_id, token in added.items() if _TAG.fullmatch(token.content)}
+    return frozenset(_special_ids(tokenizer) - tags)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
