@@ -14,7 +14,6 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import (
-    WITHOUT_ENGINE,
     refiner,
     run_method,
 )
@@ -26,7 +25,7 @@ from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.episode_metrics import answer_scores
 from zerosearch_jax.training.inputs import check_job
-from zerosearch_jax.training.job_configs import EvaluateConfig
+from zerosearch_jax.training.job_configs import WITHOUT_ENGINE, EvaluateConfig
 from zerosearch_jax.training.step_rollouts import limits_of
 
 # Generator settings that change sampled tokens; the others change only speed and memory.
