@@ -13,7 +13,7 @@ from zerosearch_jax.models.config import from_hf
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
 from zerosearch_jax.parallel import mesh as mesh_lib
 from zerosearch_jax.training.config import RLConfig
-from zerosearch_jax.training.validate import check
+from zerosearch_jax.training.validate import check, warnings
 
 PAPER = ("qwen2.5-3b", "qwen2.5-7b", "llama-3.2-3b")
 PRESETS = ("", "smollm2-135m", *PAPER)
@@ -92,8 +92,8 @@ def test_every_preset_of_every_config_fills_its_dataclass(spec):
     typed = config_flags.typed(main.config_class(config), config)
     assert config_flags.plain(typed) == config.to_dict()
     assert config_flags.describe(typed).startswith("config: ")
-    if config.job == "rl":
-        check(typed)
+    check(typed)
+    assert warnings(typed) == []
 
 
 def _check(config) -> None:

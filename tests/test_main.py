@@ -149,6 +149,8 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
         ([], "--config=configs/grpo.py; there are configs/grpo.py"),
         (["--config=configs/grpo.py", "--wrkdir=x"], "wrkdir"),
         (["--config=configs/grpo.py", "rl.steps=3"], "'rl.steps=3' is not a flag"),
+        (["--config=configs/grpo.py", "--config.eval.sets[0]=c"], "=\"('a', 'b')\""),
+        (["--config=configs/grpo.py", "--config.eval[0]=c"], "eval[0]"),
         (["--config=configs/grpo.py", "--config.job=fly"], "'fly'; the jobs are rl, sft"),
         (["--config=configs/grpo.py", "--config=configs/grpo.py"], "is not allowed"),
         (["--config=configs/grpo.py", "--config"], "--config"),

@@ -139,10 +139,17 @@ def load_module(path: str | Path) -> types.ModuleType:
 def check_key(key: str, config: Mapping[str, Any]) -> None:
     """Raises UserError if the nested `config` has no `key` ("a.b").
 
-    The message names the new key if `key` was renamed, else the nearest one.
+    The message names the new key if `key` was renamed, else the nearest one. An element of a tuple
+    is not a key.
     """
-    name = re.sub(r"\[[^.]*", "", key)  # the override syntax can index a tuple: engines[0]
-    if name not in dict(_entries(config)):
+    known = dict(_entries(config))
+    name, bracket, _ = key.partition("[")
+    if bracket and name in known:  # absl would try to assign to an element of a tuple
+        raise UserError(
+            f"--config.{key}: an element cannot be overridden; give the whole value, such as "
+            f'--config.{name}="{known[name]}"'
+        )
+    if key not in known:
         if new := renamed(key):
             raise UserError(f"--config.{key}: this key was renamed; use --config.{new}")
         raise UserError(f"--config.{key}: there is no such key{_suggestion(key, config)}")

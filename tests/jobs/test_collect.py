@@ -19,6 +19,7 @@ from zerosearch_jax.jobs import collect
 from zerosearch_jax.rl.rewards import exact_match, token_f1
 from zerosearch_jax.simulator.pairs import load_pairs, stable_hash
 from zerosearch_jax.text.actions import final_answer
+from zerosearch_jax.training import inputs
 from zerosearch_jax.training.job_configs import CollectConfig
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +170,8 @@ def test_more_questions_and_samples_keep_earlier_episodes(config, finished, tmp_
     assert {r["id"]: r for r in Records(tmp_path / "episodes.jsonl")} == whole
 
 
-def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_path):
+def test_another_agent_or_labeler_needs_another_workdir(config, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "check_server", lambda *_: None)
     for name in ("episodes", "labels"):
         for suffix in (".jsonl", ".settings.json"):
             (tmp_path / f"{name}{suffix}").write_bytes((finished / f"{name}{suffix}").read_bytes())
@@ -238,7 +240,7 @@ def test_pairs_can_take_the_labelers_labels(config, finished, tmp_path, monkeypa
     for name in ("episodes.jsonl", "episodes.settings.json"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     monkeypatch.setattr(collect, "make_labeler", lambda *_: labeler)
-    config.labeling.update(kind="local", model="m", batch=7)
+    config.labeling.update(kind="local", model=config.policy.model, batch=7)
     config.extract.update(label_by="labeler", balance=False, heldout_share=0.0)
     collect.run(config, str(tmp_path))
     labels = _lines(tmp_path / "labels.jsonl")

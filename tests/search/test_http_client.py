@@ -165,6 +165,14 @@ def test_refused_connection_is_retried():
     assert len(client.waits) == 2
 
 
+def test_no_reply_tells_a_silent_server_from_one_that_replies(serve, raw_server):
+    for status in (200, 404, 503):
+        url, _ = serve(lambda call, status=status: (status, {}))
+        assert make_client(url).no_reply() == ""
+    assert make_client(f"http://127.0.0.1:{free_port()}").no_reply() == "ConnectError"
+    assert make_client(raw_server(hang), timeout_secs=0.05).no_reply() == "Timeout"
+
+
 def test_silent_server_times_out(raw_server):
     with pytest.raises(SearchFailed, match="^POST /x: Timeout in 2 tries$"):
         make_client(raw_server(hang), timeout_secs=0.05, attempts=2).post("/x", {})

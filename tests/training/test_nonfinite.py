@@ -176,11 +176,13 @@ def test_a_fine_tuning_run_with_too_many_faults_stops_and_resumes(
 ):
     examples = [[Segment("Query:", False), Segment(f" Doc 1: {i}.", True)] for i in range(20)]
     monkeypatch.setattr(sft, "load_examples", lambda _: examples)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.touch()
     config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
     config.update(
         dict(
             init=str(markov_model),
-            data=dict(validation="", validation_examples=4),
+            data=dict(examples=str(pairs), validation="", validation_examples=4),
             optimizer=dict(warmup_steps=0),
             learner=dict(row_tokens=64, rows=2),
             sft=dict(

@@ -41,11 +41,14 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
 def search_failures(trajectories: Sequence[Trajectory], accepted: float) -> str:
     """Returns why an evaluation is no result: too many of its searches failed. Else "".
 
+    A query that is too long for the engine is the policy's fault and belongs to the result.
+
     Args:
       accepted: share of failed searches, 0 to 1, up to which the scores are a result.
     """
     results = [result for t in trajectories for _, result in t.searches]
-    reasons = Counter(result.failure for result in results if result.failure)
+    failed = [result for result in results if result.failure and not result.too_long]
+    reasons = Counter(result.failure for result in failed)
     if reasons.total() <= accepted * len(results):
         return ""
     ((reason, _),) = reasons.most_common(1)
