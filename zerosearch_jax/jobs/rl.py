@@ -87,9 +87,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         closing(Recorder(workdir, is_writer, first_step=first + 1)) as recorder,
         closing(Progress(config.rl.steps, first)) as progress,
     ):
-        for step in range(first, config.rl.steps):
-            if monitor.decision is Decision.FINISH:
-                break
+        for step in monitor.steps(first):
             done = step + 1
             with profiler.step(done):
                 rollouts = collect(config, step, sampler, parts, state, timer)
@@ -111,6 +109,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 # Rows precede checkpoints: a killed run repeats steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
+                monitor.report(done)
 
                 em = metrics.get("eval/em")
                 if monitor.decision is Decision.ROLL_BACK:
@@ -120,7 +119,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                     with timer.section("checkpoint"):
                         kept = monitor.kept() | {"kl_coef": kl_coef}
                         checkpoints.save(done, state, kept, score=em)
-            monitor.report(done)
+            monitor.raise_if_stopped(done)
 
     conclude(config, workdir, parts, state, began)
 
