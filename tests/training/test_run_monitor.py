@@ -69,10 +69,11 @@ def test_the_message_of_a_stop_names_the_rollbacks_and_the_key(tmp_path, capsys)
     monitor = RunMonitor(_config("rollback", most=1), tmp_path, {})
     monitor.decide(COLLAPSED)
     monitor.report(4)
+    monitor.raise_if_stopped(4)
     assert "step 4" in capsys.readouterr().out
     monitor.decide(COLLAPSED)
     with pytest.raises(UserError, match="after step 5.*after 1 rollback.*config.watch.action=log"):
-        monitor.report(5)
+        monitor.raise_if_stopped(5)
 
 
 def test_too_many_skipped_updates_stop_a_run_that_could_roll_back(tmp_path):
@@ -81,7 +82,18 @@ def test_too_many_skipped_updates_stop_a_run_that_could_roll_back(tmp_path):
     monitor.decide(COLLAPSED)
     assert (monitor.decision, monitor.rollbacks) == (STOP, 0)
     with pytest.raises(UserError, match="not finite"):
-        monitor.report(1)
+        monitor.raise_if_stopped(1)
+
+
+def test_steps_end_at_a_plateau_also_after_a_resume(tmp_path):
+    config, rows = _config(patience=2), []
+    monitor = RunMonitor(config, tmp_path, {})
+    for step in monitor.steps(0):
+        rows.append(CALM | {"eval/em": [0.1, 0.2, 0.2][min(step, 2)]})
+        monitor.decide(rows[-1])
+    assert len(rows) == 4 < config.rl.steps
+    assert list(RunMonitor(config, tmp_path, {}, rows).steps(4)) == []
+    assert list(RunMonitor(config, tmp_path, {}, rows[:3]).steps(3))[0] == 3
 
 
 steps = st.lists(

@@ -105,9 +105,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
         closing(Progress(config.rl.steps, first)) as progress,
         StopRequest() as stop,
     ):
-        for step in range(first, config.rl.steps):
-            if monitor.decision is Decision.FINISH:
-                break
+        for step in monitor.steps(first):
             done = step + 1
             with profiler.step(done):
                 try:
@@ -134,6 +132,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 # Rows precede checkpoints: a killed run repeats steps and replaces their rows.
                 recorder.scalars(done, metrics)
                 progress.update(done, metrics)
+                monitor.report(done)
 
                 kept, em = monitor.kept() | {"kl_coef": kl_coef}, metrics.get("eval/em")
                 if monitor.decision is Decision.ROLL_BACK:
@@ -144,7 +143,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 if due or checkpoints.improves(em):
                     with timer.section("checkpoint"):
                         checkpoints.save(done, state, kept, score=em)
-            monitor.report(done)
+            monitor.raise_if_stopped(done)
             if terminated:
                 raise Terminated
 

@@ -1,7 +1,7 @@
 """Decides after every step of an RL run: continue, roll back, finish or stop."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class Decision(Enum):
     FINISH = "finish"
     """End training, export and evaluate: the evaluations are on a plateau."""
     STOP = "stop"
-    """End the run with an error (`RunMonitor.report`)."""
+    """End the run with an error (`RunMonitor.raise_if_stopped`)."""
 
 
 class Plateau:
@@ -84,7 +84,7 @@ class RunMonitor:
         kept: Mapping[str, Any],
         rows: Iterable[Mapping[str, float]] = (),
     ):
-        self._config = config.watch
+        self._config, self._steps = config.watch, config.rl.steps
         self._workdir = workdir
         self._watch = CollapseWatch(window=config.watch.window)
         self._plateau = Plateau(config.rl.stop_when)
@@ -98,6 +98,13 @@ class RunMonitor:
                 self._restart()
         self._alarm: str | None = None
         self.decision = Decision.FINISH if self._plateau.reached else Decision.CONTINUE
+
+    def steps(self, first: int) -> Iterator[int]:
+        """Yields the steps to run, from `first` to the last of `rl.steps` or to a plateau."""
+        for step in range(first, self._steps):
+            if self.decision is Decision.FINISH:
+                return
+            yield step
 
     def kept(self) -> dict[str, Any]:
         """Metadata for checkpoints."""
@@ -126,13 +133,14 @@ class RunMonitor:
         return signals | {"rollbacks": float(self.rollbacks)}
 
     def report(self, done: int) -> None:
-        """Prints an alarm and the decision of step `done`, counted from 1.
-
-        Raises:
-          UserError: the decision is to stop. The message says why and how to continue.
-        """
+        """Prints the alarm or the plateau of step `done`, counted from 1."""
         if self._alarm:
             print(f"\nstep {done}: {self._alarm}", flush=True)
+        if self.decision is Decision.FINISH:
+            print(f"\nstep {done}: eval/em is on a plateau (rl.stop_when); training ends")
+
+    def raise_if_stopped(self, done: int) -> None:
+        """Raises UserError if the decision of step `done` is to stop: why, and how to continue."""
         if self.nonfinite.limit_reached:
             self.nonfinite.raise_error(done - 1)
         if self.decision is Decision.STOP:
@@ -142,8 +150,6 @@ class RunMonitor:
                 f"config.watch.action={self._config.action}; the checkpoint and metrics.jsonl are "
                 f"in {self._workdir}. To continue: --config.watch.action=log"
             )
-        if self.decision is Decision.FINISH:
-            print(f"\nstep {done}: eval/em is on a plateau (rl.stop_when); training ends")
 
     def _observe(self, metrics: Mapping[str, float]) -> dict[str, float]:
         if "eval/em" in metrics:

@@ -67,7 +67,7 @@ def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
     """Restores the state with the best score, or the newest one if none has a score."""
     best = checkpoints.best_step()
     state, _ = checkpoints.restore(best, learner.abstract_state())
-    print(f"\nrolled back to the checkpoint of step {best}", flush=True)
+    print(f"rolled back to the checkpoint of step {best}", flush=True)
     return state
 
 
