@@ -21,7 +21,9 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
@@ -117,29 +119,42 @@ def _run(argv: Sequence[str]) -> None:
 
         validate.check(typed)
         inputs.check_inputs(typed)
-    import jax  # imported late, so that a wrong config is refused at once
+    job = partial(_run_job, config, directory, multi_process.value, export.value, options)
+    if multi_process.value or export.value:  # an export needs no lock
+        job()
+    else:
+        with locked(directory):
+            job()
+
+
+def _run_job(
+    config: ConfigDict, directory: str, multi_process: bool, export: str, options: dict[str, Any]
+) -> None:
+    """Runs or exports a job; with several processes, the first one locks the workdir."""
+    import jax  # imported late, so that a wrong config or a workdir in use is refused at once
 
     from zerosearch_jax.parallel import distributed
 
-    if multi_process.value:
+    if multi_process:
         distributed.initialize()
     # A resumed or repeated run reads the programs that an earlier run compiled.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
     module = importlib.import_module(f"zerosearch_jax.{JOBS[config.job]}")
 
-    def job() -> None:
-        if export.value:  # without the lock, so that a policy can be exported while its run goes on
-            module.export_checkpoint(config, directory, export.value)
-            return
-        first = not multi_process.value or jax.process_index() == 0
-        with locked(directory) if first else nullcontext():
-            module.run(config, directory, **options)
-
-    if multi_process.value:
-        distributed.run(job)
+    if export:
+        run = partial(module.export_checkpoint, config, directory, export)
     else:
-        job()
+        run = partial(module.run, config, directory, **options)
+    if not multi_process:
+        return run()
+
+    def on_every_process() -> None:
+        writes = jax.process_index() == 0 and not export
+        with locked(directory) if writes else nullcontext():
+            run()
+
+    distributed.run(on_every_process)
 
 
 def config_class(config: ConfigDict) -> type:

@@ -22,6 +22,7 @@ from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.parallel.mesh import make_mesh
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.telemetry.collapse import CollapseWatch
@@ -231,13 +232,12 @@ def _conclude(rl_config, workdir, monkeypatch, steps: int, failure: str = "") ->
     request = SearchRequest(0, 0, "Ada", "Who?", ("Ada",))
     episode.searches.append((request, SearchResult(request.key, (), failure)))
     monkeypatch.setattr(rl, "evaluate", lambda *_, **__: [episode])
-    monkeypatch.setattr(rl, "load_qa", lambda *_: [QARow("q", "Who?", ("Ada",), "test")])
     monkeypatch.setattr(rl, "export", lambda *_: None)
     generator = SimpleNamespace(load=lambda params: None)
-    policy = SimpleNamespace(tokenizer=None, params=None)
+    policy = SimpleNamespace(tokenizer=None, params=None, generation={})
     parts = rl.Parts(policy, generator, None, None, None, None, Notices())
     config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))  # rl.steps=3
-    rl.conclude(config, workdir, parts, None, steps)
+    rl.conclude(config, workdir, parts, None, [QARow("q", "Who?", ("Ada",), "test")], steps)
     return json.loads((workdir / "summary.json").read_text())
 
 
@@ -267,10 +267,13 @@ def test_steps_and_evaluations_without_an_answer_say_so_once(rl_config, monkeypa
     monkeypatch.setattr(rl, "run_step", lambda *_, **__: rollouts)
     monkeypatch.setattr(rl, "run_method", lambda *_, **__: [silent])
     policy = SimpleNamespace(tokenizer=None)
+    generator = SimpleNamespace(load=lambda params: None)
+    learner = SimpleNamespace(policy=lambda state: None)
     for _ in range(2):  # two runs
-        parts = rl.Parts(policy, None, None, None, None, None, Notices())
+        parts = rl.Parts(policy, generator, learner, None, None, None, Notices())
         for step in range(3):
-            assert rl.collect(config, step, 0.0, None, parts, StepTimer()) is rollouts
+            collected = rl.collect(config, step, None, parts, None, StepTimer(), StopRequest())
+            assert collected is rollouts
         (note,) = re.findall("note: (.*)", capsys.readouterr().out)
         assert note.startswith("step 1 teaches nothing: no episode has an answer; 100% of the turn")
     rl.evaluate(config, rl.Parts(policy, None, None, None, None, None, Notices()), [])

@@ -31,10 +31,10 @@ def saved(monkeypatch):
     steps = {}
 
     class RecordingCheckpoints(Checkpoints):
-        def save(self, step, state, metadata):
+        def save(self, step, state, metadata, score=None):
             # The next update donates the arrays, so copy them.
             steps[step] = jax.tree.map(lambda x: np.array(x, copy=True), state), dict(metadata)
-            super().save(step, state, metadata)
+            super().save(step, state, metadata, score)
 
     for job in (rl, sft):
         monkeypatch.setattr(job, "Checkpoints", RecordingCheckpoints)

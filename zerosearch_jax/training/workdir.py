@@ -58,11 +58,14 @@ def locked(workdir: str | Path) -> Iterator[None]:
     The lock does not reach other machines on Cloud Storage and on some network file systems.
 
     Raises:
-      UserError: another process holds the lock.
+      UserError: another process holds the lock, or the directory cannot be created.
     """
     workdir = Path(workdir)
     created = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise UserError(f"{workdir} cannot be created; give another --workdir") from None
     path = workdir / "lock"
     with path.open("a+") as file:
         try:
