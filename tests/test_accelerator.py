@@ -20,9 +20,9 @@ from zerosearch_jax.models.fused_attention import cudnn_attention, kernel_for
 from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.config import LossConfig
-from zerosearch_jax.rl.learner import Learner, OptimizerSpec
+from zerosearch_jax.rl.learner import Learner
 from zerosearch_jax.rl.objective import Objective
-from zerosearch_jax.rl.optimizer import adamw, warmup_cosine
+from zerosearch_jax.rl.optimizer import OptimizerSpec, adamw, warmup_cosine
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "cpu", reason="no accelerator; see the docstring for the command"
