@@ -125,7 +125,6 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(capsys, tmp_path, over
         ("miniature.py", ["arms=('zerosaerch',)", "noise_arms=()"], ("'zerosaerch'",)),
         ("miniature.py", ["baseline_seeds=(7,)"], ("baseline_seeds has [7]",)),
         ("algorithms.py", ["configs=('grpo','grop')"], ("configs/grop.py",)),
-        ("algorithms.py", ["steps=1"], ("warmup_steps=2",)),
         ("compile.py", ["remat=some"], ("'some'", "none, dots, full")),
         ("bench.py:decode-gpu", ["dtype=int4"], ("'int4'",)),
     ],

@@ -3,7 +3,10 @@
 import pytest
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.models import lora, transformer
+from zerosearch_jax.rl import config, losses
 from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, LossConfig
+from zerosearch_jax.training import config as training_config
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,10 @@ from zerosearch_jax.rl.config import AdvantageConfig, CriticConfig, KLConfig, Lo
 def test_a_section_refuses_contradictions_and_names_the_key(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_names_repeated_in_modules_without_jax_are_those_of_the_code():
+    assert losses.AGGREGATES == config.AGGREGATES
+    assert tuple(losses.KL_ESTIMATORS) == config.KL_ESTIMATORS
+    assert set(transformer.REMAT_POLICIES) == set(training_config.REMAT)
+    assert lora.TARGETS == training_config.LORA_TARGETS

@@ -183,12 +183,13 @@ def test_tags_that_are_added_tokens_stop_a_turn_and_parse(tmp_path, special):
     tokenizer.add_tokens([AddedToken(tag, special=special) for tag in [*tags, "<|im_end|>"]])
     tokenizer.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    think, _, search, end_search, answer, end_answer = tokenizer.convert_tokens_to_ids(tags)
+    think, end_think, search, end_search, answer, end_answer = tokenizer.convert_tokens_to_ids(tags)
     pieces = token_bytes(tokenizer)
     assert [pieces[i] for i in (think, end_search)] == [b"<think>", b"</search>"]
     table = build_stop_table(pieces, ["</search>", "</answer>"])
     for opening, closing, kind in ((search, end_search, "search"), (answer, end_answer, "answer")):
-        ids = [think, *encode(tokenizer, " été "), opening, *encode(tokenizer, " N'D "), closing]
+        thought = [think, *encode(tokenizer, " été "), end_think]
+        ids = [*thought, opening, *encode(tokenizer, " N'D "), closing]
         states = list(accumulate(ids, lambda state, i: table[state, i], initial=0))
         assert [state == len(table) - 1 for state in states] == [False] * len(ids) + [True]
         text = decode(tokenizer, [*ids, tokenizer.eos_token_id])

@@ -31,10 +31,7 @@ def check(config: object) -> None:
             *_rollout_rules(config),
             *_update_rules(config),
             *_room_rules("rollout", config.rollout, config.policy.generator),
-            *_schedule_rules(config.optimizer, "rl.steps", config.rl.steps),
         )
-    elif isinstance(config, SFTConfig):
-        rules = _schedule_rules(config.optimizer, "sft.steps", config.sft.steps)
     elif isinstance(config, CollectConfig | EvaluateConfig):
         rules = _room_rules("limits", config.limits, config.policy.generator)
     for broken, reason in rules:
@@ -176,12 +173,6 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
             "critic.trunk=own trains all parameters of a second model, which lora.rank > 0 is "
             "meant to avoid; set critic.trunk=shared",
         ),
-        (
-            estimator == "ppo"
-            and config.critic.warmup_steps > _schedule_length(config.optimizer, rl.steps),
-            f"critic.warmup_steps={config.critic.warmup_steps} is longer than the schedule of "
-            f"{_schedule_length(config.optimizer, rl.steps)} steps; lower it",
-        ),
     )
 
 
@@ -204,30 +195,18 @@ def _room_rules(
     )
 
 
-def _schedule_length(optimizer: OptimizerConfig, steps: int) -> int:
-    return optimizer.schedule_steps or steps
-
-
-def _schedule_rules(optimizer: OptimizerConfig, key: str, steps: int) -> tuple[Rule, ...]:
-    """Rules on the learning-rate schedule of a run of `steps` steps."""
-    length = _schedule_length(optimizer, steps)
-    source = "optimizer.schedule_steps" if optimizer.schedule_steps else key
-    return (
-        (
-            optimizer.warmup_steps > length,
-            f"optimizer.warmup_steps={optimizer.warmup_steps} is longer than the schedule, "
-            f"{source}={length}; lower the first or raise the second",
-        ),
-    )
-
-
 def _schedule_warnings(optimizer: OptimizerConfig, key: str, steps: int) -> tuple[Rule, ...]:
-    length = optimizer.schedule_steps
+    length, warmup = optimizer.schedule_steps, optimizer.warmup_steps
     return (
         (
             0 < length < steps and optimizer.final_fraction < 1,
             f"optimizer.schedule_steps={length} is below {key}={steps}: the last {steps - length} "
             f"steps have {optimizer.final_fraction} of the learning rate; 0 takes {key}",
+        ),
+        (
+            warmup > min(length or steps, steps),
+            f"optimizer.warmup_steps={warmup} is longer than the schedule or {key}={steps}: the "
+            "learning rate never decays, or never reaches its peak; lower it",
         ),
     )
 
@@ -295,5 +274,10 @@ def _without_effect(config: RLConfig) -> tuple[Rule, ...]:
             watch.action != "log" and 2 * watch.window > config.rl.steps,
             f"watch.action={watch.action} has no effect: rl.steps={config.rl.steps} is less than "
             f"two windows of watch.window={watch.window} steps",
+        ),
+        (
+            estimator == "ppo" and config.critic.warmup_steps > config.rl.steps,
+            f"critic.warmup_steps={config.critic.warmup_steps} is longer than rl.steps="
+            f"{config.rl.steps}: the critic never reaches its learning rate; lower it",
         ),
     )
