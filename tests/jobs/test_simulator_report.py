@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import simulator_report
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.search.simulated import SimulatedEngine
-from zerosearch_jax.simulator import gate
+from zerosearch_jax.simulator import gate, reader
 from zerosearch_jax.simulator.pairs import Pair, save_pairs
 from zerosearch_jax.text import prompts
 
@@ -152,7 +153,9 @@ def report(tmp_path_factory, markov_model, compiled_once):
             simulators=dict(finetuned=simulator, prompted=simulator),
         )
     )
-    simulator_report.run(config, str(workdir))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "thoughts", SimpleNamespace(OPEN=""))  # it closes no thought
+        simulator_report.run(config, str(workdir))
     return workdir / "report.json"
 
 

@@ -19,6 +19,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.parallel.mesh import local_meshes
 from zerosearch_jax.training import factory
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.validate import check
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,7 @@ def test_simulator_devices_that_would_idle_are_refused(rl_config, change, messag
     config = config_flags.load(str(rl_config))
     config.update(change)
     with pytest.raises(UserError, match=message):
-        check(config)
+        check(config_flags.typed(RLConfig, config))
 
 
 @pytest.mark.slow

@@ -77,10 +77,12 @@ def test_every_job_checks_its_models_before_it_reads_weights(
         more = more | {"data.source": str(questions)}
     if name == "eval":
         more = more | {"data.sets": (str(questions),)}
+    pairs = tmp_path / "pairs.jsonl"
+    save_pairs(pairs, [Pair("p", "q", ("a", "b"), "Who?", ("Chad",), "useful", True)])
     if name == "simulator_report":
-        pairs = tmp_path / "pairs.jsonl"
-        save_pairs(pairs, [Pair("p", "q", ("a", "b"), "Who?", ("Chad",), "useful", True)])
         more = more | {"pairs": str(pairs)}
+    if name == "sft_simulator":
+        more = more | {"data.examples": str(pairs), "data.validation": str(pairs)}
     config.update_from_flattened_dict(more | {key: str(directory)})
     with pytest.raises(UserError, match=rf"{directory}: .* up to {ROWS} .*<extra>.* {ROWS} rows"):
         JOBS[name](config, str(tmp_path / "run"))
@@ -93,7 +95,9 @@ def test_sft_needs_the_end_token_that_it_writes(directory, tmp_path, monkeypatch
     settings = {key: value for key, value in settings.items() if not key.endswith("_token")}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     config = config_flags.load(str(ROOT / "configs" / "sft_simulator.py"))
-    config.init = str(directory)
+    pairs = tmp_path / "pairs.jsonl"
+    save_pairs(pairs, [Pair("p", "q", ("a", "b"), "Who?", ("Chad",), "useful", True)])
+    config.update(dict(init=str(directory), data=dict(examples=str(pairs), validation=str(pairs))))
     assert config.data.end_of_text
     with pytest.raises(UserError, match="no eos_token, .* config.data.end_of_text"):
         sft.run(config, str(tmp_path / "run"))

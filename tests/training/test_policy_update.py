@@ -291,7 +291,7 @@ def test_a_kl_in_the_reward_is_subtracted_and_reported(config, tmp_path):
 
 @pytest.mark.parametrize("old_logprobs", ["learner", "sampler"])
 def test_only_a_steps_first_update_is_on_policy(config, tmp_path, old_logprobs):
-    config.rl.update(dict(minibatches=2, epochs=2, old_logprobs=old_logprobs))
+    config.rl.update(dict(minibatch_episodes=2, epochs=2, old_logprobs=old_logprobs))
     learner = ScoringLearner()
     update_policy, _ = _updater(learner, config, tmp_path)
     for step in range(2):
