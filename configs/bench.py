@@ -11,8 +11,8 @@ transformers run in separate environments: set `peers.tunix_python`, `peers.llam
 `peers.trl_python` to their interpreters. The scripts in zerosearch_jax/benchmarks/peers/ describe
 these environments. A peer without an interpreter is reported as not run. `learner` takes about an
 hour; `parts` selects parts of it. `decode-gpu` and `learner-gpu` need a GPU of 80 GB. Set its
-memory bandwidth or its dense bfloat16 peak, as above; `--config.int8_weights=True` decodes with int8
-weights. Results: docs/speed.md.
+memory bandwidth or its dense bfloat16 peak, as above. `--config.int8_weights=True` decodes with
+int8 weights. Results: docs/speed.md.
 """
 
 from ml_collections import ConfigDict
