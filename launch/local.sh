@@ -9,24 +9,26 @@
 #   --program "WORDS"         command of each process
 #                             (default ".venv/bin/python -m zerosearch_jax.main")
 #   --port PORT               port of the coordinator, process 0 (default: a free port)
+#   --grace SECONDS           time between SIGTERM and the end by force (default 600)
 #   --log-dir DIR             directory of process_0.log, process_1.log, … (default runs/local)
 #   --dry-run                 print each process's command, run nothing
 #
 # The words after -- go to every process, after --distributed. Process i gets
 # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID=i; its output is prefixed with [i].
 # If a process fails, the script ends the others and exits with that process's status. It forwards
-# Ctrl-C and SIGTERM. After 10 seconds it kills the processes that are still running.
+# Ctrl-C and SIGTERM, at which the processes save their state. It kills the processes that are
+# still running --grace seconds after SIGTERM, or 10 seconds after Ctrl-C or a failure.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
 declare -A option=(
   [processes]="" [devices-per-process]=1 [program]=".venv/bin/python -m zerosearch_jax.main"
-  [port]="" [log-dir]=runs/local [dry-run]=no
+  [port]="" [grace]=600 [log-dir]=runs/local [dry-run]=no
 )
 parse "$@"
 need processes program
-need_count processes devices-per-process
+need_count processes devices-per-process grace
 read -ra program <<<"${option[program]}"
 
 free_port() {
@@ -53,12 +55,12 @@ signal_all() {
   done
 }
 
-# end_all SIGNAL: signals all, and kills them later. jax.distributed may catch SIGTERM as a
+# end_all SIGNAL SECONDS: signals all, and kills them later. jax.distributed may catch SIGTERM as a
 # preemption notice, so a signal alone is not enough.
 end_all() {
   signal_all "$1"
   [[ -n $killer ]] || {
-    (sleep 10 && signal_all KILL) </dev/null &>/dev/null &
+    (sleep "$2" && signal_all KILL) </dev/null &>/dev/null &
     killer=$!
   }
 }
@@ -76,8 +78,8 @@ write_lines() {
 
 [[ ${option[dry-run]} == yes ]] || mkdir -p "${option[log-dir]}"
 set -m # One process group per process: signals reach whole groups, Ctrl-C only this script.
-trap 'status=130; end_all INT' INT
-trap 'status=143; end_all TERM' TERM
+trap 'status=130; end_all INT 10' INT
+trap 'status=143; end_all TERM "${option[grace]}"' TERM
 
 for ((i = 0; i < option[processes]; i++)); do
   command=(
@@ -107,7 +109,7 @@ while ((${#process_of[@]})); do
       status=$code
       echo "error: process $number of ${option[processes]} ended with exit status $code;" \
         "ending the others (log: ${option[log-dir]}/process_$number.log)" >&2
-      end_all TERM
+      end_all TERM 10
     fi
   done
   sleep 0.2

@@ -46,7 +46,7 @@ case $phase in
     read_accelerator
     run xpk workload create "--workload=${option[name]}" "${where[@]}" "--tpu-type=$tpu_type" \
       "--num-slices=${option[slices]}" "--docker-image=${option[image]}" \
-      "--max-restarts=${option[max-restarts]}" \
+      "--max-restarts=${option[max-restarts]}" --termination-grace-period-seconds=600 \
       "--command=python -m zerosearch_jax.main --distributed $(quoted "${rest[@]}")"
     ;;
   status)

@@ -184,6 +184,7 @@ def test_real_gke_run_submits_the_manifest(fakes, tmp_path):
     pod = pods["template"]["spec"]
     (container,) = pod["containers"]
     assert slice_job["replicas"] == 2
+    assert pod["terminationGracePeriodSeconds"] > 30  # Kubernetes' default
     assert pods["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == 64
     assert pods["completions"] == pods["parallelism"]
     assert pod["nodeSelector"] == {
@@ -465,20 +466,11 @@ time.sleep(600)"""
         assert not _runs(int((tmp_path / f"process_{i}.log").read_text()))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_reach_every_local_process(name, tmp_path):
-    body = """
-import signal
-def stop(number, frame):
-    print("got", signal.Signals(number).name, flush=True)
-    sys.exit(0)
-signal.signal(signal.SIGINT, stop)
-signal.signal(signal.SIGTERM, stop)
-print("ready", flush=True)
-time.sleep(600)"""
+def _signalled(name: str, tmp_path: Path, body: str, *options: str) -> tuple[int, list[str]]:
+    """Sends a signal to local.sh with two processes; returns its status and their next lines."""
     # Background jobs start with SIGINT ignored, and a shell cannot trap an ignored signal.
     words = ["env", "--default-signal=INT", "bash", "launch/local.sh", "--processes", "2"]
-    words += ["--log-dir", str(tmp_path)]
+    words += ["--log-dir", str(tmp_path), *options]
     with subprocess.Popen(
         [*words, "--program", program(tmp_path, body)],
         cwd=ROOT,
@@ -495,8 +487,39 @@ time.sleep(600)"""
         finally:
             running.terminate()
     assert ready == {"[0] ready\n", "[1] ready\n"}
-    assert sorted(output.splitlines()) == [f"[0] got {name}", f"[1] got {name}"]
-    assert running.returncode == 128 + signal.Signals[name]
+    return running.returncode, sorted(output.splitlines())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_reach_every_local_process(name, tmp_path):
+    body = """
+import signal
+def stop(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(600)"""
+    status, lines = _signalled(name, tmp_path, body)
+    assert lines == [f"[0] got {name}", f"[1] got {name}"]
+    assert status == 128 + signal.Signals[name]
+
+
+def test_local_processes_are_killed_only_after_the_grace_period(tmp_path):
+    body = """
+import signal
+def save(*_):
+    if number == "1": return  # never ends
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+while True: time.sleep(600)"""
+    status, lines = _signalled("SIGTERM", tmp_path, body, "--grace", "2")
+    assert lines == ["[0] saved"]
+    assert status == 128 + signal.SIGTERM
 
 
 # ---- the scripts themselves
