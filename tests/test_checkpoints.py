@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.training.train_state import resume
+from zerosearch_jax.training.train_state import resume, roll_back
 
 
 def _state(width: int = 8) -> dict:
@@ -229,6 +229,15 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
             with pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"):
                 checkpoints.restore(None, W)
     assert {path.name for path in directory.iterdir()} == {"1", "damaged-2", "damaged-2+"}
+
+
+def test_a_rollback_without_scores_restores_and_names_the_newest_checkpoint(
+    two_checkpoints, capsys
+):
+    with Checkpoints(two_checkpoints) as checkpoints:
+        restored = roll_back(checkpoints, SimpleNamespace(abstract_state=lambda: W))
+    np.testing.assert_array_equal(restored["w"], np.full(64, 2.0))
+    assert "step 2" in capsys.readouterr().out
 
 
 def test_the_best_checkpoint_is_kept_next_to_the_newest(tmp_path):

@@ -1,4 +1,4 @@
-"""The error for bad input, and a check that raises it."""
+"""The errors that end a run with one line: bad input, SIGTERM, and a full or read-only disk."""
 
 import errno
 import os

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,25 @@ def test_a_wrong_setting_is_refused(config, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         sft.run(config, str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_resume_keeps_the_tokenizer_of_the_run(
+    config, tmp_path, tiny_config, monkeypatch
+):
+    """A run from scratch trains its tokenizer on the examples, which are other ones now."""
+    learner = SimpleNamespace(init=lambda *_: None)
+    monkeypatch.setattr(sft, "initial_model", lambda *_: (tiny_config, None, {}))
+    monkeypatch.setattr(sft, "make_learner", lambda *_: learner)
+    other = {"config.data": "other", "config.init": "", "config.lora.alpha": 0.0}
+    monkeypatch.setattr(sft, "resume", lambda *_: (None, 3, {"inputs": other}))
+    (tmp_path / "model").mkdir()
+    kept = tmp_path / "model" / "tokenizer.json"
+    kept.write_text("of the run")
+    with config.unlocked():
+        config.update(dict(init="", vocab_size=300, model=dict(model_type="llama")))
+    with pytest.raises(UserError, match="content of config.data"):
+        sft.run(config, str(tmp_path))
+    assert kept.read_text() == "of the run"
 
 
 def test_examples_longer_than_the_models_positions_are_refused(tiny_config):

@@ -42,9 +42,7 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
-from zerosearch_jax.training.fingerprints import (
-    check_base,
-)
+from zerosearch_jax.training.fingerprints import check_base
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.no_signal import no_signal, unanswered
 from zerosearch_jax.training.parts import (

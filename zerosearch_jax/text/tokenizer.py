@@ -75,7 +75,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A control token spelled out in `text` is ordinary text, so that a document cannot end a turn.
     Control tokens are the special tokens and all other added tokens, except words, whitespace,
-    single characters and the tags of the episode's grammar.
+    single characters and the tags of the episode's grammar. A tag that is an added token becomes
+    that token, as in the policy's own text.
     """
     backend, _ = _unspellable(tokenizer)
     return backend.encode(text.replace(_MARK, "\ufffd"), add_special_tokens=False).ids

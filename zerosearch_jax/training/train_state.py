@@ -67,7 +67,8 @@ def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
     """Restores the state with the best score, or the newest one if none has a score."""
     best = checkpoints.best_step()
     state, _ = checkpoints.restore(best, learner.abstract_state())
-    print(f"rolled back to the checkpoint of step {best}", flush=True)
+    step = checkpoints.latest_step() if best is None else best
+    print(f"rolled back to the checkpoint of step {step}", flush=True)
     return state
 
 
