@@ -257,6 +257,29 @@ def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_pat
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("result", "scored"),
+    [
+        (SearchResult((0, 0), ("a",)), True),
+        (SearchResult((0, 0), (), "HTTP 401"), False),
+        (SearchResult((0, 0), (), "too long", too_long=True), True),
+    ],
+)
+def test_an_evaluation_with_failed_searches_has_no_scores(rl_config, monkeypatch, result, scored):
+    """A server that is down must neither end a run on a plateau nor choose the best checkpoint."""
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
+    episode = Trajectory(Episode(0, "Who?", ("Ada",)), finish="answer")
+    episode.searches.append((SearchRequest(0, 0, "Ada", "Who?", ("Ada",)), result))
+    monkeypatch.setattr(rl, "run_method", lambda *_, **__: [episode])
+    generator = SimpleNamespace(load=lambda params: None)
+    learner = SimpleNamespace(policy=lambda state: None)
+    policy = SimpleNamespace(tokenizer=None)
+    parts = rl.Parts(policy, generator, learner, None, None, None, Notices())
+    metrics = rl.eval_metrics(config, parts, None, [], StepTimer())
+    assert [f"eval/{name}" in metrics for name in ("em", "f1", "cover_em")] == [scored] * 3
+    assert metrics["eval/failed_search_ratio"] == bool(result.failure)
+
+
 def test_steps_and_evaluations_without_an_answer_say_so_once(rl_config, monkeypatch, capsys):
     config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
     silent = Trajectory(Episode(0, "Who?", ("Ada",)), finish="turns")

@@ -13,10 +13,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import (
-    refiner,
-    run_method,
-)
+from zerosearch_jax.evaluation.baselines import refiner, run_method
 from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
 from zerosearch_jax.files import FORMAT, check_format, write_atomically, write_json
 from zerosearch_jax.parallel.mesh import make_mesh

@@ -29,6 +29,7 @@ from zerosearch_jax.parallel.processes import gather
 from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
+from zerosearch_jax.rl.rewards import REWARDS
 from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -259,11 +260,18 @@ def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes:
 def eval_metrics(
     config: RLConfig, parts: Parts, state: TrainState, rows: Sequence[QARow], timer: StepTimer
 ) -> dict[str, float]:
-    """Evaluates the state's policy; returns its metrics, named `eval/…`."""
+    """Evaluates the state's policy; returns its metrics, named `eval/…`.
+
+    If too many searches failed, the scores are left out: they would count for the best checkpoint
+    and for the plateau.
+    """
     with timer.section("eval"):
         parts.generator.load(parts.learner.policy(state))
         evaluated = evaluate(config, parts, rows)
-    return {f"eval/{name}": value for name, value in episode_metrics(evaluated).items()}
+    metrics = episode_metrics(evaluated)
+    if search_failures(evaluated, config.eval.max_failed_searches):
+        metrics = {name: value for name, value in metrics.items() if name not in REWARDS}
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def speed(seconds: dict[str, float], parts: Parts, rollouts: StepRollouts) -> dict[str, float]:
