@@ -124,8 +124,8 @@ def test_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
     assert slept[-1] == max(slept[:-1])
 
 
-def test_decode_flops_match_a_hand_count():
-    """Two per multiplied weight, and per layer four per cached token, head and head dimension."""
+def test_decode_flops_and_bytes_match_a_hand_count():
+    """FLOPs: two per multiplied weight, and per layer four per cached token, head and head dimension."""
     from zerosearch_jax.models.config import ModelConfig
 
     config = ModelConfig(
@@ -137,6 +137,10 @@ def test_decode_flops_match_a_hand_count():
     model = decode.factory.Model(config, weights, None, {})
     sizes = ConfigDict(dict(prompt_tokens=6, new_tokens=4))
     assert decode.flops_per_token(model, sizes) == 2 * (100 - 40) + 4 * 8 * 3 * 2 * 2
+    cache = 2 * 8 * 2 * 3 * 1 * 2 * 4  # rows, tokens, keys and values, layers, heads, size, bytes
+    for int8, width in ((False, 4), (True, 1)):
+        sizes.int8_weights = int8
+        assert decode.bytes_per_step(model, 2, sizes) == width * (100 - 40) + cache
 
 
 @pytest.fixture

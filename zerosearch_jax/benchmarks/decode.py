@@ -180,9 +180,10 @@ def bytes_per_step(model: factory.Model, slots: int, config: BandwidthBenchConfi
     c = model.config
     leaves = jax.tree.leaves(model.params)
     size = leaves[0].dtype.itemsize
-    weights = sum(leaf.size for leaf in leaves) * (1 if config.int8_weights else size)
+    weights = sum(leaf.size for leaf in leaves)
     if not c.tie_embeddings:
-        weights -= size * c.vocab_size * c.embed_dim  # A step reads one row per slot.
+        weights -= c.vocab_size * c.embed_dim  # A step reads one row per slot.
+    weights *= 1 if config.int8_weights else size
     context = config.prompt_tokens + config.new_tokens / 2
     return weights + slots * context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * size
 
