@@ -53,12 +53,11 @@ class Checkpoints(AbstractContextManager):
         self._read_only = read_only
         if self._directory.exists() and not self._directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._directory))
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only, read_only=read_only, enable_async_checkpointing=False
-            ),
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only, read_only=read_only, enable_async_checkpointing=False
         )
+        with _nothing_logged():  # `read_only` gives warnings
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
 
@@ -78,7 +77,7 @@ class Checkpoints(AbstractContextManager):
         if score is not None and math.isnan(score):
             score = None
         kept = {"format": FORMAT, "leaves": _shapes(state), "user": dict(metadata)}
-        with named_disk_errors(self._directory / str(step)), _errors_not_logged():
+        with named_disk_errors(self._directory / str(step)), _nothing_logged():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -237,8 +236,8 @@ def _raise_damage(trouble: str) -> None:
 
 
 @contextmanager
-def _errors_not_logged() -> Iterator[None]:
-    """Keeps Orbax from logging the traceback of an error that it also raises."""
+def _nothing_logged() -> Iterator[None]:
+    """Keeps Orbax from logging warnings, and the traceback of an error that it also raises."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:

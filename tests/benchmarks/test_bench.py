@@ -125,7 +125,7 @@ def test_slow_service_takes_as_long_as_its_slowest_request(monkeypatch):
 
 
 def test_decode_flops_and_bytes_match_a_hand_count():
-    """FLOPs: two per multiplied weight, and per layer four per cached token, head and head dimension."""
+    """FLOPs: two per multiplied weight, and per layer four per cached token, head and its size."""
     from zerosearch_jax.models.config import ModelConfig
 
     config = ModelConfig(

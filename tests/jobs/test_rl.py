@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -323,8 +324,9 @@ def test_another_base_model_is_refused_and_other_inputs_are_warned_about(
     config = config_flags.load(str(rl_config))
     files = {path: path.read_bytes() for path in workdir.glob("*.json*")}
     config.policy.model = str(other)
-    with pytest.raises(UserError, match=f"{markov_model} .*{other}.*another --workdir"):
-        rl.run(config, str(workdir))
+    for job in (rl.run, partial(rl.export_checkpoint, which="latest")):
+        with pytest.raises(UserError, match=f"{markov_model} .*{other}.*another --workdir"):
+            job(config, str(workdir))
     assert files == {path: path.read_bytes() for path in workdir.glob("*.json*")}
     kept = json.loads((workdir / "config.json").read_text())["contents"]
     assert all(kept[name] for name in ("policy.model", "search", "training questions"))

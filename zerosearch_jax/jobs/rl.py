@@ -43,7 +43,7 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
-from zerosearch_jax.training.fingerprints import check_base
+from zerosearch_jax.training.fingerprints import check_base, model_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.no_signal import no_signal, unanswered
 from zerosearch_jax.training.parts import (
@@ -154,18 +154,23 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
 
     Args:
       which: a step, "latest" or "best" (see `kept_step`).
+
+    Raises:
+      UserError: there is no such checkpoint, or it was trained from another base model, into which
+        adapters would be merged silently.
     """
     config = config_flags.typed(RLConfig, config)
     checkpoints = Path(workdir) / "checkpoints"
     step = kept_step(checkpoints, which)
+    base = config.policy.model
+    check_base(workdir, check_workdir(workdir), base, model_sha256(base))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy, learner = policy_and_learner(config, mesh)
     if learner.lora is not None:
         learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
     state = restore_kept(checkpoints, step, learner.abstract_state())
     path = Path(workdir) / "exports" / str(step) / "policy"
-    tokenizer, generation = policy.tokenizer, policy.generation
-    export(path, learner, state, tokenizer, config.policy.model, generation)
+    export(path, learner, state, policy.tokenizer, base, policy.generation)
     print(f"policy of step {step} written to {path}")
 
 
