@@ -53,11 +53,13 @@ class Checkpoints(AbstractContextManager):
         self._read_only = read_only
         if self._directory.exists() and not self._directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._directory))
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only, read_only=read_only, enable_async_checkpointing=False
-        )
         with _nothing_logged():  # `read_only` gives warnings
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    create=not read_only, read_only=read_only, enable_async_checkpointing=False
+                ),
+            )
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
 

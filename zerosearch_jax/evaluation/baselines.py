@@ -30,6 +30,7 @@ from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
+from zerosearch_jax.search.http_client import SearchFailed
 from zerosearch_jax.search.refine import RefiningEngine
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.job_configs import METHODS
@@ -48,7 +49,8 @@ def run_method(
     limits: Limits,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    generate: Callable[[list[str], list[tuple[int, int]]], list[str]] | None = None,
+    generate: Callable[[list[str], list[tuple[int, int]]], Sequence[str | SearchFailed]]
+    | None = None,
 ) -> list[Trajectory]:
     """Runs one episode per row; returns them in order, numbered by row.
 
