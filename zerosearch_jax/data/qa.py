@@ -3,8 +3,8 @@
 Sources: "world" (the embedded world), "synthetic:COUNT:SEED" (a synthetic world), FlashRAG .jsonl,
 ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are not changed and get no prompt.
 
-In every format, gold answers are a list, one answer (a text or a number), or a text that holds a
-list such as `['Paris', 'City of Light']`. `data.rows` describes the file formats.
+In every format, gold answers are a list, one answer, or a text that holds a list such as
+`['Paris', 'City of Light']`. An answer may be a number. `data.rows` describes the file formats.
 """
 
 import itertools

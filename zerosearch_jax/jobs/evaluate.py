@@ -136,9 +136,9 @@ def eval_cases(
 ) -> list[dict]:
     """Returns the identity of each selected row, as it reads back from JSON.
 
-    Keys: model, method, engine, set, limit (number of questions or None), settings (everything
-    else in the config that changes the results) and fingerprints (of the model, the questions and
-    the files that the engine reads).
+    Keys: model, method, engine, set, limit, settings and fingerprints. `limit` is a number of
+    questions or None. `settings` has all other config values that change the results.
+    `fingerprints` identifies the model, the questions and the files that the engine reads.
 
     Raises:
       UserError: an unreadable model.

@@ -156,8 +156,8 @@ class UpdateConfig:
     step's first update exactly 1, and recomputes log-probs for its later updates."""
     overlong: str
     """`mask` excludes truncated episodes from the loss (DAPO); `keep` trains on them. An episode is
-    truncated if its last turn was cut at rollout.response_tokens or at the end of the slot, or if
-    an observation did not fit the slot."""
+    truncated if an observation did not fit the slot, or if its last turn was cut at
+    rollout.response_tokens or the end of the slot."""
     refresh_reference: CountOrZero
     """Steps after which the current policy becomes the reference policy of the KL. Checkpoints then
     hold the reference, too. 0 keeps the start policy."""
@@ -255,8 +255,8 @@ class DataConfig:
     train_limit: Count | None
     """Number of training questions: the first of the split. None uses all."""
     overlong: str
-    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
-    `error` refuses the first one, `drop` drops them and prints their number."""
+    """Reaction to a question whose prompt does not fit a slot of the policy or of a local simulator.
+    `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
         check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)

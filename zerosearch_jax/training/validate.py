@@ -20,7 +20,7 @@ Section = TypeVar("Section")
 
 MAX_EPISODES = 2**18
 """Largest number of episodes per step. The host holds all of them in memory until the update, at
-about 100 bytes per token: 100 GB for episodes of 4,000 tokens, as in the paper."""
+about 100 bytes per token. Episodes of 4,000 tokens, as in the paper, then take 100 GB."""
 
 
 def check(config: object) -> None:
