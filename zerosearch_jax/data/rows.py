@@ -68,7 +68,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check it") from error
     if not number:
         raise UserError(f"{path}: the file has no rows; use a file with at least one")
 

@@ -255,7 +255,7 @@ class DataConfig:
     train_limit: Count | None
     """Number of training questions: the first of the split. None uses all."""
     overlong: str
-    """Reaction to a question whose prompt does not fit a slot of the policy or of a local simulator.
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):

@@ -166,7 +166,7 @@ class CollectDataConfig:
     limit: Count
     """Number of questions: the first of the split."""
     overlong: str
-    """Reaction to a question whose prompt does not fit a slot of the policy or of a local simulator.
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
@@ -299,7 +299,7 @@ class EvaluateDataConfig:
     limit: Count | None
     """Number of questions per set: the first of the set. None uses all."""
     overlong: str
-    """Reaction to a question whose prompt does not fit a slot of the policy or of a local simulator.
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
