@@ -10,8 +10,8 @@
 Hardware: 1 CPU core. Time: 2 minutes for five methods on 240 questions. Scores: README and
 docs/miniature/report.md. Episodes are greedy, so the seed matters only for the draws of `simulated`
 and `noisy_bm25`. The table is printed and written to the workdir. A combination of method, engine
-and set with a row in evaluation.json is evaluated again only if the config or the content of the
-model, the questions or the engine's files has changed. A row whose searches failed is not written.
+and set with a row in evaluation.json runs again only if something has changed: the config, the
+model, the questions or the engine's files. A row with too many failed searches is not written.
 """
 
 from collections.abc import Callable

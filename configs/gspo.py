@@ -3,8 +3,8 @@
   python -m zerosearch_jax.main --config=configs/gspo.py[:PRESET]
 
 Differs from grpo.py: one ratio and one loss per sequence with a narrow clip, and four updates per
-step as in the paper. In a step's first update every ratio is 1. The other presets compute in
-bfloat16, which needs old_logprobs=learner for that (docs/algorithms.md#gspo-in-bfloat16). The
+step as in the paper. In a step's first update every ratio is 1. The paper's presets compute in
+bfloat16, so they set old_logprobs=learner to keep it 1 (docs/algorithms.md#gspo-in-bfloat16). The
 embedded example has a learning rate of 5e-4 and not 1e-6, so its clip is wider.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.667

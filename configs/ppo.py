@@ -4,8 +4,8 @@
 
 Differs from grpo.py: GAE with a critic, and the KL (k1) in each token's reward. The default and
 smollm2-135m have one episode per question and as many questions per step as grpo.py has episodes.
-The presets of the paper's models have 64 questions of 5 episodes and a shorter warm-up, as the
-released PPO script.
+The presets of the paper's models have 64 questions with 5 episodes each and a shorter warm-up, like
+the released PPO script.
 
 Presets, hardware and time are those of grpo.py. Embedded world, 10 steps: EM 0.787
 (docs/algorithms.md).

@@ -269,7 +269,7 @@ def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch,
     assert main.cli(["main", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     section = lines.index(next(line for line in lines if line.startswith("config.rl: ")))
-    assert " ".join(lines[section + 1].split()) == "steps int ≥ 1 7 Training steps."
+    assert " ".join(lines[section + 1].split()).startswith("steps int ≥ 1 7 Training steps")
     assert any(line.startswith("config.search.simulator.generator: ") for line in lines)
     shown = {tuple(line.split()[:3]) for line in lines}
     assert {("int8_weights", "bool", "False"), ("normalize_std", "bool", "True")} <= shown

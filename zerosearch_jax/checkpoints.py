@@ -28,7 +28,7 @@ _CHECKSUMS = "checksums.json"
 
 
 class _DamagedError(Exception):
-    """The files of a checkpoint are not those that were saved; the message says which."""
+    """The files of a checkpoint differ from the saved ones; the message names a file."""
 
 
 class Checkpoints(AbstractContextManager):
@@ -39,8 +39,8 @@ class Checkpoints(AbstractContextManager):
 
     `STEP/checksums.json` has the SHA-256 of every file, because Orbax does not notice a changed
     byte in an array. A save therefore reads its files once more; with several processes, each
-    reads a part. A checkpoint without that file was saved by a run that was killed before it wrote
-    the file. Such a checkpoint is restored unchecked.
+    reads a part. A run that is killed before it writes the checksums leaves a checkpoint without
+    them. Such a checkpoint is restored unchecked.
 
     Args:
       keep: number of newest checkpoints to keep.
@@ -125,7 +125,7 @@ class Checkpoints(AbstractContextManager):
 
         Raises:
           UserError: there is no such checkpoint, an older version wrote it, its state has
-            another structure, or it is damaged (for `step=None`, every checkpoint is).
+            another structure, or it is damaged (with `step=None`: every checkpoint is damaged).
         """
         steps = sorted(self._manager.all_steps())
         if step is not None:
@@ -133,8 +133,8 @@ class Checkpoints(AbstractContextManager):
         if not steps:
             which = "checkpoint" if step is None else f"checkpoint of step {step}"
             kept = ", ".join(map(str, sorted(self._manager.all_steps())))
-            kept = f"; there are those of the steps {kept}" if kept else ""
-            raise UserError(f"there is no {which} in {self._directory}{kept}")
+            remedy = f"choose one of the steps {kept}" if kept else "run the job first"
+            raise UserError(f"there is no {which} in {self._directory}; {remedy}")
         for older, newest in reversed(list(zip([None, *steps], steps, strict=False))):
             try:
                 return self._read(newest, abstract_like)

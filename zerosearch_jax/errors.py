@@ -1,4 +1,4 @@
-"""The errors that end a run with one line: bad input, SIGTERM, and a full or read-only disk."""
+"""Errors that end a run without a traceback: bad input, SIGTERM, and errors of the disk."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ _DISK_ERRORS = {
     errno.EISDIR: "remove the directory in the way, or give another --workdir",
     errno.EIO: "check the disk",
 }
-"""Error number of the operating system: how to fix it."""
+"""Error number of the operating system → how to fix it."""
 
 
 class UserError(Exception):
@@ -50,8 +50,8 @@ def disk_error(error: Exception) -> str | None:
 def named_disk_errors(path: str | Path) -> Iterator[None]:
     """Raises an error of the disk within the block as an OSError that names `path`.
 
-    A failed write of an open file names no file. Libraries in Rust and TensorStore raise classes of
-    their own.
+    A failed write to an open file names no file. TensorStore and libraries in Rust raise other
+    classes, which have no file name either.
     """
     try:
         yield

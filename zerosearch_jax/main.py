@@ -6,11 +6,12 @@
                              runs/CONFIG[-PRESET]); the same command on it resumes
   --describe                 prints every key with its type, value and documentation
   --profile=STEP[,STEP]      writes a jax.profiler trace of these steps (jobs rl and sft)
-  --export=STEP              writes the policy of a kept checkpoint as a Hugging Face directory and
-                             ends (jobs rl and sft); best and latest name a step, too
-  --distributed              this is one of several processes: those of a TPU slice, or of
-                             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
+  --export=STEP              writes the model of a kept checkpoint as a Hugging Face directory and
+                             ends (jobs rl and sft); STEP is a number, best or latest
+  --distributed              runs one of several processes: on a TPU slice, or with
+                             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
 
+Exit status: 0 success, 1 program error, 2 input, config or disk error, 130 Ctrl-C, 143 SIGTERM.
 The docstring of a config file says what it needs and how long it takes. The sections of a config
 are documented in zerosearch_jax/training/; --describe shows them with their values.
 """
@@ -66,9 +67,9 @@ CONFIGS = {
 def cli(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status.
 
-    0: success. 2: a UserError or a full or read-only disk, printed as one line. 130: Ctrl-C. 143:
-    SIGTERM, before which the jobs rl and sft save their state. Other errors are raised, and Python
-    then exits with 1.
+    0: success. 2: a UserError or a disk error that the user can fix, printed as one line. 130:
+    Ctrl-C. 143: SIGTERM, after the jobs rl and sft have saved their state. Other errors are raised,
+    and Python then exits with 1.
     """
     _quiet_libraries()
     try:

@@ -220,7 +220,7 @@ def test_a_row_is_evaluated_again_exactly_if_an_input_has_changed(job, name, cap
     capsys.readouterr()
     assert job.run() == engines
     assert job.run() == []
-    assert capsys.readouterr().out.count("runs again; since its last row changed") == len(engines)
+    assert capsys.readouterr().out.count("runs again, because") == len(engines)
     # Stale rows are removed; rows of other settings are kept.
     assert len(job.rows()) == (4 if name == "limits" else 2)
     assert (before == job.rows()) is not bool(engines)

@@ -3,8 +3,8 @@
 Sources: "world" (the embedded world), "synthetic:COUNT:SEED" (a synthetic world), FlashRAG .jsonl,
 ZeroSearch_dataset .parquet, DPR .tsv and .csv. Questions are not changed and get no prompt.
 
-Gold answers mean the same in every format: a list, or one answer, which may be a number, or a text
-that holds a list such as `['Paris', 'City of Light']`. See `data.rows` for the files themselves.
+In every format, gold answers are a list, one answer, or a text that holds a list such as
+`['Paris', 'City of Light']`. An answer may be a number. `data.rows` describes the file formats.
 """
 
 import itertools
@@ -128,9 +128,8 @@ def scored_answers(where: str, answers: tuple[str, ...]) -> tuple[str, ...]:
     kept = tuple(answer for answer in answers if score_tokens(answer))
     if not kept:
         raise UserError(
-            f"{where}: key 'golden_answers': nothing of {', '.join(map(repr, answers))} is left "
-            "without punctuation and articles, so no answer could be right; add an answer or "
-            "delete the row"
+            f"{where}: key 'golden_answers': {', '.join(map(repr, answers))}: only punctuation and "
+            "articles, so no answer could score; add an answer or delete the row"
         )
     return kept
 

@@ -22,12 +22,14 @@ def _reply(where: str, row: object) -> dict:
     parameters = row.get("searchParameters") if isinstance(row, dict) else None
     query = parameters.get("q") if isinstance(parameters, dict) else None
     if not isinstance(query, str):
-        raise UserError(f"{where}: searchParameters.q, the query, is missing or not text")
+        raise UserError(
+            f"{where}: searchParameters.q, the query, is missing or not text; fix the row"
+        )
     organic = row.get("organic")
     if not isinstance(organic, list) or not all(isinstance(result, dict) for result in organic):
-        raise UserError(f"{where}: organic is missing or not a list of results")
+        raise UserError(f"{where}: organic is missing or not a list of results; fix the row")
     for rank, result in enumerate(organic):
         bad = [key for key in KEYS if not isinstance(result.get(key, ""), str)]
         if bad:
-            raise UserError(f"{where}: organic[{rank}].{bad[0]} is not text")
+            raise UserError(f"{where}: organic[{rank}].{bad[0]} is not text; fix the row")
     return record_of(query, organic)

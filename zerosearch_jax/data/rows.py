@@ -11,8 +11,8 @@ Text files are UTF-8. A byte order mark at the start and blank lines are skipped
 rows into its own type with `as_text` and `as_list`, so that a value means the same in each format.
 
 Cells are separated by tabs in a `.tsv`, and by commas in a `.csv` unless its first row contains a
-tab (DPR's files). A cell that begins with a quotation mark ends at the next one; two of them inside
-are one. A row is one line, also within quotation marks. Otherwise a mark without its partner would
+tab (DPR's files). A cell that begins with a quotation mark ends at the next one; a doubled mark
+inside is one mark. A row is one line, also within quotation marks. Otherwise an unclosed mark would
 silently swallow the rows up to the next mark.
 """
 
@@ -31,7 +31,7 @@ from zerosearch_jax.errors import UserError
 _TEXT = r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _ITEM = re.compile(f"{_TEXT}|{_NUMBER}", re.DOTALL)
-# Texts without a comma between them, as numpy prints them, would join into one in Python.
+# A list without commas, as numpy prints it, does not match: Python would join its texts into one.
 _PYTHON_LIST = re.compile(
     rf"\[\s*(?:(?:{_ITEM.pattern})(?:\s*,\s*(?:{_ITEM.pattern}))*\s*,?)?\s*\]", re.DOTALL
 )
@@ -68,7 +68,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check it") from error
     if not number:
         raise UserError(f"{path}: the file has no rows; use a file with at least one")
 
@@ -144,7 +144,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); fix the file") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, not {type(rows).__name__}")
+        raise UserError(f"{path}: expected a list of rows, not {type(rows).__name__}; fix it")
     yield from enumerate(rows, 1)
 
 

@@ -39,12 +39,13 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
 
 
 def search_failures(trajectories: Sequence[Trajectory], accepted: float) -> str:
-    """Returns why an evaluation is no result: too many of its searches failed. Else "".
+    """Returns the reason if too many searches failed for the scores to be a result; else "".
 
-    A query that is too long for the engine is the policy's fault and belongs to the result.
+    A query that is too long for the engine is not counted: it is the policy's fault and belongs to
+    the result.
 
     Args:
-      accepted: share of failed searches, 0 to 1, up to which the scores are a result.
+      accepted: largest share of failed searches, 0 to 1, with which the scores are a result.
     """
     results = [result for t in trajectories for _, result in t.searches]
     failed = [result for result in results if result.failure and not result.too_long]

@@ -35,9 +35,9 @@ class MiniatureConfig:
         if not self.seeds or not self.arms:
             raise UserError("seeds and arms must not be empty; give at least one of each")
         if extra := set(self.baseline_seeds) - set(self.seeds):
-            raise UserError(f"baseline_seeds has {sorted(extra)}, which seeds lacks; add it there")
+            raise UserError(f"baseline_seeds has {sorted(extra)}, seeds does not; add it to seeds")
         if extra := set(self.noise_arms) - set(self.arms):
-            raise UserError(f"noise_arms has {sorted(extra)}, which arms lacks; add it there")
+            raise UserError(f"noise_arms has {sorted(extra)}, arms does not; add it to arms")
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _ended_together() -> Iterator[dict[int, tuple[Stage, subprocess.Popen, float
 def check_finished(
     finished: Sequence[Stage], waiting: Sequence[Stage], root: Path, log: Records
 ) -> None:
-    """Checks that the result of each finished stage is of these flags and these prerequisites.
+    """Checks that each finished stage ran with its present flags and prerequisites.
 
     A stage without a record in `log` was not finished by this pipeline and passes.
 

@@ -72,7 +72,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     labels = Records(workdir / "labels.jsonl")
     if len(labels) and not len(episodes):
         raise UserError(
-            f"{labels.path} labels the searches of episodes that are gone; delete it, too"
+            f"{labels.path} labels the searches of episodes that are gone; delete "
+            f"{labels.path.name}, too"
         )
     collect_episodes(config, rows, episodes)
     label_searches(config, episodes, labels)
@@ -153,7 +154,7 @@ def check_questions(episodes: Records, planned: Mapping[str, QARow]) -> None:
 def make_rollouts(config: CollectConfig) -> Rollouts:
     """Builds the agent's rollouts, with its programs compiled.
 
-    First checks the models, the labeler's included, whose stage comes last, and the engine.
+    First checks the engine and all models, because the labeler's stage comes last.
     """
     factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
     factory.check_simulator_model(config.search)

@@ -57,7 +57,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     missing = [case for case in cases if not _rows_of(case, rows)]
     for case in missing:
         if changes := changed(case, rows):
-            print(f"{_name(case)}: runs again; since its last row changed {changes}", flush=True)
+            print(
+                f"{_name(case)}: runs again, because this changed since its last row: {changes}",
+                flush=True,
+            )
     for name in dict.fromkeys(case["engine"] for case in missing if case["engine"] != "none"):
         probe(config.engines[name], f"engines.{name}", config.seed, config.mesh)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     if failed:
         raise UserError(
             f"{failed} of {len(cases)} rows have no result, because their searches failed (see the "
-            "lines above); repeat the command to run only these again"
+            "lines above); repeat the command to run only these rows"
         )
     write_atomically(text_path, text)
     print(f"written to {text_path} and {path}")
@@ -130,9 +133,9 @@ def eval_cases(
 ) -> list[dict]:
     """Returns the identity of each selected row, as it reads back from JSON.
 
-    Keys: model, method, engine, set, limit (number of questions or None), settings (everything
-    else in the config that changes the results) and fingerprints (of the model, the questions and
-    the files that the engine reads).
+    Keys: model, method, engine, set, limit, settings and fingerprints. `limit` is a number of
+    questions or None. `settings` has all other config values that change the results.
+    `fingerprints` identifies the model, the questions and the files that the engine reads.
 
     Raises:
       UserError: an unreadable model.

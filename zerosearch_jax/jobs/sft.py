@@ -188,9 +188,9 @@ def load_data(config: SFTConfig) -> tuple[object, list[TokenSequence], list[Toke
 
 
 def check_same_run(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError if the run in `workdir` had other examples, another start or adapter scale.
+    """Raises UserError if the run in `workdir` had other examples, base model or adapter scale.
 
-    Adapters of another start or scale have the same shapes, so they would be restored silently.
+    Adapters of another base model or scale have the same shapes, so nothing else would notice.
 
     Args:
       before: the run's inputs by config key: a fingerprint of the content, or the value.

@@ -16,8 +16,8 @@ class StopRequest(AbstractContextManager):
     """Records a SIGTERM that arrives within the block, instead of ending the process.
 
     The run reads `received` after each step, saves its state and raises `Terminated`. Work that
-    changes no state, such as rollouts, is put into `interruptible` blocks, which SIGTERM ends at
-    once. A second SIGTERM ends the process without saving. Use it in the main thread.
+    changes no state, such as rollouts, runs in `interruptible` blocks. SIGTERM ends such a block at
+    once. A second SIGTERM ends the process without saving. Use this class in the main thread.
 
     Attributes:
       received: whether this process got a SIGTERM.

@@ -40,7 +40,7 @@ class OptimizerConfig:
     """Training steps of linear warm-up. 0 disables it."""
     schedule_steps: CountOrZero = 0
     """Training steps, warm-up included, after which the learning rate stays at its final value. 0
-    takes the steps of the run; raising them later stretches the schedule."""
+    uses the steps of the run; if they are raised later, the schedule stretches."""
     final_fraction: Share = 0.05
     """Final learning rate as a fraction of the peak. 1 keeps the rate constant after the
     warm-up."""

@@ -26,9 +26,9 @@ class Objective:
         argument, because it may adapt.
       critic: settings of the value loss, read only if there is a critic.
       temperature: temperature at which the tokens were sampled.
-      on_policy: the trained policy is the old policy, as in a step's first update. Its own
-        log-probs are then the old ones, so every ratio is exactly 1, and `old_logprobs` is not
-        read. Log-probs of another program differ by rounding, in bfloat16 by about 0.01 per token.
+      on_policy: the trained policy is the old policy, as in a step's first update. Its log-probs
+        are then also the old log-probs: every ratio is exactly 1, and `old_logprobs` is not read.
+        Another program's log-probs differ by rounding, in bfloat16 by about 0.01 per token.
     """
 
     loss: LossConfig = LossConfig()

@@ -75,8 +75,8 @@ def _best(
         raise TypeError("golden_answers is one string; pass a sequence of strings")
     if not golden_answers:
         raise UserError("a question has no gold answer; fill golden_answers or drop the row")
-    given, golds = normal(answer or ""), filter(None, map(normal, golden_answers))
-    return float(max((compare(given, gold) for gold in golds), default=0)) if given else 0.0
+    given, golden = normal(answer or ""), filter(None, map(normal, golden_answers))
+    return float(max((compare(given, gold) for gold in golden), default=0)) if given else 0.0
 
 
 def has_valid_format(policy_texts: Sequence[str], action_kinds: Sequence[str]) -> bool:

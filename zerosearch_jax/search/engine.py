@@ -57,8 +57,8 @@ class SearchResult:
       key: the request's `(episode, turn)`.
       documents: documents, best first; empty if nothing was found or the search failed.
       failure: reason of a search that failed after its retries, or "" for a successful one.
-      too_long: whether the search failed because its text was too long for the engine. The policy
-        is at fault then, not the engine, so that such a failure never ends a run.
+      too_long: whether the search failed because its text was too long for the engine. Such a
+        failure never ends a run, because the policy wrote the query.
     """
 
     key: tuple[int, int]

@@ -45,17 +45,22 @@ class TooLong(SearchFailed):
     """A search that failed because its text is too long for the model or the server."""
 
 
-# Parts of the replies with status 400 or 422 to a prompt beyond the context of a language model:
-# of OpenAI and vLLM; SGLang; TGI; others.
+# If a prompt is longer than the model's context, a server replies with status 400 or 422 and one of
+# these texts. In order: OpenAI and vLLM; SGLang; TGI; others.
 _CONTEXT_EXCEEDED = re.compile(
     rb"context.length|longer than the model|max_new_tokens` must be|too long"
 )
 
 
 class _Reply(NamedTuple):
-    """Outcome of one try: the body, or the trouble and whether it may pass or is length.
+    """Outcome of one try.
 
-    `replied` is whether the server sent a status.
+    Attributes:
+      content: body of a successful reply.
+      trouble: what went wrong; "" after a success.
+      transient: another try may succeed.
+      too_long: the server refused the request because of its length.
+      replied: the server sent a status.
     """
 
     content: bytes = b""

@@ -34,7 +34,8 @@ def api_key(provider: str) -> str:
     key = os.environ.get(KEY_VARIABLES[provider])
     if not key:
         raise UserError(
-            f"web.provider={provider} needs {KEY_VARIABLES[provider]} in the environment"
+            f"web.provider={provider} needs an API key; set the environment variable "
+            f"{KEY_VARIABLES[provider]}"
         )
     return key
 

@@ -135,9 +135,12 @@ def extract_pairs(
 ) -> tuple[list[Pair], list[Pair], dict[str, dict[str, int]]]:
     """Filters labeled searches into pairs and splits them by gold answer.
 
-    Always dropped: searches without a label, all searches of an episode with a failed search (the
-    failure may be why its answer, and so their label, is wrong), searches with fewer than `topk`
-    documents, searches of episodes cut by length, and repetitions of (question, query, label).
+    Always dropped:
+      * searches without a label, or with fewer than `topk` documents;
+      * all searches of an episode with a failed search: the failure may have made its answer, and
+        so the labels, wrong;
+      * searches of episodes cut by length;
+      * repetitions of (question, query, label).
 
     Args:
       episodes: records of the collect job's first stage.

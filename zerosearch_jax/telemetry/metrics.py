@@ -80,7 +80,7 @@ COLLAPSE_METRICS: dict[str, str] = {
     "collapse/entropy_accelerates": "1 if the entropy rises at a growing rate, else 0",
     "collapse/grad_norm_surges": "1 if the gradient norm is a multiple of its past level, else 0",
     "collapse/reward_drops": "1 if the reward fell far below its best window, else 0",
-    "rollbacks": "rollbacks of the run to its best checkpoint, those of this step included",
+    "rollbacks": "number of rollbacks to the best checkpoint so far, this step included",
     "collapse/signals": (
         "number of collapse signals that hold, 0–4; two or more, one of them new, give a warning"
     ),

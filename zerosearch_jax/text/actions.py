@@ -13,7 +13,7 @@ exact: lower case, without spaces.
 
 Thoughts do not count (`text.thoughts` defines them). A search or an answer inside a thought is no
 action, also if the thought is never closed: its turn is invalid. (The released code accepts both.)
-The parser decides for all: the action that ends an episode is the one that is scored.
+The action that ends an episode is also the one that is scored.
 """
 
 import re

@@ -1,9 +1,9 @@
 """Word matching: folds accents, splits text into words, finds names as whole words.
 
-A word of a language that puts no spaces between its words would be a whole sentence. So each Han
-character, Hiragana and Katakana is one word, as in the Chinese part of MLQA's metric
+Chinese and Japanese put no spaces between words, so a split at spaces would return sentences. Each
+Han, Hiragana and Katakana character is therefore one word, as in the Chinese part of MLQA's metric
 (arXiv 1910.07475, "mixed segmentation"). Korean, Thai, Lao, Khmer and Burmese are split at spaces,
-as there. Text without such characters is split exactly as in SQuAD's metric.
+also as in MLQA. Text without such characters is split exactly as in SQuAD's metric.
 """
 
 import re

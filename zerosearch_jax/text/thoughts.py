@@ -1,9 +1,9 @@
 """Thoughts of a model: its text between `<think>` and `</think>`.
 
 The think tags cut a text into pieces. A piece is a thought if `<think>` precedes it or `</think>`
-follows it. A thought without a closing tag therefore lasts to the end of the text, and the text
-before a first `</think>` is a thought whose opening tag belongs to the prompt. Tags are exact:
-lower case, without spaces.
+follows it. A thought without a closing tag therefore lasts to the end of the text. The text before
+a first `</think>` is also a thought: its opening tag belongs to the prompt. Tags are exact: lower
+case, without spaces.
 """
 
 import re

@@ -132,8 +132,8 @@ class PlateauConfig:
     """End of training before `rl.steps`, when the evaluations no longer improve."""
 
     patience: CountOrZero
-    """Number of evaluations in a row without a gain in `eval/em` that ends training. The run then
-    exports and evaluates its last policy. 0 runs all steps."""
+    """Training ends after this number of evaluations in a row without a gain in `eval/em`. The run
+    then exports and evaluates its last policy. 0 runs all steps."""
     min_gain: Share
     """An evaluation is a gain if its `eval/em` exceeds the best one by more than this."""
 
@@ -143,8 +143,7 @@ class UpdateConfig:
     """Training steps, and the updates per step."""
 
     steps: Count
-    """Training steps, at most: `stop_when` may end training earlier. The curriculum spans all of
-    them."""
+    """Training steps. `stop_when` may end training earlier. The curriculum spans all of them."""
     stop_when: PlateauConfig
     epochs: Annotated[int, Range(1, 1000)]
     """Passes over the episodes of a step."""
@@ -152,13 +151,13 @@ class UpdateConfig:
     """Episodes per update. The last update of a pass may have fewer. 0 makes one update per pass,
     on all episodes of the step."""
     old_logprobs: str
-    """Source of the old log-probs of the ratio. `sampler` keeps those of sampling, so the ratio
-    includes the rounding difference of generator and learner. `learner` makes every ratio of a
-    step's first update exactly 1, and recomputes them before it for later updates."""
+    """Source of the old log-probs of the ratio. `sampler` keeps the sampling log-probs. The ratio
+    then includes the rounding difference of generator and learner. `learner` makes every ratio of a
+    step's first update exactly 1, and recomputes log-probs for its later updates."""
     overlong: str
-    """`mask` excludes truncated episodes from the loss (DAPO): the last turn was cut at
-    rollout.response_tokens or the slot's end, or an observation did not fit the slot. `keep` trains
-    on them."""
+    """`mask` excludes truncated episodes from the loss (DAPO); `keep` trains on them. An episode is
+    truncated if an observation did not fit the slot, or if its last turn was cut at
+    rollout.response_tokens or the end of the slot."""
     refresh_reference: CountOrZero
     """Steps after which the current policy becomes the reference policy of the KL. Checkpoints then
     hold the reference, too. 0 keeps the start policy."""
@@ -256,8 +255,8 @@ class DataConfig:
     train_limit: Count | None
     """Number of training questions: the first of the split. None uses all."""
     overlong: str
-    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
-    `error` refuses the first one, `drop` drops them and prints their number."""
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
+    `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
         check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)

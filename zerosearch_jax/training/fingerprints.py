@@ -76,9 +76,9 @@ def check_base(
         return
     if before["contents"]["policy.model"] != sha256:
         raise UserError(
-            f"{workdir} was trained from config.policy.model={before['policy']['model']} and "
-            f"{model} holds other weights or files now; use another --workdir, or give the model "
-            "that the run began with"
+            f"{workdir} was trained from config.policy.model={before['policy']['model']} with "
+            f"other weights or files than {model} holds now; use another --workdir, or give the "
+            "model that the run began with"
         )
 
 

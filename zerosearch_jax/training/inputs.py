@@ -124,7 +124,7 @@ def check_search(key: str, search: SearchConfig) -> None:
       key: the key of the section.
 
     Raises:
-      UserError: one is missing, or the server does not answer.
+      UserError: something is missing, or the server does not answer.
     """
     if search.engine in ("bm25", "noisy_bm25"):
         if search.corpus != "world" and not search.corpus.startswith(PREFIX):
@@ -163,7 +163,7 @@ def check_model(key: str, directory: str, generator: GeneratorConfig | None = No
             )
     if generator and generator.max_tokens > model.max_positions:
         raise UserError(
-            f"config.{key}={directory} has {model.max_positions} positions, its generator has "
+            f"config.{key}={directory} has {model.max_positions} positions, but its generator has "
             f"max_tokens={generator.max_tokens}; lower max_tokens"
         )
 
@@ -172,7 +172,7 @@ def check_questions(source_key: str, source: str, split_key: str, split: str) ->
     """Checks that a source of questions exists and that the embedded world has the split.
 
     Raises:
-      UserError: it does not.
+      UserError: the file or the split does not exist.
     """
     if source == "world":
         if split not in world.SPLITS:
@@ -196,7 +196,7 @@ def check_server(key: str, url: str) -> None:
     """Sends one request to a server and waits at most `PROBE_SECS` seconds for any reply.
 
     Raises:
-      UserError: the address is not one, or there is no reply.
+      UserError: the address is invalid, or the server does not reply.
     """
     client = JsonClient(url, timeout_secs=PROBE_SECS, attempts=1, backoff_secs=0)
     trouble = client.no_reply()

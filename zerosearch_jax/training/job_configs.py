@@ -166,8 +166,8 @@ class CollectDataConfig:
     limit: Count
     """Number of questions: the first of the split."""
     overlong: str
-    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
-    `error` refuses the first one, `drop` drops them and prints their number."""
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
+    `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
         check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
@@ -299,8 +299,8 @@ class EvaluateDataConfig:
     limit: Count | None
     """Number of questions per set: the first of the set. None uses all."""
     overlong: str
-    """Questions whose prompt does not fit a slot of the policy or of a simulator in this process:
-    `error` refuses the first one, `drop` drops them and prints their number."""
+    """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
+    `error` refuses the first one. `drop` drops all and prints their number."""
 
     def __post_init__(self):
         check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)

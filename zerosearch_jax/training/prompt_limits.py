@@ -22,20 +22,21 @@ from zerosearch_jax.training.sections import (
     SimulatorConfig,
 )
 
-# A prompt contains a question at most twice. Where its texts join, pieces of the template split.
+# A prompt contains a question at most twice. At its ends, tokens of the template may split, which
+# the margin covers.
 _COPIES, _MARGIN_TOKENS = 2, 16
 
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """Most tokens of a prompt that is made from a question.
+    """Limit on the tokens of a prompt that is made from a question.
 
     Attributes:
-      name: the prompt's, for errors.
-      tokenizer: the model's.
+      name: name of the prompt, for errors.
+      tokenizer: tokenizer of the model.
       tokens: counts the tokens of a row's prompt.
-      most: most tokens that the slot can hold.
-      slot: the config values that `most` follows from.
+      most: largest number of prompt tokens that fit the slot.
+      slot: the config values from which `most` is computed, for errors.
     """
 
     name: str
@@ -50,8 +51,8 @@ class PromptLimit:
         Args:
           template_tokens: tokens of the prompt of an empty row.
         """
-        # Encoding whole prompts takes milliseconds per row, so it is the last resort. First count
-        # characters, of which an ASCII token has at least one, then the tokens of the texts alone.
+        # Encoding a whole prompt takes milliseconds, so two cheaper bounds come first: the number
+        # of characters (an ASCII token has at least one), and the tokens of the texts alone.
         room = (self.most - template_tokens - _MARGIN_TOKENS) // _COPIES
         text = f"{row.question} {row.golden_answers[0]}"
         if text.isascii() and len(text) <= room or len(encode(self.tokenizer, text)) <= room:

@@ -40,7 +40,7 @@ class Plateau:
             self._without_gain += 1
 
     def restart(self) -> None:
-        """Counts from 0 again, but still compares with the best score."""
+        """Starts the count at 0 again, but keeps the best score."""
         self._without_gain = 0
 
     @property

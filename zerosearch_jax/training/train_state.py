@@ -47,13 +47,17 @@ def kept_step(directory: Path, which: str) -> int:
     if not which.isdecimal() and which not in ("latest", "best"):
         raise UserError(f"--export={which}: give a step, latest or best")
     if not directory.is_dir():
-        raise UserError(f"there is no directory {directory}; first run the same without --export")
+        raise UserError(
+            f"there is no directory {directory}; first run the same command without --export"
+        )
     with Checkpoints(directory, read_only=True) as checkpoints:
         if which.isdecimal():
             return int(which)
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
-        raise UserError(f"--export={which}: no checkpoint in {directory} is the {which}")
+        raise UserError(
+            f"--export={which}: {directory} has no such checkpoint yet; let the run continue"
+        )
     return step
 
 

@@ -19,8 +19,8 @@ Rule = tuple[bool, str]
 Section = TypeVar("Section")
 
 MAX_EPISODES = 2**18
-"""Most episodes of a step. All are in host memory until the update, at about 100 bytes per token:
-100 GB for episodes of the paper's 4,000 tokens."""
+"""Largest number of episodes per step. The host holds all of them in memory until the update, at
+about 100 bytes per token. Episodes of 4,000 tokens, as in the paper, then take 100 GB."""
 
 
 def check(config: object) -> None:
@@ -76,22 +76,22 @@ def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
         (
             episodes > MAX_EPISODES,
             f"rollout.questions_per_step × group_size × max_rounds = {episodes} episodes per step "
-            f"would exhaust the host's memory; at most {MAX_EPISODES} are supported",
+            f"would exhaust the host's memory; lower one of them (at most {MAX_EPISODES})",
         ),
         (
             # The number of an episode keys its random draws.
             episodes * config.rl.steps > 2**32,
-            f"rl.steps × {episodes} episodes per step is more than the 2**32 episode numbers; "
-            "lower one of them",
+            f"rl.steps={config.rl.steps} × {episodes} episodes per step is more than the 2**32 "
+            "episode numbers; lower one of them",
         ),
         (
             rollout.max_turns > 0 and "none" in (search.engine, config.eval.search.engine),
-            "search.engine=none and eval.search.engine=none require rollout.max_turns=0, training "
-            "without search; choose an engine or set it",
+            "search.engine=none or eval.search.engine=none requires rollout.max_turns=0 (training "
+            "without search); set it, or choose an engine",
         ),
         (
             devices != 0 and (search.engine != "simulated" or bool(search.simulator.url)),
-            f"search.simulator.devices={devices} requires a simulator that runs here "
+            f"search.simulator.devices={devices} requires a simulator in this process "
             "(search.engine=simulated without simulator.url); set it to 0",
         ),
         (
@@ -107,7 +107,7 @@ def _rollout_rules(config: RLConfig) -> tuple[Rule, ...]:
         (
             config.learner.row_tokens < max_tokens,
             f"config.learner.row_tokens={config.learner.row_tokens} cannot hold an episode of "
-            f"config.policy.generator.max_tokens={max_tokens}; raise it",
+            f"config.policy.generator.max_tokens={max_tokens}; raise row_tokens",
         ),
         (
             rollout.group_size <= 1 and advantage.estimator == "rloo",
@@ -164,9 +164,9 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
         ),
         (
             rl.refresh_reference > 0 and (config.lora.rank > 0 or kl.coef == 0),
-            f"rl.refresh_reference={rl.refresh_reference} moves the reference policy of the KL; it "
-            "requires kl.coef above 0, and lora.rank=0, because the reference of adapters is the "
-            "model without them; set rl.refresh_reference=0 or change those",
+            f"rl.refresh_reference={rl.refresh_reference} moves the reference policy of the KL. It "
+            "requires kl.coef above 0 and lora.rank=0 (under LoRA the reference is the model "
+            "without adapters); change these keys or set rl.refresh_reference=0",
         ),
         (
             config.lora.rank > 0 and estimator == "ppo" and config.critic.trunk == "own",
@@ -201,7 +201,8 @@ def _schedule_warnings(optimizer: OptimizerConfig, key: str, steps: int) -> tupl
         (
             0 < length < steps and optimizer.final_fraction < 1,
             f"optimizer.schedule_steps={length} is below {key}={steps}: the last {steps - length} "
-            f"steps have {optimizer.final_fraction} of the learning rate; 0 takes {key}",
+            f"steps have {optimizer.final_fraction} of the learning rate; set it to 0 (as many as "
+            f"{key})",
         ),
         (
             warmup > min(length or steps, steps),
@@ -212,18 +213,16 @@ def _schedule_warnings(optimizer: OptimizerConfig, key: str, steps: int) -> tupl
 
 
 def _generator_warnings(path: str, generator: GeneratorConfig) -> tuple[Rule, ...]:
-    buckets = [n for n in generator.prefill_buckets if n > generator.max_tokens]
-    rows = [n for n in generator.decode_rows if n > generator.slots]
     return (
         (
-            bool(buckets),
-            f"{path}.prefill_buckets={generator.prefill_buckets}: {buckets[:1]} is above "
-            f"max_tokens={generator.max_tokens} and is lowered to it",
+            max(generator.prefill_buckets) > generator.max_tokens,
+            f"{path}.prefill_buckets={generator.prefill_buckets}: lengths above "
+            f"max_tokens={generator.max_tokens} are lowered to it",
         ),
         (
-            bool(rows),
-            f"{path}.decode_rows={generator.decode_rows}: {rows[:1]} is above "
-            f"slots={generator.slots} and is lowered to it",
+            max(generator.decode_rows, default=0) > generator.slots,
+            f"{path}.decode_rows={generator.decode_rows}: numbers above "
+            f"slots={generator.slots} are lowered to it",
         ),
     )
 

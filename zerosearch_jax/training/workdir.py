@@ -51,11 +51,11 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
 def locked(workdir: str | Path) -> Iterator[None]:
     """Creates `workdir` and keeps other processes out of it while the block runs.
 
-    The lock is held on `workdir/lock` and ends with the process, however it ends. If the block
-    leaves nothing else in the workdir, such as a run that refuses its config, the lock file and
-    the directories that were created for it are removed.
+    The lock is held on `workdir/lock` and ends with the process. If the block leaves nothing else
+    in the workdir, the lock file and the created directories are removed. A run that refuses its
+    config therefore leaves no trace.
 
-    The lock does not reach other machines on Cloud Storage and on some network file systems.
+    On Cloud Storage and some network file systems, the lock does not reach other machines.
 
     Raises:
       UserError: another process holds the lock, or the directory cannot be created.
