@@ -257,6 +257,22 @@ def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_pat
     assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.parametrize(("failure", "scored"), [("HTTP 401", False), ("", True)])
+def test_an_evaluation_with_failed_searches_has_no_scores(rl_config, monkeypatch, failure, scored):
+    episode = Trajectory(Episode(0, "Who?", ("Ada",)), finish="answer")
+    request = SearchRequest(0, 0, "Ada", "Who?", ("Ada",))
+    episode.searches.append((request, SearchResult(request.key, (), failure)))
+    monkeypatch.setattr(rl, "run_method", lambda *_, **__: [episode])
+    generator = SimpleNamespace(load=lambda params: None)
+    learner = SimpleNamespace(policy=lambda state: None)
+    policy = SimpleNamespace(tokenizer=None)
+    parts = rl.Parts(policy, generator, learner, None, None, None, Notices())
+    config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
+    metrics = rl.eval_metrics(config, parts, None, [], StepTimer())
+    assert metrics["eval/failed_search_ratio"] == (0.0 if scored else 1.0)
+    assert ("eval/em" in metrics) == scored
+
+
 def test_steps_and_evaluations_without_an_answer_say_so_once(rl_config, monkeypatch, capsys):
     config = config_flags.typed(RLConfig, config_flags.load(str(rl_config)))
     silent = Trajectory(Episode(0, "Who?", ("Ada",)), finish="turns")

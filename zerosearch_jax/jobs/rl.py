@@ -22,7 +22,7 @@ from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
-from zerosearch_jax.files import write_json
+from zerosearch_jax.files import write_atomically, write_json
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.parallel.processes import gather
@@ -42,9 +42,7 @@ from zerosearch_jax.telemetry.trajectories import render_segments
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
-from zerosearch_jax.training.fingerprints import (
-    check_base,
-)
+from zerosearch_jax.training.fingerprints import check_base, model_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.no_signal import no_signal, unanswered
 from zerosearch_jax.training.parts import (
@@ -82,7 +80,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     check_models(config)
     sampler, eval_rows, test_rows = load_questions(config)
     contents = input_contents(config, sampler.rows, [*eval_rows, *test_rows])
-    check_base(workdir, before, config.policy.model, contents["policy.model"])
+    check_base(workdir, before, config, contents["policy.model"])
     parts, state = build(config)
     workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
@@ -155,10 +153,14 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
 
     Args:
       which: a step, "latest" or "best" (see `kept_step`).
+
+    Raises:
+      UserError: there is no such checkpoint, or the run has another base model.
     """
     config = config_flags.typed(RLConfig, config)
     checkpoints = Path(workdir) / "checkpoints"
     step = kept_step(checkpoints, which)
+    check_base(workdir, check_workdir(workdir), config, model_sha256(config.policy.model))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy, learner = policy_and_learner(config, mesh)
     if learner.lora is not None:
@@ -261,11 +263,17 @@ def next_kl_coef(kl: KLConfig, coef: float, metrics: dict[str, float], episodes:
 def eval_metrics(
     config: RLConfig, parts: Parts, state: TrainState, rows: Sequence[QARow], timer: StepTimer
 ) -> dict[str, float]:
-    """Evaluates the state's policy; returns its metrics, named `eval/…`."""
+    """Evaluates the state's policy; returns its metrics, named `eval/…`.
+
+    If too many searches failed, there are no scores, so no checkpoint and no plateau counts them.
+    """
     with timer.section("eval"):
         parts.generator.load(parts.learner.policy(state))
         evaluated = evaluate(config, parts, rows)
-    return {f"eval/{name}": value for name, value in episode_metrics(evaluated).items()}
+    metrics = episode_metrics(evaluated)
+    if search_failures(evaluated, config.eval.max_failed_searches):
+        metrics = {"failed_search_ratio": metrics["failed_search_ratio"]}
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def speed(seconds: dict[str, float], parts: Parts, rollouts: StepRollouts) -> dict[str, float]:
@@ -337,7 +345,7 @@ def conclude(
         for name, trajectories in episodes.items()
         for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
-    (workdir / "answers.jsonl").write_text("".join(lines))
+    write_atomically(workdir / "answers.jsonl", "".join(lines))
     # Show the embedded world's first two-hop question, or another source's first question.
     two_hops = (i for i, row in enumerate(rows) if ">" in row.id)
     shown = next(two_hops, 0) if config.data.eval_source == "world" else 0

@@ -274,8 +274,9 @@ class EvalConfig:
     test_questions: Count
     """Questions of the evaluation after training: the first of data.test_split."""
     max_failed_searches: Share
-    """Largest share of failed searches in a result. With more, the evaluation after training writes
-    no summary and the job exits with 2; the same command evaluates again."""
+    """Largest share of failed searches in a result. With more, an evaluation during training has no
+    scores. The evaluation after training writes no summary and the job exits with 2; the same
+    command evaluates again."""
     search: SearchConfig
 
     def __post_init__(self):
