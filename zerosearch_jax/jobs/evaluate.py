@@ -13,10 +13,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import (
-    refiner,
-    run_method,
-)
+from zerosearch_jax.evaluation.baselines import refiner, run_method
 from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
 from zerosearch_jax.files import FORMAT, check_format, write_atomically, write_json
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -55,6 +52,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
     rows, selected = read_rows(path), selection(config)
+    factory.check_model(config.policy.model, STOP_STRINGS)
+    for name in {engine for _, engine, _ in selected} - {"none"}:
+        factory.check_simulator_model(config.engines[name])
     question_sets = load_sets(config)
     cases = eval_cases(config, selected, question_sets)
     missing = [case for case in cases if not _rows_of(case, rows)]
@@ -244,9 +244,6 @@ def evaluate_cases(
     if not cases:
         return
     needed = {case["engine"] for case in cases} - {"none"}
-    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
-    for name in needed:
-        factory.check_simulator_model(config.engines[name])
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)

@@ -179,7 +179,7 @@ def check_models(config: RLConfig) -> None:
       UserError: the files of a model contradict each other or the config, or the simulator fails
         its gate.
     """
-    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
+    factory.check_model(config.policy.model, STOP_STRINGS)
     if config.rollout.max_turns:
         factory.check_simulator_model(config.search)
         factory.check_simulator_model(config.eval.search)
