@@ -119,7 +119,8 @@ def _run(argv: Sequence[str]) -> None:
         from zerosearch_jax.training import inputs, validate
 
         validate.check(typed)
-        inputs.check_inputs(typed)
+        if not export.value:  # an export reads no questions and no engines
+            inputs.check_inputs(typed)
     job = partial(_run_job, config, directory, multi_process.value, export.value, options)
     if multi_process.value or export.value:  # an export needs no lock
         job()

@@ -121,17 +121,14 @@ def test_a_tokenizer_with_fewer_ids_than_rows_is_normal(directory):
         (lambda d: set_key(d, "vocab_size", ROWS + 64), r"\(1536, 128\).*\(1600, 128\)"),
         (lambda d: set_key(d, "tie_word_embeddings", False), "lacks the tensor lm_head.weight"),
         (lambda d: set_key(d, "eos_token_id", [0, ROWS]), f"the end-of-text id {ROWS} "),
-        (lambda d: set_key(d, "max_position_embeddings", 512), r"max_tokens=\d+ .* 512 positions"),
         (lambda d: set_key(d, "r", 8, "adapter_config.json"), "LoRA adapters"),
     ],
 )
 def test_files_that_contradict_each_other_are_refused(directory, monkeypatch, spoil, message):
     monkeypatch.setattr(factory, "load_params", forbidden)
     spoil(directory)
-    config = config_flags.load(str(ROOT / "configs" / "grpo.py"))
-    generator = config_flags.typed(rl.RLConfig, config).policy.generator
     with pytest.raises(UserError, match=rf"^{directory}.*{message}"):
-        factory.check_model(str(directory), generator, ())
+        factory.check_model(str(directory), ())
 
 
 def test_a_vocabulary_that_cannot_spell_a_stop_string_is_refused(directory):
@@ -140,11 +137,9 @@ def test_a_vocabulary_that_cannot_spell_a_stop_string_is_refused(directory):
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate([*letters, "<eos>"])}, []))
     tokenizer.decoder = decoders.ByteLevel()
     save_tokenizer(tokenizer, directory, eos_token="<eos>")
-    config = config_flags.load(str(ROOT / "configs" / "grpo.py"))
-    generator = config_flags.typed(rl.RLConfig, config).policy.generator
-    factory.check_model(str(directory), generator, ("<search>",))
+    factory.check_model(str(directory), ("<search>",))
     with pytest.raises(UserError, match=r"cannot spell '</search>'.*b'<'.*b'/search>'"):
-        factory.check_model(str(directory), generator, ("<search>", "</search>"))
+        factory.check_model(str(directory), ("<search>", "</search>"))
 
 
 def test_ids_that_only_the_post_processor_has_count(directory):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,13 +75,22 @@ def test_an_engines_fingerprint_is_the_content_of_its_file(tmp_path):
     assert engine_sha256(replace(engines[0], corpus="world")) == ""
 
 
-def test_a_run_with_checkpoints_keeps_its_base_model(model, tmp_path):
+def test_a_run_with_checkpoints_keeps_its_base_model_and_adapter_scale(model, tmp_path):
+    def config(name: str, rank: int = 0, alpha: float = 32.0):
+        lora = SimpleNamespace(rank=rank, alpha=alpha)
+        return SimpleNamespace(policy=SimpleNamespace(model=name), lora=lora)
+
     sha256 = model_sha256(model)
     before = {"policy": {"model": "models/first"}, "contents": {"policy.model": sha256}}
+    before |= {"lora": {"rank": 0, "alpha": 32}}
     workdir = tmp_path / "run"
-    check_base(workdir, None, str(model), sha256)  # a new run
-    check_base(workdir, before, str(model), "other")  # nothing is trained yet
+    check_base(workdir, None, config("a"), sha256)  # a new run
+    check_base(workdir, before, config("a"), "other")  # nothing is trained yet
     (workdir / "checkpoints" / "5").mkdir(parents=True)
-    check_base(workdir, json.loads(json.dumps(before)), "moved", sha256)
+    check_base(workdir, json.loads(json.dumps(before)), config("moved"), sha256)
     with pytest.raises(UserError, match="models/first .* another --workdir"):
-        check_base(workdir, before, str(model), "other")
+        check_base(workdir, before, config("a"), "other")
+    check_base(workdir, before, config("a", alpha=8.0), sha256)  # no adapters
+    check_base(workdir, before, config("a", rank=2), sha256)
+    with pytest.raises(UserError, match="lora.alpha=32, .* 8.0"):
+        check_base(workdir, before, config("a", rank=2, alpha=8.0), sha256)

@@ -64,6 +64,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     config = config_flags.typed(CollectConfig, config)
     workdir = Path(workdir)
     check_job(config)
+    factory.check_model(config.policy.model, STOP_STRINGS)
+    factory.check_simulator_model(config.search)
+    check_labeler(config.labeling)
     limits = prompt_limits(config.policy, config.limits, [config.search])
     loaded = load_qa(config.data.source, config.data.split, config.data.limit)
     rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
@@ -152,13 +155,7 @@ def check_questions(episodes: Records, planned: Mapping[str, QARow]) -> None:
 
 
 def make_rollouts(config: CollectConfig) -> Rollouts:
-    """Builds the agent's rollouts, with its programs compiled.
-
-    First checks the engine and all models, because the labeler's stage comes last.
-    """
-    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
-    factory.check_simulator_model(config.search)
-    check_labeler(config.labeling)
+    """Builds the agent's rollouts, with its programs compiled; first tries the engine."""
     probe(config.search, "search", config.seed, config.mesh)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy = factory.load_model(config.policy.model, mesh, config.policy.generator.dtype)

@@ -52,6 +52,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "evaluation.json"
     text_path = path.with_suffix(".txt")
     rows, selected = read_rows(path), selection(config)
+    factory.check_model(config.policy.model, STOP_STRINGS)
+    for name in {engine for _, engine, _ in selected} - {"none"}:
+        factory.check_simulator_model(config.engines[name])
     question_sets = load_sets(config)
     cases = eval_cases(config, selected, question_sets)
     missing = [case for case in cases if not _rows_of(case, rows)]
@@ -244,9 +247,6 @@ def evaluate_cases(
     if not cases:
         return
     needed = {case["engine"] for case in cases} - {"none"}
-    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
-    for name in needed:
-        factory.check_simulator_model(config.engines[name])
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = factory.load_model(config.policy.model, mesh, "float32")
     generator = factory.make_generator(model, config.policy.generator, mesh, STOP_STRINGS)

@@ -22,14 +22,13 @@ from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import Terminated, UserError
 from zerosearch_jax.evaluation.baselines import run_method
 from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
-from zerosearch_jax.files import write_json
+from zerosearch_jax.files import write_atomically, write_json
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.parallel.processes import gather
 from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.rl.advantages import adapted_kl_coef
 from zerosearch_jax.rl.config import KLConfig
-from zerosearch_jax.rl.rewards import REWARDS
 from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -81,7 +80,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     check_models(config)
     sampler, eval_rows, test_rows = load_questions(config)
     contents = input_contents(config, sampler.rows, [*eval_rows, *test_rows])
-    check_base(workdir, before, config.policy.model, contents["policy.model"])
+    check_base(workdir, before, config, contents["policy.model"])
     parts, state = build(config)
     workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
@@ -156,14 +155,12 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
       which: a step, "latest" or "best" (see `kept_step`).
 
     Raises:
-      UserError: there is no such checkpoint, or it was trained from another base model, into which
-        adapters would be merged silently.
+      UserError: there is no such checkpoint, or the run has another base model.
     """
     config = config_flags.typed(RLConfig, config)
     checkpoints = Path(workdir) / "checkpoints"
     step = kept_step(checkpoints, which)
-    base = config.policy.model
-    check_base(workdir, check_workdir(workdir), base, model_sha256(base))
+    check_base(workdir, check_workdir(workdir), config, model_sha256(config.policy.model))
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     policy, learner = policy_and_learner(config, mesh)
     if learner.lora is not None:
@@ -181,7 +178,7 @@ def check_models(config: RLConfig) -> None:
       UserError: the files of a model contradict each other or the config, or the simulator fails
         its gate.
     """
-    factory.check_model(config.policy.model, config.policy.generator, STOP_STRINGS)
+    factory.check_model(config.policy.model, STOP_STRINGS)
     if config.rollout.max_turns:
         factory.check_simulator_model(config.search)
         factory.check_simulator_model(config.eval.search)
@@ -267,15 +264,14 @@ def eval_metrics(
 ) -> dict[str, float]:
     """Evaluates the state's policy; returns its metrics, named `eval/…`.
 
-    If too many searches failed, the scores are left out: they would count for the best checkpoint
-    and for the plateau.
+    If too many searches failed, there are no scores, so no checkpoint and no plateau counts them.
     """
     with timer.section("eval"):
         parts.generator.load(parts.learner.policy(state))
         evaluated = evaluate(config, parts, rows)
     metrics = episode_metrics(evaluated)
     if search_failures(evaluated, config.eval.max_failed_searches):
-        metrics = {name: value for name, value in metrics.items() if name not in REWARDS}
+        metrics = {"failed_search_ratio": metrics["failed_search_ratio"]}
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -348,7 +344,7 @@ def conclude(
         for name, trajectories in episodes.items()
         for row, answer in zip(rows, answers(trajectories), strict=True)
     ]
-    (workdir / "answers.jsonl").write_text("".join(lines))
+    write_atomically(workdir / "answers.jsonl", "".join(lines))
     # Show the embedded world's first two-hop question, or another source's first question.
     two_hops = (i for i, row in enumerate(rows) if ">" in row.id)
     shown = next(two_hops, 0) if config.data.eval_source == "world" else 0

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Writes `report.md` and `report.json` to `workdir`, and prints the former."""
     config = config_flags.typed(SimulatorReportConfig, config)
     check_job(config)
-    factory.check_model(config.reader.model, config.reader.generator, STOP_STRINGS)
+    factory.check_model(config.reader.model, STOP_STRINGS)
     for search in config.simulators.values():
         factory.check_simulator_model(search)
     identities = {name: simulator_identity(search) for name, search in config.simulators.items()}

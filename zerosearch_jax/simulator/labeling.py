@@ -40,9 +40,9 @@ Complete = Callable[[Sequence[str], Sequence[tuple[int, int]]], list[str | Searc
 def check_labeler(config: LabelingConfig) -> None:
     """Raises UserError if the labeler runs here and its model directory cannot be used."""
     if config.kind == "reader":
-        factory.check_model(config.model, config.generator, STOP_STRINGS)
+        factory.check_model(config.model, STOP_STRINGS)
     elif config.kind == "local":
-        factory.check_model(config.model, config.generator, ())
+        factory.check_model(config.model, ())
 
 
 def make_labeler(config: LabelingConfig, seed: int, mesh_config: MeshConfig) -> Labeler | None:

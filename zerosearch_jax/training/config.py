@@ -274,8 +274,8 @@ class EvalConfig:
     """Questions of the evaluation after training: the first of data.test_split."""
     max_failed_searches: Share
     """Largest share of failed searches in a result. With more, an evaluation during training has no
-    scores; the one after training writes no summary and the job exits with 2, and the same command
-    evaluates again."""
+    scores. The evaluation after training writes no summary and the job exits with 2; the same
+    command evaluates again."""
     search: SearchConfig
 
     def __post_init__(self):

@@ -13,7 +13,7 @@ from zerosearch_jax.data.embedded.recorded_web import world_recording
 from zerosearch_jax.data.passages import load_passages
 from zerosearch_jax.data.recordings import load_recording
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.generate.generator import Generator, check_max_tokens
+from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.generate.stops import build_stop_table, check_spellable
 from zerosearch_jax.generate.texts import TextGenerator
@@ -67,21 +67,22 @@ def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
     return Model(files.config, params, files.tokenizer, files.generation)
 
 
-def check_model(directory: str, config: GeneratorConfig, stop_strings: tuple[str, ...]) -> None:
-    """Raises UserError if no generator can be made of a directory; reads no weights."""
-    files = read_model_files(directory)
-    try:
-        check_max_tokens(config.max_tokens, files.config)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from error
-    stop_table(files, stop_strings)
+def check_model(directory: str, stop_strings: tuple[str, ...]) -> None:
+    """Checks that a directory's files fit together and can spell the stop strings.
+
+    It reads no weights. `training.inputs` has already compared slots and positions.
+
+    Raises:
+      UserError: they do not.
+    """
+    stop_table(read_model_files(directory), stop_strings)
 
 
 def check_simulator_model(config: SearchConfig) -> None:
     """Does `check_model` for the model of a search engine that runs one here."""
     simulator = config.simulator
     if config.engine == "simulated" and not simulator.url:
-        check_model(simulator.model, simulator.generator, simulator_stops(config.topk))
+        check_model(simulator.model, simulator_stops(config.topk))
 
 
 def dtype_of(name: str) -> jax.typing.DTypeLike:

@@ -14,6 +14,7 @@ from typing import Any
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
+from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.sections import SearchConfig
 
 # Weights, config, tokenizer and chat template of a Hugging Face directory.
@@ -60,25 +61,33 @@ def engine_sha256(search: SearchConfig) -> str:
 
 
 def check_base(
-    workdir: str | Path, before: Mapping[str, Any] | None, model: str, sha256: str
+    workdir: str | Path, before: Mapping[str, Any] | None, config: RLConfig, sha256: str
 ) -> None:
-    """Refuses to resume a run with another base model, which the summary would call "base".
+    """Refuses to continue or export a run with another base model or another scale of adapters.
+
+    Checkpoints of both have the same shapes, so they would be restored silently.
 
     Args:
       before: content of the workdir's config.json; None if there is none.
-      model: path of the base model.
-      sha256: its fingerprint.
+      sha256: fingerprint of `config.policy.model`.
 
     Raises:
-      UserError: the workdir has checkpoints that were trained from another model.
+      UserError: the workdir has checkpoints that were trained from another model, or with another
+        `lora.alpha`.
     """
     if before is None or not any((Path(workdir) / "checkpoints").glob("[0-9]*")):
         return
     if before["contents"]["policy.model"] != sha256:
         raise UserError(
             f"{workdir} was trained from config.policy.model={before['policy']['model']} with "
-            f"other weights or files than {model} holds now; use another --workdir, or give the "
-            "model that the run began with"
+            f"other weights or files than {config.policy.model} holds now; use another --workdir, "
+            "or give the model that the run began with"
+        )
+    alpha = before["lora"]["alpha"]
+    if config.lora.rank and alpha != config.lora.alpha:
+        raise UserError(
+            f"{workdir} was trained with config.lora.alpha={alpha}, which is now "
+            f"{config.lora.alpha}; set it back, or use another --workdir"
         )
 
 

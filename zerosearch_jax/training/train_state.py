@@ -69,9 +69,9 @@ def restore_kept(directory: Path, step: int, abstract: Any) -> Any:
 
 def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
     """Restores the state with the best score, or the newest one if none has a score."""
-    best = checkpoints.best_step()
-    state, _ = checkpoints.restore(best, learner.abstract_state())
-    step = checkpoints.latest_step() if best is None else best
+    step = checkpoints.best_step()
+    state, _ = checkpoints.restore(step, learner.abstract_state())
+    step = checkpoints.latest_step() if step is None else step  # a damaged one was renamed
     print(f"rolled back to the checkpoint of step {step}", flush=True)
     return state
 
