@@ -167,7 +167,8 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
         learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
     state = restore_kept(checkpoints, step, learner.abstract_state())
     path = Path(workdir) / "exports" / str(step) / "policy"
-    export(path, learner, state, policy.tokenizer, base, policy.generation)
+    tokenizer, generation = policy.tokenizer, policy.generation
+    export(path, learner, state, tokenizer, config.policy.model, generation)
     print(f"policy of step {step} written to {path}")
 
 
