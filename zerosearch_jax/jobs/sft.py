@@ -65,8 +65,6 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     model_config, params, generation = initial_model(config, tokenizer, mesh)
     check_positions(model_config, [*train, *validation])
     learner = make_learner(config, model_config, mesh)
-    if not config.init:  # --export needs the new tokenizer before the run ends
-        tokenizer.save_pretrained(workdir / "model")
     checkpoints = Checkpoints(workdir / "checkpoints")
     inputs = {
         "config.data": digest(train),
@@ -76,6 +74,8 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
     check_same_run(workdir, kept["inputs"], inputs)
+    if not config.init:  # --export needs the new tokenizer before the run ends
+        tokenizer.save_pretrained(workdir / "model")
     nonfinite = NonFiniteCounter(workdir, config.sft.nonfinite_limit, kept["skipped_in_a_row"])
     best = None
     if config.sft.patience:
