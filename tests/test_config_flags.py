@@ -163,6 +163,14 @@ def test_kept_config_prints_a_warning_per_changed_key(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_kept_config_names_changed_contents_without_their_fingerprints(tmp_path, capsys):
+    for sha256 in ("aa11", "bb22"):
+        keep_config({"seed": 0, "contents": {"training questions": sha256}}, tmp_path)
+    warning = capsys.readouterr().out
+    assert "the content of training questions has changed" in warning
+    assert "aa11" not in warning
+
+
 @pytest.mark.parametrize("before", ["{}", '{"format": 1, "seed": 0}'])
 def test_workdir_of_an_older_version_is_refused(tmp_path, before):
     (tmp_path / "config.json").write_text(before)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def test_an_arm_run_is_read_from_the_files_of_its_stages(tmp_path):
         "curve": [{"step": 1, "em": 0.25}],
     }
     assert miniature.base_run(folder, "base")["em"] == [0.0]
+
+
+def test_the_report_has_one_row_per_method_that_of_the_last_settings(tmp_path):
+    (tmp_path / "methods-sft").mkdir()
+    row = dict(method="direct", engine="none", set="world/test", searches_per_episode=0)
+    row |= dict(f1=0.0, em_interval=[0, 1], f1_interval=[0, 1])
+    rows = [row | {"limit": limit, "em": em} for limit, em in ((24, 0.25), (240, 0.5))]
+    (tmp_path / "methods-sft" / "evaluation.json").write_text(json.dumps(rows))
+    config = SimpleNamespace(start_policies={}, baselines=(), arms=())
+    (found,) = miniature.methods_rows(config, tmp_path, [])
+    assert found["em"] == (0.5, 0, 1)
 
 
 def test_the_report_command_contains_the_overrides():

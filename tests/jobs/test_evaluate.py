@@ -194,12 +194,14 @@ def _append(path: Path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
 
+def _retrain(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 CHANGES = {
     "nothing": (lambda job: None, []),
-    "weights": (
-        lambda job: (job.model / "model.safetensors").write_bytes(b"retrained"),
-        ["bm25", "other"],
-    ),
+    "weights": (lambda job: _retrain(job.model / "model.safetensors"), ["bm25", "other"]),
     "tokenizer": (lambda job: _append(job.model / "tokenizer.json", " "), ["bm25", "other"]),
     "questions": (
         lambda job: job.questions.write_text(job.questions.read_text().replace("Peru", "Mali")),

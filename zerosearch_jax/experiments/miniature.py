@@ -206,7 +206,9 @@ def methods_rows(config: MiniatureConfig, root: Path, runs: Sequence[Mapping]) -
     """Returns one row per inference method and start policy, and one per trained arm."""
     found = []
     for name in (*config.start_policies, "sft"):
-        for row in json.loads((root / f"methods-{name}" / "evaluation.json").read_text()):
+        rows = json.loads((root / f"methods-{name}" / "evaluation.json").read_text())
+        # Rows of other settings precede those of the finished stage.
+        for row in {(row["method"], row["engine"], row["set"]): row for row in rows}.values():
             found.append(
                 {
                     "method": f"{row['method']} ({name})",

@@ -33,7 +33,8 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     """Writes `workdir/config.json` and prints a warning per key that differs from the last run.
 
     Args:
-      config: the config as nested dicts or as a ConfigDict.
+      config: the config as nested dicts or as a ConfigDict. Its section "contents", if any, holds
+        fingerprints by name.
 
     Raises:
       UserError: an older version wrote the directory.
@@ -43,7 +44,12 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     before = check_workdir(workdir)
     if before is not None:
         for difference in config_flags.differences(before, now):
-            print(f"warning: {workdir} was started with another config.{difference}")
+            key, _, _ = difference.partition(": ")
+            if key.startswith("contents."):  # two fingerprints, which say nothing to a reader
+                name = key.removeprefix("contents.")
+                print(f"warning: the content of {name} has changed since {workdir} was started")
+            else:
+                print(f"warning: {workdir} was started with another config.{difference}")
     write_json(Path(workdir) / "config.json", now)
 
 
