@@ -302,6 +302,8 @@ def test_adapters_are_saved_and_merged_into_the_exported_model(config, tmp_path,
         other.update(change)
         with pytest.raises(UserError, match=message):
             sft.run(other, str(tmp_path))
+        with pytest.raises(UserError, match=message):
+            sft.export_checkpoint(other, str(tmp_path), "latest")
 
 
 def test_profile_steps_writes_a_trace(config, tmp_path):

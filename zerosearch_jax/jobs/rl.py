@@ -165,7 +165,7 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
     policy, learner = policy_and_learner(config, mesh)
     if learner.lora is not None:
         learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
-    state = restore_kept(checkpoints, step, learner.abstract_state())
+    state, _ = restore_kept(checkpoints, step, learner.abstract_state())
     path = Path(workdir) / "exports" / str(step) / "policy"
     tokenizer, generation = policy.tokenizer, policy.generation
     export(path, learner, state, tokenizer, config.policy.model, generation)

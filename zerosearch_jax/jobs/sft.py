@@ -66,11 +66,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     check_positions(model_config, [*train, *validation])
     learner = make_learner(config, model_config, mesh)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    inputs = {
-        "config.data": digest(train),
-        "config.init": model_sha256(config.init) if config.init else "",
-        "config.lora.alpha": config.lora.alpha if config.lora.rank else 0.0,
-    }
+    inputs = {"config.data": digest(train)} | start_of(config)
     kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
     check_same_run(workdir, kept["inputs"], inputs)
@@ -80,7 +76,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     best = None
     if config.sft.patience:
         patience_steps = config.sft.patience * config.sft.eval_every
-        best = BestCheckpoint(workdir / "best", learner, patience_steps)
+        best = BestCheckpoint(workdir / "best", learner, patience_steps, inputs)
     validation_batch = learner.put(batch_of(validation, config, None))
     # Enough microbatches for one example per row, so that all steps have one shape.
     microbatches = -(-config.sft.examples_per_step // config.learner.rows)
@@ -130,6 +126,9 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
 
     Args:
       which: a step, "latest", or "best": the lowest held-out loss, kept if `sft.patience` is set.
+
+    Raises:
+      UserError: there is no such checkpoint, or the run has another start or adapter scale.
     """
     config = config_flags.typed(SFTConfig, config)
     is_best, directory = which == "best", Path(workdir)
@@ -143,9 +142,11 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
         learner.init(params, config.seed)  # sets the base that the adapters adapt
     state = learner.abstract_state()
     if is_best:  # these checkpoints have only parameters
-        state = replace(state, params=restore_kept(checkpoints, step, state.params))
+        params, kept = restore_kept(checkpoints, step, state.params)
+        state = replace(state, params=params)
     else:
-        state = restore_kept(checkpoints, step, state)
+        state, kept = restore_kept(checkpoints, step, state)
+    check_same_run(directory, kept["inputs"], start_of(config))
     path = directory / "exports" / str(step) / "model"
     export(path, learner, state, tokenizer, config.init, generation)
     print(f"model of step {step} written to {path}")
@@ -187,6 +188,14 @@ def load_data(config: SFTConfig) -> tuple[object, list[TokenSequence], list[Toke
     return tokenizer, sequences[:-count], sequences[-count:]
 
 
+def start_of(config: SFTConfig) -> dict[str, Any]:
+    """Returns the inputs that a checkpoint is restored on, for `check_same_run`."""
+    return {
+        "config.init": model_sha256(config.init) if config.init else "",
+        "config.lora.alpha": config.lora.alpha if config.lora.rank else 0.0,
+    }
+
+
 def check_same_run(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError if the run in `workdir` had other examples, base model or adapter scale.
 
@@ -220,13 +229,17 @@ class BestCheckpoint:
 
     Args:
       patience_steps: steps without a lower loss after which training should stop.
+      inputs: the run's inputs, see `check_same_run`; saved with the parameters.
 
     Attributes:
       step: step of the lowest loss; 0 before the first evaluation.
       loss: the lowest loss; infinity before the first evaluation.
     """
 
-    def __init__(self, directory: Path, learner: Learner, patience_steps: int):
+    def __init__(
+        self, directory: Path, learner: Learner, patience_steps: int, inputs: Mapping[str, Any]
+    ):
+        self._inputs = inputs
         self._checkpoints = Checkpoints(directory)
         self._patience_steps = patience_steps
         self._abstract_params = learner.abstract_state().params
@@ -239,7 +252,8 @@ class BestCheckpoint:
     def update(self, step: int, loss: float, state: TrainState) -> None:
         """Saves the state's parameters if their loss is lower."""
         if step > self.step and loss < self.loss:
-            self._checkpoints.save(step, state.params, {"heldout_loss": loss})
+            kept = {"heldout_loss": loss, "inputs": self._inputs}
+            self._checkpoints.save(step, state.params, kept)
             self.step, self.loss = step, loss
 
     def patience_exceeded(self, step: int) -> bool:

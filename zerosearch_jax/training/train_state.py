@@ -61,10 +61,13 @@ def kept_step(directory: Path, which: str) -> int:
     return step
 
 
-def restore_kept(directory: Path, step: int, abstract: Any) -> Any:
-    """Restores a checkpoint without changing its directory; raises as `Checkpoints.restore`."""
+def restore_kept(directory: Path, step: int, abstract: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Returns the state and metadata of a checkpoint without changing its directory.
+
+    Raises as `Checkpoints.restore`.
+    """
     with Checkpoints(directory, read_only=True) as checkpoints:
-        return checkpoints.restore(step, abstract)[0]
+        return checkpoints.restore(step, abstract)
 
 
 def roll_back(checkpoints: Checkpoints, learner: Learner) -> TrainState:
