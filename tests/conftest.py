@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 # jax reads these when it is imported, so they precede all other imports.
@@ -22,6 +23,9 @@ from zerosearch_jax.models.transformer import init_params
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, load_tokenizer, train_tokenizer
+
+# Jobs in the background start with SIGINT ignored, but the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER_TEXTS = [

@@ -189,7 +189,7 @@ def test_checkpoint_of_eight_devices_resumes_on_two_processes_with_two_each(
     ("change", "message"),
     [
         (dict(search=dict(simulator=dict(devices=1))), "rollout.concurrent_searches=1"),
-        (dict(search=dict(engine="bm25", simulator=dict(devices=1))), "simulator that runs here"),
+        (dict(search=dict(engine="bm25", simulator=dict(devices=1))), "simulator in this process"),
     ],
 )
 def test_simulator_devices_that_would_idle_are_refused(rl_config, change, message):

@@ -261,13 +261,12 @@ def make_learner(
       updates_per_step: optimizer updates per training step. Schedules are given in training steps.
       moving_reference: keep the reference policy in the training state.
     """
-    optimizer = replace(optimizer, schedule_steps=optimizer.schedule_steps or steps)
-    specs = {"policy": optimizer_spec(optimizer, updates_per_step)}
+    specs = {"policy": optimizer_spec(optimizer, steps, updates_per_step)}
     if critic is not None:
         own = replace(
             optimizer, learning_rate=critic.learning_rate, warmup_steps=critic.warmup_steps
         )
-        specs["critic"] = optimizer_spec(own, updates_per_step)
+        specs["critic"] = optimizer_spec(own, steps, updates_per_step)
     adapters = None
     if lora is not None and lora.rank:
         adapters = LoRA(rank=lora.rank, alpha=lora.alpha, targets=tuple(lora.targets))
@@ -284,12 +283,16 @@ def make_learner(
     )
 
 
-def optimizer_spec(config: OptimizerConfig, updates_per_step: int) -> OptimizerSpec:
-    """Builds AdamW and its learning-rate schedule, which counts updates."""
+def optimizer_spec(config: OptimizerConfig, steps: int, updates_per_step: int) -> OptimizerSpec:
+    """Builds AdamW and its learning-rate schedule, which counts updates.
+
+    Args:
+      steps: training steps of the schedule if `config.schedule_steps` is 0.
+    """
     schedule = warmup_cosine(
         config.learning_rate,
         warmup_steps=config.warmup_steps * updates_per_step,
-        total_steps=config.schedule_steps * updates_per_step,
+        total_steps=(config.schedule_steps or steps) * updates_per_step,
         final_fraction=config.final_fraction,
     )
     optimizer = adamw(
