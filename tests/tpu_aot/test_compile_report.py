@@ -205,6 +205,7 @@ def _shrunk(monkeypatch):
         rl.learner.update(dict(row_tokens=256, logprob_chunk=64))
         for generator in (rl.policy.generator, rl.search.simulator.generator):
             generator.update(dict(max_tokens=192, prefill_buckets=(64,), chunk_tokens=8))
+        rl.search.simulator.max_new_tokens = 64
         return rl
 
     monkeypatch.setattr(config_flags, "load", small)
