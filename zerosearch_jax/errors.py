@@ -62,6 +62,32 @@ def named_disk_errors(path: str | Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+@contextmanager
+def named_errors(where: str | Path, fix: str) -> Iterator[None]:
+    """Raises any exception of a library within the block as a UserError: "where: reason; fix".
+
+    Enclose only calls that read the user's input with a library. Libraries do not document which
+    exceptions damaged input raises, and an exception of our own code must stay a program error.
+
+    Args:
+      where: file, row or key that is read.
+      fix: how the user fixes it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: {reason(error)}; {fix}") from error
+
+
+def reason(error: Exception, limit: int = 300) -> str:
+    """Returns an exception's message as one line of at most `limit` characters."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    line = " ".join(str(text).split()).encode("utf-8", "replace").decode()
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
 def _os_error_number(error: Exception) -> int | None:
     """Returns the error number of the operating system, which may only be in the message."""
     if isinstance(error, OSError):

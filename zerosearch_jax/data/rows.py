@@ -19,13 +19,13 @@ silently swallow the rows up to the next mark.
 import ast
 import csv
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from zerosearch_jax import files
 from zerosearch_jax.errors import UserError
 
 _TEXT = r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
@@ -111,10 +111,7 @@ def as_list(value: object) -> list | None:
 
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON. Floats keep their spelling under `str`. Raises ValueError, also for NaN."""
-    try:
-        return json.loads(text, parse_float=_Float, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    return files.parse_json(text, parse_float=_Float, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str) -> None:
