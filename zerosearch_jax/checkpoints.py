@@ -6,7 +6,6 @@ It knows nothing of the contents of a state or of the metadata.
 import errno
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,13 +17,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from zerosearch_jax.errors import UserError, named_disk_errors
-from zerosearch_jax.files import FORMAT, check_format, write_json
+from zerosearch_jax.files import FORMAT, check_format, check_shape, read_json, write_json
 from zerosearch_jax.parallel.processes import gather, part
 
 # Orbax joins the names of nested nodes with ".", and optax's states are tuples without names. A
 # flat dict with a separator that no parameter name contains works for every pytree.
 _SEPARATOR = "/"
 _CHECKSUMS = "checksums.json"
+_METADATA = "metadata/metadata"  # where Orbax's JsonSave puts it
 
 
 class _DamagedError(Exception):
@@ -43,12 +43,21 @@ class Checkpoints(AbstractContextManager):
     them. Such a checkpoint is restored unchecked.
 
     Args:
+      metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
+        is damaged.
       keep: number of newest checkpoints to keep.
       read_only: changes nothing in the directory, so that another process may use it.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        read_only: bool = False,
+    ) -> None:
         self._directory = Path(directory).absolute()
+        self._shape = {"leaves": {str: [int]}, "user": dict(metadata or {})}
         self._keep = keep
         self._read_only = read_only
         if self._directory.exists() and not self._directory.is_dir():
@@ -113,8 +122,9 @@ class Checkpoints(AbstractContextManager):
     def restore(self, step: int | None, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads checkpoint `step`, or the newest undamaged one if `step` is None.
 
-        With `step=None`, a damaged checkpoint that has a predecessor is renamed to
-        `directory/damaged-STEP` with a warning; then `latest_step()` is the step restored.
+        With `step=None`, damaged checkpoints that are newer than the restored one are renamed to
+        `directory/damaged-STEP` with a warning; then `latest_step()` is the step restored. If
+        every checkpoint is damaged, nothing is renamed.
 
         Args:
           abstract_like: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`s.
@@ -135,18 +145,21 @@ class Checkpoints(AbstractContextManager):
             kept = ", ".join(map(str, sorted(self._manager.all_steps())))
             remedy = f"choose one of the steps {kept}" if kept else "run the job first"
             raise UserError(f"there is no {which} in {self._directory}; {remedy}")
-        for older, newest in reversed(list(zip([None, *steps], steps, strict=False))):
+        damaged: dict[int, str] = {}
+        for candidate in reversed(steps[-1:] if self._read_only else steps):
             try:
-                return self._read(newest, abstract_like)
+                restored = self._read(candidate, abstract_like)
             except _DamagedError as damage:
-                what = f"checkpoint {self._directory / str(newest)} is damaged: {damage}"
-                if older is None or self._read_only:
-                    raise UserError(
-                        f"{what}; restore it from a copy, use another checkpoint, or start over "
-                        "with another --workdir"
-                    ) from None
-                print(f"warning: {what}; it is kept as {self._set_aside(newest)}", flush=True)
-        raise AssertionError("the loop returns or raises")
+                where = self._directory / str(candidate)
+                damaged[candidate] = f"checkpoint {where} is damaged: {damage}"
+                continue
+            for newer, what in damaged.items():
+                print(f"warning: {what}; it is kept as {self._set_aside(newer)}", flush=True)
+            return restored
+        raise UserError(
+            f"{'; '.join(damaged.values())}; restore it from a copy, use another checkpoint, or "
+            "start over with another --workdir"
+        )
 
     def __exit__(self, *error: object) -> None:
         """Releases Orbax's threads."""
@@ -154,38 +167,47 @@ class Checkpoints(AbstractContextManager):
 
     def _read(self, step: int, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
         folder = self._directory / str(step)
-        checked = (folder / _CHECKSUMS).exists()
-        if checked:
+        if (folder / _CHECKSUMS).exists():
             self._compare_checksums(folder)
+        saved = self._read_metadata(folder)
+        self._check_same(step, saved["leaves"], _shapes(abstract_like))
         trouble, result = "", None
         try:
-            saved = self._manager.restore(
-                step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            ).metadata
-            check_format(saved, folder)
-            self._check_same(step, saved["leaves"], _shapes(abstract_like))
             abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             ).state
             leaves = [restored[name] for name in abstract]
             result = jax.tree.unflatten(jax.tree.structure(abstract_like), leaves), saved["user"]
-        except (UserError, MemoryError, RuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax raises this class itself if an array is unreadable.
-            if checked:
-                raise
+        except Exception as error:  # Orbax does not document its exceptions of damaged files.
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # too many open files, or an error of the disk
             trouble = f"{type(error).__name__} when it was read"
         _raise_damage(trouble)
         return result
 
+    def _read_metadata(self, folder: Path) -> dict[str, Any]:
+        trouble, saved = "", {}
+        try:
+            saved = read_json(folder / _METADATA, dict, "")
+            if saved.get("format") == FORMAT:
+                check_shape(saved, self._shape, folder / _METADATA, "")
+        except UserError as error:
+            trouble = str(error).removesuffix("; ")
+        _raise_damage(trouble)
+        check_format(saved, folder)
+        return saved
+
     def _saved_score(self, step: int) -> float | None:
         """Returns the score in a checkpoint's metadata; None if it has none or is damaged."""
+        path = self._directory / str(step) / _METADATA
         try:
-            path = self._directory / str(step) / "metadata" / "metadata"
-            return json.loads(path.read_text(encoding="utf-8"))["score"]
-        except (OSError, ValueError, KeyError, TypeError):
+            score = read_json(path, {"score": float | None}, "")["score"]
+        except UserError:
             return None
+        return None if score is None or math.isnan(score) else score
 
     def _set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that Orbax no longer sees it."""
@@ -201,23 +223,24 @@ class Checkpoints(AbstractContextManager):
 
     def _write_checksums(self, step: int) -> None:
         folder = self._directory / str(step)
-        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        names = sorted(_files(folder))
         sums = dict(gather([(name, _sha256(folder / name)) for name in part(names)]))
         if jax.process_index() == 0:
             write_json(folder / _CHECKSUMS, sums)
         gather([None])
 
     def _compare_checksums(self, folder: Path) -> None:
-        trouble = ""
+        trouble, sums = "", {}
         try:
-            sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
-            for name in part(sorted(sums)):
-                if not (folder / name).is_file():
-                    trouble = trouble or f"{name} is missing"
-                elif _sha256(folder / name) != sums[name]:
-                    trouble = trouble or f"{name} has changed since it was saved"
-        except (ValueError, TypeError):
-            trouble = f"{_CHECKSUMS} is not readable"
+            sums = read_json(folder / _CHECKSUMS, {str: str}, "")
+        except UserError as error:
+            trouble = str(error).removesuffix("; ")
+        names = _files(folder)
+        for name in part(sorted(sums)):
+            if name not in names:
+                trouble = trouble or f"{name!r} is missing"
+            elif _sha256(folder / name) != sums[name]:
+                trouble = trouble or f"{name} has changed since it was saved"
         _raise_damage(trouble)
 
     def _check_same(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -246,6 +269,10 @@ def _nothing_logged() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _sha256(path: Path) -> str:

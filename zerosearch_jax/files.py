@@ -1,17 +1,32 @@
 """Atomic file writes, checked reads, and the format version of the files in a workdir.
 
-A reader finds the old file or the new one, never a partial one. A file that cannot be read raises a
-UserError that names it.
+A reader finds the old file or the new one, never a partial one. A file that cannot be read, or
+whose content has another shape, raises a UserError that names it.
+
+A shape describes JSON:
+
+| shape                    | content                                                              |
+|--------------------------|----------------------------------------------------------------------|
+| `str`, `bool`, `dict`, … | a value of this type                                                 |
+| `int`, `float`           | a whole number, any number; both of at most 64 bits                  |
+| `float | None`           | one of these                                                         |
+| `{"a", "b", None}`       | one of these values                                                  |
+| `{"a": X, "b?": Y}`      | an object with the key a and possibly the key b; other keys are free |
+| `{str: X}`               | an object with any keys                                              |
+| `[X]`, `[X, ...]`        | a list of X, a list with at least one element                        |
+| `(X, Y)`                 | a list of exactly these elements                                     |
 """
 
 import json
 import os
+import re
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zerosearch_jax.errors import UserError, named_disk_errors, named_errors
+from zerosearch_jax.errors import UserError, named_disk_errors, named_errors, reason
 
 FORMAT = 3
 """Increased when a newer program cannot resume the workdir of an older one."""
@@ -19,11 +34,13 @@ _JSON_NAMES = {
     dict: "an object",
     list: "a list",
     str: "a text",
-    int: "a number",
+    int: "a whole number",
     float: "a number",
     bool: "true or false",
     type(None): "null",
 }
+_MAX_DEPTH = 100
+"""Deepest nesting of a JSON file. Python's own limit depends on its version and on the caller."""
 
 
 @contextmanager
@@ -58,20 +75,45 @@ def read_text(path: str | Path, fix: str) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
 
 
-def read_json(path: str | Path, expected: type, fix: str) -> Any:
-    """Returns the content of a JSON file, whose outermost type is `expected`.
+def read_json(path: str | Path, shape: Any, fix: str) -> Any:
+    """Returns the content of a JSON file, which has `shape`.
 
     Raises:
-      UserError: the file is missing, is no JSON, or holds another type; `fix` ends the message.
+      UserError: the file is missing, is no JSON, or has another shape; `fix` ends the message.
     """
-    text = read_text(path, fix)
     with named_errors(path, fix):
-        content = parse_json(text)
-    if not isinstance(content, expected):
-        raise UserError(
-            f"{path}: expected {_JSON_NAMES[expected]}, not {_JSON_NAMES[type(content)]}; {fix}"
-        )
+        content = Path(path).read_bytes()
+    return parse_row(content, shape, path, fix)
+
+
+def parse_row(line: bytes, shape: Any, where: str | Path, fix: str) -> Any:
+    """Returns the content of one JSON text, which has `shape`.
+
+    Args:
+      where: file and row, which begin the message.
+
+    Raises:
+      UserError: the text is not UTF-8 or no JSON, is nested too deeply, contains half of a
+        surrogate pair, or has another shape; `fix` ends the message.
+    """
+    with named_errors(where, fix):
+        text = line.decode("utf-8-sig")
+        try:
+            content = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"not JSON ({error})") from error
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(content)
+        if re.search(r"\\u[dD][89abAB]", text):  # the text cannot be printed, hashed or encoded
+            json.dumps(content, ensure_ascii=False).encode()
+    check_shape(content, shape, where, fix)
     return content
+
+
+def check_shape(content: Any, shape: Any, where: str | Path, fix: str) -> None:
+    """Raises UserError if JSON has another shape; the message names `where` and the key."""
+    if trouble := _mismatch(content, shape, ""):
+        raise UserError(f"{where}: {reason(ValueError(trouble))}; {fix}")
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
@@ -86,6 +128,63 @@ def check_format(kept: Mapping[str, Any], directory: str | Path) -> None:
     """Raises UserError if `kept`, read from a file in `directory`, has another "format"."""
     if kept.get("format") != FORMAT:
         raise UserError(
-            f"{directory} was written by an older version (format {kept.get('format', 'absent')}, "
+            f"{directory} was written by an older version (format {kept.get('format')!r:.40}, "
             f"this version writes {FORMAT}) and cannot be resumed; use a new --workdir"
         )
+
+
+def _check_depth(content: Any) -> None:
+    level, depth = [content], 0
+    while level:
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+
+
+def _mismatch(value: Any, shape: Any, key: str) -> str:
+    """Returns the first difference from `shape`, or ""."""
+    if isinstance(shape, set):
+        known = any(type(value) is type(one) and value == one for one in shape)
+        return "" if known else f"{key}: expected one of {sorted(map(repr, shape))}"
+    types_of = {dict: dict, list: list, tuple: list}
+    expected = types_of.get(type(shape), shape)
+    if not any(_is_of(value, one) for one in typing.get_args(expected) or [expected]):
+        return f"{key}: " * bool(key) + f"expected {_name_of(expected)}, not {_described(value)}"
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(shape, tuple):
+        if len(value) != len(shape):
+            return f"{key}: expected {len(shape)} elements, not {len(value)}"
+        parts = [(f"[{i}]", *both) for i, both in enumerate(zip(value, shape, strict=True))]
+    elif isinstance(shape, list):
+        if not value and shape[1:] == [...]:
+            return f"{key}: the list is empty"
+        parts = [(f"[{i}]", one, shape[0]) for i, one in enumerate(value)]
+    elif isinstance(shape, dict) and str in shape:
+        parts = [(f".{name}", one, shape[str]) for name, one in value.items()]
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            plain = name.removesuffix("?")
+            if plain in value:
+                parts.append((f".{plain}", value[plain], inner))
+            elif plain == name:
+                return f"{key}.{name} is missing".removeprefix(".")
+    found = (_mismatch(one, inner, (key + part).lstrip(".")) for part, one, inner in parts)
+    return next(filter(None, found), "")
+
+
+def _is_of(value: Any, expected: type) -> bool:
+    if expected in (int, float):
+        whole = type(value) is int and -(2**63) <= value < 2**63
+        return whole or (expected is float and type(value) is float)
+    return isinstance(value, expected)
+
+
+def _name_of(expected: Any) -> str:
+    return " or ".join(_JSON_NAMES[one] for one in typing.get_args(expected) or [expected])
+
+
+def _described(value: Any) -> str:
+    beyond = type(value) is int and not _is_of(value, int)
+    return "one of more than 64 bits" if beyond else _JSON_NAMES[type(value)]

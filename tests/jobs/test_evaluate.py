@@ -305,7 +305,7 @@ def test_bad_question_sets_and_old_files_are_refused(tmp_path, questions):
     assert len(evaluate.load_set(str(questions), 5)) == 5
     old = tmp_path / "evaluation.json"
     old.write_text('{"world/test": {}}')
-    with pytest.raises(UserError, match="not a list of rows"):
+    with pytest.raises(UserError, match="evaluation.json: expected a list.*delete it"):
         evaluate.read_rows(old)
 
 

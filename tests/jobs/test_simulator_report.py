@@ -247,11 +247,11 @@ def test_the_gate_refuses_a_report_of_other_weights(report, tmp_path, markov_mod
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read"),
-        ("{", "not a report"),
-        ("[]", "not a report"),
-        ("{}", "not a report"),
-        ('{"rows": [{"source": "finetuned"}], "simulators": {}}', "not a report"),
+        (None, "report.json: No such file.*create it"),
+        ("{", "report.json: not JSON"),
+        ("[]", "report.json: expected an object"),
+        ("{}", "report.json: simulators is missing"),
+        ('{"rows": [{"source": "finetuned"}], "simulators": {}}', r"rows\[0\]\.label is missing"),
     ],
 )
 def test_the_gate_refuses_a_malformed_report(tmp_path, markov_model, text, message):

@@ -307,5 +307,5 @@ def test_bad_window_and_bad_rows_are_refused(tmp_path):
         CollapseWatch(window=0)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nreward 3\n')
-    with pytest.raises(UserError, match="line 2"):
+    with pytest.raises(UserError, match="row 2"):
         earlier_rows(path, 5)

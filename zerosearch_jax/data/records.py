@@ -4,23 +4,27 @@ import json
 import os
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from zerosearch_jax.errors import UserError, named_disk_errors
+from zerosearch_jax.errors import named_disk_errors
+from zerosearch_jax.files import parse_row
 
 
 class Records:
     """Append-only file of records: one JSON object per line, with unique ids.
 
     A record is complete once its line break is written. A last line without a line break was cut
-    by a kill; opening the file drops it. Only the ids are kept in memory. One writer at a time.
-    Blank lines and a byte order mark, which editors add, are skipped, as in `data.rows`.
+    by a kill: it is ignored, and the next `append` removes it. Only the ids are kept in memory.
+    One writer at a time. Blank lines and a byte order mark, which editors add, are skipped, as in
+    `data.rows`.
     """
 
-    def __init__(self, path: str | Path, key: str = "id"):
-        """Opens `path`; the file need not exist.
+    def __init__(self, path: str | Path, shape: Mapping[str, Any] | None = None, key: str = "id"):
+        """Opens `path`; the file need not exist. Changes nothing on disk.
 
         Args:
           path: the file.
+          shape: keys that every record must have, with the shapes of their values (see `files`).
           key: the key of a record's id, which is a text.
 
         Raises:
@@ -28,17 +32,15 @@ class Records:
         """
         self.path = Path(path)
         self.key = key
+        self._shape = {key: str, **(shape or {})}
         self._ids: dict[str, None] = {}
+        self._complete = 0  # bytes up to the last line break
         if not self.path.exists():
             return
-        complete = 0
         for number, line in self._lines():
-            if line.endswith(b"\n"):
-                complete += len(line)
-                if line.strip():
-                    self._ids[self._parse(number, line)[key]] = None
-        if complete < self.path.stat().st_size:
-            os.truncate(self.path, complete)
+            self._complete += len(line)
+            if line.strip():
+                self._ids[self._parse(number, line)[key]] = None
 
     @property
     def ids(self) -> KeysView[str]:
@@ -67,25 +69,22 @@ class Records:
                 new.setdefault(record[self.key], record)
         if not new:
             return
-        text = "".join(json.dumps(record) + "\n" for record in new.values())
+        text = "".join(json.dumps(record) + "\n" for record in new.values()).encode()
         with named_disk_errors(self.path), self.path.open("ab") as file:
-            file.write(text.encode())
+            file.truncate(self._complete)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        self._complete += len(text)
         self._ids |= dict.fromkeys(new)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yields the numbers of the complete lines, from 1, and the lines."""
         with self.path.open("rb") as lines:
-            yield from enumerate(lines, 1)
+            for number, line in enumerate(lines, 1):
+                if line.endswith(b"\n"):
+                    yield number, line
 
     def _parse(self, number: int, line: bytes) -> dict:
-        try:
-            record = json.loads(line)  # also decodes a byte order mark
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get(self.key), str):
-            raise UserError(
-                f"{self.path}: row {number}: not a JSON object with a text under {self.key!r}; "
-                "fix or delete this line"
-            )
-        return record
+        where, fix = f"{self.path}: row {number}", "fix or delete this line"
+        return parse_row(line, self._shape, where, fix)

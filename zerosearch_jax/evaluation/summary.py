@@ -9,6 +9,16 @@ from zerosearch_jax.evaluation.intervals import bootstrap_interval, wilson_inter
 from zerosearch_jax.rollout.trajectory import Trajectory
 from zerosearch_jax.training.episode_metrics import answer_scores, episode_metrics
 
+SUMMARY = {
+    "em": float,
+    "em_interval": (float, float),
+    "f1": float,
+    "f1_interval": (float, float),
+    "questions": int,
+    "searches_per_episode": float,
+    "failed_search_ratio": float,
+}
+"""The shape of a `summary` in a file; see `files`."""
 _HEADERS = ("", "EM", "95% interval", "F1", "95% interval", "searches", "questions")
 _FLOAT_FORMATS = ("", ".3f", "", ".3f", "", ".2f", "")
 

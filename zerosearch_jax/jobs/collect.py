@@ -27,7 +27,7 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.data.records import Records
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import FORMAT, check_format, write_json
+from zerosearch_jax.files import FORMAT, check_format, read_json, write_json
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.jobs.evaluate import OUTPUT_SETTINGS
 from zerosearch_jax.parallel.mesh import make_mesh
@@ -58,6 +58,16 @@ from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
 
+EPISODE = {
+    **dict.fromkeys(("question", "finish"), str),
+    "golden_answers": [str, ...],
+    **dict.fromkeys(("em", "f1"), float),
+    "searches": [{"turn": int, "query": str, "documents": [str], "failure": str}],
+}
+"""The part of a record in `episodes.jsonl` that the later stages read; see `files` for shapes."""
+LABEL = {"episode": str, "rule": set(LABELS), "labeler": {*LABELS, None}}
+"""The part of a record in `labels.jsonl` that is read."""
+
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Writes episodes, labels, pairs, held-out pairs and `summary.json` to `workdir`."""
@@ -71,15 +81,19 @@ def run(config: ConfigDict, workdir: str) -> None:
     loaded = load_qa(config.data.source, config.data.split, config.data.limit)
     rows = with_unique_ids(fitting(loaded, limits, config.data.overlong))
     workdir.mkdir(parents=True, exist_ok=True)
-    episodes = Records(workdir / "episodes.jsonl")
-    labels = Records(workdir / "labels.jsonl")
+    episodes = Records(workdir / "episodes.jsonl", EPISODE)
+    labels = Records(workdir / "labels.jsonl", LABEL)
     if len(labels) and not len(episodes):
         raise UserError(
             f"{labels.path} labels the searches of episodes that are gone; delete "
             f"{labels.path.name}, too"
         )
-    collect_episodes(config, rows, episodes)
-    label_searches(config, episodes, labels)
+    settings = collect_settings(config)
+    labels_settings = settings | label_settings(config)
+    check_settings(episodes, settings)
+    check_settings(labels, labels_settings)  # before the first stage, which takes long
+    collect_episodes(config, rows, episodes, settings)
+    label_searches(config, episodes, labels, labels_settings)
     train, heldout, counts = extract_pairs(
         episodes,
         chosen_labels(labels, config.extract.label_by),
@@ -105,7 +119,9 @@ def run(config: ConfigDict, workdir: str) -> None:
 # Stage 1: collect.
 
 
-def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Records) -> None:
+def collect_episodes(
+    config: CollectConfig, rows: Sequence[QARow], episodes: Records, settings: Mapping[str, object]
+) -> None:
     """Runs the episodes of `rows` that `episodes` lacks, one batch of questions at a time.
 
     A batch cut by a kill is rerun as a whole, and records that exist are kept. Batch composition,
@@ -118,8 +134,8 @@ def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Rec
     size = config.collect.batch_questions * config.collect.samples
     batches = [planned[start : start + size] for start in range(0, len(planned), size)]
     missing = [batch for batch in batches if any(id_ not in episodes.ids for id_, _ in batch)]
-    keep_settings(episodes, collect_settings(config))
     check_questions(episodes, dict(planned))
+    write_json(settings_path(episodes), settings)
     if not missing:
         print(f"all {len(episodes)} episodes are collected already")
         return
@@ -242,9 +258,10 @@ def episode_record(
 
 
 def collect_settings(config: CollectConfig) -> dict[str, object]:
-    """Returns all settings, besides its id, that determine an episode."""
+    """Returns all settings, besides its id, that determine an episode, as they read from JSON."""
     generator = config.policy.generator
-    return {
+    settings = {
+        "format": FORMAT,
         "seed": config.seed,
         "policy.model": config.policy.model,
         "policy.generator": {key: getattr(generator, key) for key in OUTPUT_SETTINGS},
@@ -257,19 +274,24 @@ def collect_settings(config: CollectConfig) -> dict[str, object]:
         "policy.model (content)": model_sha256(config.policy.model),
         "search (content)": engine_sha256(config.search),
     }
+    return json.loads(json.dumps(settings))
 
 
-def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
-    """Writes the settings of `records` to a file next to it.
+def settings_path(records: Records) -> Path:
+    """Returns the file next to `records` that holds the settings they were made with."""
+    return records.path.with_suffix(".settings.json")
+
+
+def check_settings(records: Records, settings: Mapping[str, object]) -> None:
+    """Compares `settings` with those that `records` were made with.
 
     Raises:
-      UserError: the records that exist were made with other settings or by an older version.
+      UserError: the records that exist were made with other settings or by an older version, or
+        the file of their settings is damaged.
     """
-    path = records.path.with_suffix(".settings.json")
-    # Tuples become lists, as in the file.
-    settings = json.loads(json.dumps({"format": FORMAT, **settings}))
+    path = settings_path(records)
     if len(records) and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path, dict, "restore it from a copy, or give another --workdir")
         check_format(kept, path.parent)
         for key, before in kept.items():
             if settings.get(key) != before:
@@ -277,22 +299,29 @@ def keep_settings(records: Records, settings: Mapping[str, object]) -> None:
                     f"{records.path} was made with config.{key}={before!r}, which is now "
                     f"{settings.get(key)!r}; give another --workdir or delete that file"
                 )
-    write_json(path, settings)
 
 
 # Stage 2: label.
 
 
-def label_searches(config: CollectConfig, episodes: Records, labels: Records) -> None:
-    """Labels the searches that `labels` lacks, by the paper's rule and by the labeler if any."""
+def label_settings(config: CollectConfig) -> dict[str, object]:
+    """Returns the settings that, with those of its episode, determine a label."""
     labeling = config.labeling
-    settings = collect_settings(config) | {"labeling.kind": labeling.kind}
+    settings: dict[str, object] = {"labeling.kind": labeling.kind}
     if labeling.kind != "none":
         keys = ("model", "url", "response_tokens", "observation_tokens")
         settings |= {f"labeling.{key}": getattr(labeling, key) for key in keys}
     if labeling.kind in ("reader", "local"):
         settings["labeling.model (content)"] = model_sha256(labeling.model)
-    keep_settings(labels, settings)
+    return settings
+
+
+def label_searches(
+    config: CollectConfig, episodes: Records, labels: Records, settings: Mapping[str, object]
+) -> None:
+    """Labels the searches that `labels` lacks, by the paper's rule and by the labeler if any."""
+    labeling = config.labeling
+    write_json(settings_path(labels), settings)
     missing = [
         (episode, search)
         for episode in episodes

@@ -14,8 +14,15 @@ from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.evaluation.baselines import refiner, run_method
-from zerosearch_jax.evaluation.summary import search_failures, summary, text_table
-from zerosearch_jax.files import FORMAT, check_format, write_atomically, write_json
+from zerosearch_jax.evaluation.summary import SUMMARY, search_failures, summary, text_table
+from zerosearch_jax.files import (
+    FORMAT,
+    check_format,
+    check_shape,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.rollout.trajectory import Trajectory
@@ -33,6 +40,16 @@ from zerosearch_jax.training.step_rollouts import limits_of
 OUTPUT_SETTINGS = ("dtype", "int8_weights", "max_tokens")
 # Client settings that decide whether a search fails, but not its documents.
 CLIENT_SETTINGS = ("timeout_secs", "attempts", "backoff_secs", "workers")
+
+ROW = {
+    **dict.fromkeys(("model", "method", "engine", "set"), str),
+    "limit": int | None,
+    "settings": dict,
+    "fingerprints": dict.fromkeys(("model", "questions", "engine"), str),
+    **SUMMARY,
+    "em_of_each": [float],
+}
+"""The shape of a row of `evaluation.json`; see `files`."""
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -210,11 +227,11 @@ def read_rows(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())
-    if not isinstance(rows, list):
-        raise UserError(f"{path} is not a list of rows; remove it or give another --workdir")
+    fix = "restore it from a copy, delete it to evaluate again, or give another --workdir"
+    rows = read_json(path, [{"settings?": dict}], fix)
     for row in rows:
         check_format(row.get("settings", {}), path.parent)
+    check_shape(rows, [ROW], path, fix)
     return rows
 
 

@@ -3,13 +3,19 @@
 The gate reads reports of `jobs/simulator_report.py` and hashes models. It runs no model.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import read_json
 from zerosearch_jax.training.fingerprints import model_sha256
 from zerosearch_jax.training.sections import SearchConfig
+
+_REPORT = {
+    "simulators": {str: dict},
+    "rows": [{"source": str, "label": str, "queries": str, "reader_em": float | None}],
+}
+"""The part of a report that the gate reads; see `files` for shapes."""
 
 
 def simulator_identity(search: SearchConfig) -> dict[str, object]:
@@ -74,21 +80,14 @@ def check(
 
 def _reader_em_of(path: Path, identity: Mapping[str, object]) -> tuple[str, dict[str, float]]:
     """Returns the name of the simulator with this identity and its reader EM by label."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        simulators = report["simulators"]
-        reader_em = {
-            (row["source"], row["label"]): row["reader_em"]
-            for row in report["rows"]
-            if row["queries"] == "useful"
-        }
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); create it with "
-            "configs/simulator_report.py, or leave simulator.gate.report empty"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a report of configs/simulator_report.py") from error
+    fix = "create it with configs/simulator_report.py, or leave simulator.gate.report empty"
+    report = read_json(path, _REPORT, fix)
+    simulators = report["simulators"]
+    reader_em = {
+        (row["source"], row["label"]): row["reader_em"]
+        for row in report["rows"]
+        if row["queries"] == "useful"
+    }
     differences = {
         name: [f"{key}={value!r}" for key, value in identity.items() if found.get(key) != value]
         for name, found in simulators.items()
@@ -100,4 +99,8 @@ def _reader_em_of(path: Path, identity: Mapping[str, object]) -> tuple[str, dict
             f"{path} is not about this simulator: it has no entry with {', '.join(missing)}; "
             "make a new report with configs/simulator_report.py"
         )
-    return name, {label: reader_em[name, label] for label in ("useful", "noisy")}
+    found = {label: reader_em.get((name, label)) for label in ("useful", "noisy")}
+    for label, value in found.items():
+        if value is None:
+            raise UserError(f"{path}: no reader_em of {name} on {label} documents; {fix}")
+    return name, found

@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from zerosearch_jax.errors import UserError, named_disk_errors
-from zerosearch_jax.files import write_atomically
+from zerosearch_jax.errors import named_disk_errors, named_errors
+from zerosearch_jax.files import check_shape, parse_row, write_atomically
 from zerosearch_jax.telemetry.metrics import METRICS
+
+_REMEDY = "delete the row, restore the file from a copy, or give another --workdir"
 
 
 class Recorder:
@@ -92,26 +94,29 @@ class Recorder:
             self._board.write(event.SerializeToString())
 
 
-def earlier_rows(path: str | Path, first_step: int) -> list[dict[str, float]]:
+def earlier_rows(
+    path: str | Path, first_step: float, needed: Sequence[str] = ()
+) -> list[dict[str, float]]:
     """Reads the rows of a run's `metrics.jsonl` with `step` < `first_step`, in file order.
 
     Returns [] if the file is missing, and ignores a last row that a kill truncated.
 
+    Args:
+      needed: metrics that every row must have.
+
     Raises:
-      UserError: a line is not JSON.
+      UserError: the file cannot be read, or a row is no object of numbers with a step.
     """
     path = Path(path)
     if not path.exists():
         return []
+    with named_errors(path, _REMEDY):
+        *lines, _ = path.read_bytes().split(b"\n")  # the last part is a truncated row, or empty
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
-        if row["step"] < first_step:
+        if line.strip():
+            where = f"{path}: row {number}"
+            row = parse_row(line, {str: float}, where, _REMEDY)
+            check_shape(row, {"step": int, **dict.fromkeys(needed, float)}, where, _REMEDY)
             rows.append(row)
-    return rows
+    return [row for row in rows if row["step"] < first_step]

@@ -13,9 +13,11 @@ from typing import Any
 
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import check_shape
 from zerosearch_jax.models.config import read_config
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.sections import SearchConfig
+from zerosearch_jax.training.workdir import RESTORE
 
 # Weights, config, tokenizer and chat template of a Hugging Face directory.
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -77,6 +79,12 @@ def check_base(
     """
     if before is None or not any((Path(workdir) / "checkpoints").glob("[0-9]*")):
         return
+    shape = {
+        "contents": {"policy.model": str},
+        "policy": {"model": str},
+        "lora": {"alpha": float},
+    }
+    check_shape(before, shape, Path(workdir) / "config.json", RESTORE)
     if before["contents"]["policy.model"] != sha256:
         raise UserError(
             f"{workdir} was trained from config.policy.model={before['policy']['model']} with "

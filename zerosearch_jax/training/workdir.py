@@ -12,19 +12,35 @@ from typing import Any
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import FORMAT, check_format, write_json
+from zerosearch_jax.files import FORMAT, check_format, read_json, write_json
+
+RESTORE = "restore it from a copy, or use another --workdir"
+"""The fix of a damaged config.json. Without the file, nothing would compare the base model."""
+
+FILES = (
+    *("config.json", "metrics.jsonl", "answers.jsonl", "summary.json"),
+    *("evaluation.json", "evaluation.txt", "report.json", "report.md"),
+    *("episodes.jsonl", "labels.jsonl", "pairs.jsonl", "heldout.jsonl"),
+    *("episodes.settings.json", "labels.settings.json", "stages.jsonl", "claims.json"),
+    *("algorithms.json", "compile.json", "compile.md", "training.png", "noise.png"),
+)
+FOLDERS = (
+    *("checkpoints", "best", "policy", "adapters", "model", "exports", "skipped_batches"),
+    *("tensorboard", "compiled", "profile"),
+)
+"""The names that jobs write in a workdir."""
 
 
 def check_workdir(workdir: str | Path) -> dict[str, Any] | None:
     """Returns the config in `workdir`, or None if there is none.
 
     Raises:
-      UserError: an older version wrote the directory.
+      UserError: an older version wrote the directory, or the file is damaged.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, dict, RESTORE)
     check_format(config, workdir)
     return config
 
@@ -53,6 +69,16 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     write_json(Path(workdir) / "config.json", now)
 
 
+def check_outputs(workdir: Path) -> None:
+    """Raises UserError if a job could not write to the workdir at its end, after hours of work."""
+    for name in FOLDERS:
+        if (path := workdir / name).exists() and not path.is_dir():
+            raise UserError(f"{path} is no directory; remove it, or give another --workdir")
+    for name in FILES:
+        if (path := workdir / name).is_dir():
+            raise UserError(f"{path} is a directory; remove it, or give another --workdir")
+
+
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
     """Creates `workdir` and keeps other processes out of it while the block runs.
@@ -64,7 +90,8 @@ def locked(workdir: str | Path) -> Iterator[None]:
     On Cloud Storage and some network file systems, the lock does not reach other machines.
 
     Raises:
-      UserError: another process holds the lock, or the directory cannot be created.
+      UserError: another process holds the lock, the directory cannot be created, or it holds a
+        directory in place of a file or a file in place of a directory.
     """
     workdir = Path(workdir)
     created = [path for path in (workdir, *workdir.parents) if not path.exists()]
@@ -73,14 +100,14 @@ def locked(workdir: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{workdir} cannot be created; give another --workdir") from None
     path = workdir / "lock"
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            holder = " ".join(file.read(200).split()) or "another process"
             raise UserError(
-                f"{workdir} is in use by {file.read().strip() or 'another process'}; wait for it, "
-                "end it, or give another --workdir"
+                f"{workdir} is in use by {holder}; wait for it, end it, or give another --workdir"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
@@ -90,6 +117,7 @@ def locked(workdir: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
+            check_outputs(workdir)
             yield
         finally:
             if list(workdir.iterdir()) == [path]:
