@@ -24,6 +24,7 @@ from zerosearch_jax.parallel.processes import gather, part
 # flat dict with a separator that no parameter name contains works for every pytree.
 _SEPARATOR = "/"
 _CHECKSUMS = "checksums.json"
+_REMEDY = "restore it from a copy, use another checkpoint, or start over with another --workdir"
 _METADATA = "metadata/metadata"  # where Orbax's JsonSave puts it
 
 
@@ -62,7 +63,10 @@ class Checkpoints(AbstractContextManager):
         self._read_only = read_only
         if self._directory.exists() and not self._directory.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(self._directory))
+        self._manager: ocp.CheckpointManager | None = None
+        self._scores: dict[int, float] = {}
         with _nothing_logged():  # `read_only` gives warnings
+            self._check_listing()
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -156,10 +160,7 @@ class Checkpoints(AbstractContextManager):
             for newer, what in damaged.items():
                 print(f"warning: {what}; it is kept as {self._set_aside(newer)}", flush=True)
             return restored
-        raise UserError(
-            f"{'; '.join(damaged.values())}; restore it from a copy, use another checkpoint, or "
-            "start over with another --workdir"
-        )
+        raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
 
     def __exit__(self, *error: object) -> None:
         """Releases Orbax's threads."""
@@ -217,9 +218,29 @@ class Checkpoints(AbstractContextManager):
         if jax.process_index() == 0:
             (self._directory / str(step)).rename(aside)
         gather([None])
-        self._manager.reload()
+        if self._manager is not None:
+            self._manager.reload()
         self._scores.pop(step, None)
         return aside
+
+    def _check_listing(self) -> None:
+        """Sets checkpoints aside whose files stop Orbax from listing the directory.
+
+        Raises:
+          UserError: there is no other checkpoint, or the directory is read only.
+        """
+        if not self._directory.exists():
+            return
+        found = list(ocp.path.step.standard_name_format().find_all(self._directory))
+        for one in found:
+            try:
+                trouble = one.commit_timestamp and ""
+            except Exception as error:  # Orbax does not document its exceptions of damaged files.
+                trouble = f"checkpoint {one.path} is damaged: {type(error).__name__} when listed"
+            if trouble and (self._read_only or len(found) == 1):
+                raise UserError(f"{trouble}; {_REMEDY}")
+            if trouble:
+                print(f"warning: {trouble}; it is kept as {self._set_aside(one.step)}", flush=True)
 
     def _write_checksums(self, step: int) -> None:
         folder = self._directory / str(step)

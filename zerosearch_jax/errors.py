@@ -17,6 +17,8 @@ _DISK_ERRORS = {
     errno.EPERM: "change the permissions, or give another --workdir",
     errno.ENOTDIR: "remove the file in the way, or give another --workdir",
     errno.EEXIST: "remove the file in the way, or give another --workdir",
+    errno.ENAMETOOLONG: "give a shorter --workdir",
+    errno.ELOOP: "remove the link to itself, or give another --workdir",
     errno.EISDIR: "remove the directory in the way, or give another --workdir",
     errno.EIO: "check the disk",
 }

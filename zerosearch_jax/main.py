@@ -11,17 +11,20 @@
   --distributed              runs one of several processes: on a TPU slice, or with
                              JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
 
-Exit status: 0 success, 1 program error, 2 input, config or disk error, 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 success, 1 program error, 2 input, config or disk error, 130 Ctrl-C, 141 closed
+output (a pipe without a reader), 143 SIGTERM.
 The docstring of a config file says what it needs and how long it takes. The sections of a config
 are documented in zerosearch_jax/training/; --describe shows them with their values.
 """
 
 import importlib
+import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,36 +65,56 @@ CONFIGS = {
     "bench/mfu": "benchmarks.config.MFUBenchConfig",
 }
 """Job, or job/suite: the dataclass of its config."""
+CLOSED_OUTPUT = 128 + signal.SIGPIPE  # 141, as a shell reports for a process that it ended
 
 
 def cli(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status.
 
     0: success. 2: a UserError or a disk error that the user can fix, printed as one line. 130:
-    Ctrl-C. 143: SIGTERM, after the jobs rl and sft have saved their state. Other errors are raised,
-    and Python then exits with 1.
+    Ctrl-C. 141: a pipe without a reader, such as `| head -1`. 143: SIGTERM, after the jobs rl and
+    sft have saved their state. Other errors are raised, and Python then exits with 1.
     """
+    _prepare_output()
     _quiet_libraries()
+    status = _exit_status(argv)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would flush the stream once more when it exits, and then exit 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def _exit_status(argv: Sequence[str]) -> int:
     try:
         if "--help" in argv or "-h" in argv:
             print(f"{__doc__}\n{_list_configs(Path('configs'))}")
         else:
             _run(argv)
+        print(end="", flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         return 2
+    except BrokenPipeError:
+        return CLOSED_OUTPUT
     except KeyboardInterrupt:
-        print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
+        _report("stopped; the same command resumes from the last checkpoint")
         return 130
     except Terminated:
-        print("terminated; the same command resumes", file=sys.stderr)
+        _report("terminated; the same command resumes")
         return Terminated.EXIT_STATUS
     except Exception as error:
         if not (line := disk_error(error)):
             raise
-        print(f"error: {line}", file=sys.stderr)
+        _report(f"error: {line}")
         return 2
     return 0
+
+
+def _report(line: str) -> None:
+    with suppress(OSError):  # the exit status still tells
+        print(line, file=sys.stderr, flush=True)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -115,6 +138,8 @@ def _run(argv: Sequence[str]) -> None:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
     directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
+    if not directory.isprintable():  # a byte that is not UTF-8, a NUL, a line break
+        raise UserError(f"--workdir={directory!r}: give a name of printable characters")
     if not multi_process.value:  # a process that ends here would let the others wait
         from zerosearch_jax.training import inputs, validate
 
@@ -172,7 +197,7 @@ def config_class(config: ConfigDict) -> type:
 def profile_steps(value: str) -> tuple[int, ...]:
     """Returns the steps in the value of `--profile`; UserError if one is not a positive number."""
     steps = value.split(",")
-    if not all(step.isdecimal() and int(step) > 0 for step in steps):
+    if not all(step.isdecimal() and len(step) < 10 and int(step) > 0 for step in steps):
         raise UserError(f"--profile={value}: give steps from 1, separated by commas: --profile=3,4")
     return tuple(map(int, steps))
 
@@ -192,6 +217,20 @@ def _list_configs(directory: Path) -> str:
         if names := config_flags.presets(path):
             lines.append(f"  {'':28} presets: {', '.join(names)}")
     return "\n".join([f"Config files in {directory}:", *lines])
+
+
+def _prepare_output() -> None:
+    """Opens the standard streams that are closed, and lets them print any text.
+
+    A file that a job writes would otherwise get the descriptor of a closed stream, and libraries
+    would log into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the process ends)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.summary import text_table
+from zerosearch_jax.evaluation.summary import SUMMARY, text_table
 from zerosearch_jax.experiments.config import AlgorithmsConfig
-from zerosearch_jax.files import write_json
+from zerosearch_jax.files import read_json, write_json
 from zerosearch_jax.jobs import rl
 from zerosearch_jax.training import validate
 from zerosearch_jax.training.config import RLConfig
@@ -32,6 +32,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     config = config_flags.typed(AlgorithmsConfig, config)
     runs = {name: algorithm_run(config, name) for name in config.configs}
+    summaries = {}
     paths = {name: Path(workdir) / name / "summary.json" for name in runs}
     for name, run_config in runs.items():  # before the first run trains
         typed = config_flags.typed(RLConfig, run_config)
@@ -39,13 +40,14 @@ def run(config: ConfigDict, workdir: str) -> None:
         check_inputs(typed)
         if paths[name].exists():
             check_same(check_workdir(paths[name].parent), run_config, paths[name].parent)
-    summaries = {}
+            summaries[name] = read_summary(paths[name])
     for name, run_config in runs.items():
         if not paths[name].exists():
             print(f"\n==== {name}", flush=True)
             rl.run(run_config, str(paths[name].parent))
             jax.clear_caches()  # The next algorithm compiles different programs.
-        summaries[name] = json.loads(paths[name].read_text())
+            summaries[name] = read_summary(paths[name])
+    summaries = {name: summaries[name] for name in runs}
     first = next(iter(summaries.values()))
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}
@@ -54,6 +56,12 @@ def run(config: ConfigDict, workdir: str) -> None:
     path = Path(workdir) / "algorithms.json"
     write_json(path, summaries)
     print(f"written to {path}")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Reads the `summary.json` of a finished run; UserError if it is damaged."""
+    shape = {"base": SUMMARY, "trained": SUMMARY, "split": str, "engine": str}
+    return read_json(path, shape, f"remove {path.parent} to run it again, or restore it")
 
 
 def check_same(before: Mapping[str, Any] | None, run_config: ConfigDict, workdir: Path) -> None:

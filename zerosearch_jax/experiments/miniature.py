@@ -6,6 +6,7 @@ train; an arm run is an arm with one seed.
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.records import Records
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.experiments import claims, miniature_report
 from zerosearch_jax.experiments.config import MiniatureConfig
-from zerosearch_jax.experiments.stages import Stage, run_stages
-from zerosearch_jax.files import write_json
+from zerosearch_jax.experiments.stages import RECORD, Stage, run_stages
+from zerosearch_jax.files import parse_row, read_json, read_text, write_json
+from zerosearch_jax.telemetry.recorder import earlier_rows
 from zerosearch_jax.training.inputs import check_model
 
 
@@ -35,7 +38,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     root = Path(workdir)
     planned = stages(config, root)
     root.mkdir(parents=True, exist_ok=True)
-    log = Records(root / "stages.jsonl")
+    log = Records(root / "stages.jsonl", RECORD)
+    check_results(config, root)
     run_stages(planned, root, config.workers, log)
     write_report(config, root, log)
 
@@ -106,12 +110,7 @@ def uses_tuned_simulator(config: MiniatureConfig, arm: str) -> bool:
 
 def write_report(config: MiniatureConfig, root: Path, log: Records) -> None:
     """Evaluates the claims on the finished stages; writes `claims.json` and the report."""
-    runs = [
-        arm_run(root, arm, seed)
-        for seed in config.seeds
-        for arm in (*config.arms, *config.baselines)
-        if (root / f"{arm}-{seed}" / "summary.json").exists()
-    ]
+    runs = finished_runs(config, root)
     finished = {run["arm"]: run["seed"] for run in runs}  # one seed of each arm
     bases = [
         base_run(root / f"{arm}-{finished[arm]}", name)
@@ -128,7 +127,7 @@ def write_report(config: MiniatureConfig, root: Path, log: Records) -> None:
         root,
         claims_rows=rows,
         methods_rows=methods_rows(config, root, runs),
-        simulator_rows=json.loads((root / "simulator_report/report.json").read_text())["rows"],
+        simulator_rows=simulator_rows(root),
         noise_curves=noise_curves(config, runs),
         training_curves={
             arm: [run["curve"] for run in runs if run["arm"] == arm] for arm in config.arms
@@ -145,6 +144,26 @@ def write_report(config: MiniatureConfig, root: Path, log: Records) -> None:
     for row in rows:
         print(f"({row['claim']}) {row['text']}: {row['verdict']}")
     print(f"written to {path}")
+
+
+def finished_runs(config: MiniatureConfig, root: Path) -> list[dict]:
+    """Reads the training runs that are finished, see `arm_run`."""
+    return [
+        arm_run(root, arm, seed)
+        for seed in config.seeds
+        for arm in (*config.arms, *config.baselines)
+        if (root / f"{arm}-{seed}" / "summary.json").exists()
+    ]
+
+
+def check_results(config: MiniatureConfig, root: Path) -> None:
+    """Reads what finished stages wrote; a damaged file is refused before the other stages run."""
+    finished_runs(config, root)
+    for name in (*config.start_policies, "sft"):
+        if (root / f"methods-{name}" / "evaluation.txt").exists():
+            method_rows(root, name)
+    if (root / "simulator_report/report.json").exists():
+        simulator_rows(root)
 
 
 def command_flags(config: MiniatureConfig) -> list[str]:
@@ -174,10 +193,14 @@ def arm_run(root: Path, arm: str, seed: int) -> dict:
       "curve" (one {"step", "em"} per training step).
     """
     folder = root / f"{arm}-{seed}"
-    metrics = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    summary = json.loads((folder / "summary.json").read_text())
+    shape = {"engine": str, "trained": {"searches_per_episode": float}}
+    summary = read_json(folder / "summary.json", shape, _fix(folder))
+    metrics = earlier_rows(folder / "metrics.jsonl", math.inf, ("em",))
     noise_file = root / f"noise-{arm}-{seed}" / "evaluation.json"
-    noise_rows = json.loads(noise_file.read_text()) if noise_file.exists() else []
+    row = {"settings": {"engine": {"noise": float}}, "em_of_each": [float, ...]}
+    noise_rows = (
+        read_json(noise_file, [row], _fix(noise_file.parent)) if noise_file.exists() else []
+    )
     return {
         "arm": arm,
         "seed": seed,
@@ -197,16 +220,44 @@ def base_run(folder: Path, name: str) -> dict:
 
 
 def _scores(folder: Path, policy: str) -> dict[str, list[float]]:
-    rows = map(json.loads, (folder / "answers.jsonl").read_text().splitlines())
+    path, shape = folder / "answers.jsonl", {"policy": str, "em": float, "f1": float}
+    rows = [
+        parse_row(line.encode(), shape, f"{path}: row {number}", _fix(folder))
+        for number, line in enumerate(read_text(path, _fix(folder)).split("\n"), 1)
+        if line
+    ]
     rows = [row for row in rows if row["policy"] == policy]
+    if not rows:
+        raise UserError(f"{path}: no row of the {policy} policy; {_fix(folder)}")
     return {name: [row[name] for row in rows] for name in ("em", "f1")}
+
+
+def _fix(folder: Path) -> str:
+    return f"restore it from a copy, or remove {folder} to run the stage again"
+
+
+def simulator_rows(root: Path) -> list[dict]:
+    """Reads the rows of the simulator's report."""
+    folder = root / "simulator_report"
+    return read_json(folder / "report.json", {"rows": [dict]}, _fix(folder))["rows"]
+
+
+def method_rows(root: Path, name: str) -> list[dict]:
+    """Reads the rows of the inference methods of one start policy."""
+    path = root / f"methods-{name}" / "evaluation.json"
+    scores = {
+        **dict.fromkeys(("em", "f1", "searches_per_episode"), float),
+        **dict.fromkeys(("em_interval", "f1_interval"), (float, float)),
+    }
+    shape = dict.fromkeys(("method", "engine", "set"), str) | scores
+    return read_json(path, [shape], _fix(path.parent))
 
 
 def methods_rows(config: MiniatureConfig, root: Path, runs: Sequence[Mapping]) -> list[dict]:
     """Returns one row per inference method and start policy, and one per trained arm."""
     found = []
     for name in (*config.start_policies, "sft"):
-        rows = json.loads((root / f"methods-{name}" / "evaluation.json").read_text())
+        rows = method_rows(root, name)
         # Rows of other settings precede those of the finished stage.
         for row in {(row["method"], row["engine"], row["set"]): row for row in rows}.values():
             found.append(

@@ -31,6 +31,9 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
+RECORD = {"ended": float, "seconds": float}
+"""The shape of a record in `stages.jsonl` besides its id and recipe; see `files`."""
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -6,6 +6,7 @@ policy are evaluated on held-out questions with a real engine.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -65,6 +66,11 @@ from zerosearch_jax.training.train_state import (
 )
 from zerosearch_jax.training.workdir import check_workdir, keep_config
 
+NEEDED = ("seconds/step",)
+"""Metrics that every row of `metrics.jsonl` has."""
+METADATA = {"kl_coef": float, "skipped_in_a_row?": int, "rollbacks?": int}
+"""The shape of a checkpoint's metadata; see `files`."""
+
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
     """Trains, evaluates and writes `workdir/summary.json`; resumes from `workdir`'s checkpoint.
@@ -76,7 +82,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     raw, config = config, config_flags.typed(RLConfig, config)
     workdir = Path(workdir)
     check_job(config)
-    before = check_workdir(workdir)
+    before, rows = check_workdir(workdir), earlier_rows(workdir / "metrics.jsonl", math.inf, NEEDED)
     check_models(config)
     sampler, eval_rows, test_rows = load_questions(config)
     contents = input_contents(config, sampler.rows, [*eval_rows, *test_rows])
@@ -84,13 +90,13 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     parts, state = build(config)
     workdir.mkdir(parents=True, exist_ok=True)
     policy, generator, learner, kl = parts.policy, parts.generator, parts.learner, config.kl
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", METADATA)
     state, first, kept = resume(checkpoints, learner, state, {"kl_coef": kl.coef})
     kl_coef = kept["kl_coef"] if kl.target else kl.coef
     is_writer = jax.process_index() == 0
     if is_writer:
         keep_config(config_flags.plain(raw) | {"contents": contents}, workdir)
-    monitor = RunMonitor(config, workdir, kept, earlier_rows(workdir / "metrics.jsonl", first + 1))
+    monitor = RunMonitor(config, workdir, kept, (row for row in rows if row["step"] <= first))
     if config.watch.action == "rollback" and first == 0:  # before the first evaluation: EM 0
         checkpoints.save(0, state, kept, score=0.0)
     update_policy = PolicyUpdater(learner, policy.params, config, monitor.nonfinite, parts.clock)
@@ -165,7 +171,7 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
     policy, learner = policy_and_learner(config, mesh)
     if learner.lora is not None:
         learner.init(policy.params, config.seed)  # sets the base that the adapters adapt
-    state, _ = restore_kept(checkpoints, step, learner.abstract_state())
+    state, _ = restore_kept(checkpoints, step, learner.abstract_state(), METADATA)
     path = Path(workdir) / "exports" / str(step) / "policy"
     tokenizer, generation = policy.tokenizer, policy.generation
     export(path, learner, state, tokenizer, config.policy.model, generation)
@@ -352,7 +358,7 @@ def conclude(
     for name in ("base", "trained"):
         print(f"\n---- {name} policy: {rows[shown].id}, gold {rows[shown].golden_answers[0]!r}")
         print(show(episodes[name][shown], policy.tokenizer))
-    rows_of_steps = earlier_rows(workdir / "metrics.jsonl", steps + 1)
+    rows_of_steps = earlier_rows(workdir / "metrics.jsonl", steps + 1, NEEDED)
     report = {
         **table,
         "steps": steps,

@@ -36,7 +36,7 @@ from zerosearch_jax.rl.train_state import TrainState
 from zerosearch_jax.simulator.pairs import load_pairs, pair_segments
 from zerosearch_jax.telemetry.profiler import Profiler
 from zerosearch_jax.telemetry.progress import Progress
-from zerosearch_jax.telemetry.recorder import Recorder
+from zerosearch_jax.telemetry.recorder import Recorder, earlier_rows
 from zerosearch_jax.text.tokenizer import load_tokenizer, train_tokenizer
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.fingerprints import model_sha256
@@ -46,6 +46,11 @@ from zerosearch_jax.training.nonfinite import NonFiniteCounter
 from zerosearch_jax.training.policy_update import combine
 from zerosearch_jax.training.row_sampler import RowSampler
 from zerosearch_jax.training.train_state import export, kept_step, restore_kept, resume
+
+INPUTS = {"config.data?": str, "config.init": str, "config.lora.alpha": float}
+METADATA = {"skipped_in_a_row": int, "inputs": INPUTS}
+BEST_METADATA = {"heldout_loss": float, "inputs": INPUTS}
+"""The shapes of the metadata of checkpoints; see `files`."""
 
 
 def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -> None:
@@ -57,6 +62,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     config = config_flags.typed(SFTConfig, config)
     workdir = Path(workdir)
     check_job(config)
+    earlier_rows(workdir / "metrics.jsonl", 0)  # a damaged file is refused before any work
     tokenizer, train, validation = load_data(config)
     sampler = RowSampler(
         train, config.sft.examples_per_step, config.seed, "config.sft.examples_per_step"
@@ -65,7 +71,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
     model_config, params, generation = initial_model(config, tokenizer, mesh)
     check_positions(model_config, [*train, *validation])
     learner = make_learner(config, model_config, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints", METADATA)
     inputs = {"config.data": digest(train)} | start_of(config)
     kept = {"skipped_in_a_row": 0, "inputs": inputs}
     state, first, kept = resume(checkpoints, learner, learner.init(params, config.seed), kept)
@@ -142,10 +148,10 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
         learner.init(params, config.seed)  # sets the base that the adapters adapt
     state = learner.abstract_state()
     if is_best:  # these checkpoints have only parameters
-        params, kept = restore_kept(checkpoints, step, state.params)
+        params, kept = restore_kept(checkpoints, step, state.params, BEST_METADATA)
         state = replace(state, params=params)
     else:
-        state, kept = restore_kept(checkpoints, step, state)
+        state, kept = restore_kept(checkpoints, step, state, METADATA)
     check_same_run(directory, kept["inputs"], start_of(config))
     path = directory / "exports" / str(step) / "model"
     export(path, learner, state, tokenizer, config.init, generation)
@@ -240,7 +246,7 @@ class BestCheckpoint:
         self, directory: Path, learner: Learner, patience_steps: int, inputs: Mapping[str, Any]
     ):
         self._inputs = inputs
-        self._checkpoints = Checkpoints(directory)
+        self._checkpoints = Checkpoints(directory, BEST_METADATA)
         self._patience_steps = patience_steps
         self._abstract_params = learner.abstract_state().params
         self.step = self._checkpoints.latest_step() or 0

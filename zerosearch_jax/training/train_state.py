@@ -44,14 +44,15 @@ def kept_step(directory: Path, which: str) -> int:
     Raises:
       UserError: there is no such checkpoint.
     """
-    if not which.isdecimal() and which not in ("latest", "best"):
+    is_step = which.isdecimal() and len(which) < 10
+    if not is_step and which not in ("latest", "best"):
         raise UserError(f"--export={which}: give a step, latest or best")
     if not directory.is_dir():
         raise UserError(
             f"there is no directory {directory}; first run the same command without --export"
         )
     with Checkpoints(directory, read_only=True) as checkpoints:
-        if which.isdecimal():
+        if is_step:
             return int(which)
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
@@ -61,12 +62,17 @@ def kept_step(directory: Path, which: str) -> int:
     return step
 
 
-def restore_kept(directory: Path, step: int, abstract: Any) -> tuple[Any, Mapping[str, Any]]:
+def restore_kept(
+    directory: Path, step: int, abstract: Any, metadata: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
     """Returns the state and metadata of a checkpoint without changing its directory.
+
+    Args:
+      metadata: shape of the metadata.
 
     Raises as `Checkpoints.restore`.
     """
-    with Checkpoints(directory, read_only=True) as checkpoints:
+    with Checkpoints(directory, metadata, read_only=True) as checkpoints:
         return checkpoints.restore(step, abstract)
 
 
