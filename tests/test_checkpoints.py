@@ -1,5 +1,6 @@
 """Checkpoints restore every bit, survive a kill, and refuse the state of another config."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import FORMAT
 from zerosearch_jax.training.train_state import resume, roll_back
 
 
@@ -144,7 +146,7 @@ def test_empty_directory_is_refused(tmp_path):
         checkpoints.restore(None, {"w": jnp.zeros(())})
 
 
-W = {"w": jnp.zeros((64,))}
+W, SHAPE = {"w": jnp.zeros((64,))}, {"step": int}
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,16 @@ def _flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+
+
+def _checked(folder, name, content):
+    """Damage that the checksums do not show."""
+    text = "[" * 100_000 if content == "nested" else json.dumps(content)
+    assert (folder / name).exists()
+    (folder / name).write_text(text)
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums[name] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(sums))
 
 
 def _empty(folder):
@@ -190,6 +202,16 @@ DAMAGE = {
     "empty metadata": lambda folder: (folder / "metadata" / "metadata").write_text(""),
     "missing metadata": lambda folder: shutil.rmtree(folder / "metadata"),
     "missing state": lambda folder: shutil.rmtree(folder / "state"),
+    "list as Orbax's metadata": lambda folder: _checked(folder, "_CHECKPOINT_METADATA", [1]),
+    "right checksum, no metadata": lambda folder: _checked(
+        folder, "metadata/metadata", {"format": FORMAT}
+    ),
+    "right checksum, text as step": lambda folder: _checked(
+        folder,
+        "metadata/metadata",
+        {"format": FORMAT, "leaves": {"w": [64]}, "user": {"step": "2"}, "score": "high"},
+    ),
+    "right checksum, deep nesting": lambda folder: _checked(folder, "state/_METADATA", "nested"),
     "garbage checksums": lambda folder: (folder / "checksums.json").write_text("[1"),
     "empty directory": _empty,
     "unchecked, garbage metadata": _unchecked(
@@ -206,13 +228,16 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
     shutil.copytree(two_checkpoints, directory)
     damage(directory / "2")
     files = sorted(path.name for path in (directory / "2").rglob("*"))
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
-            checkpoints.restore(None, W)
+    with (
+        pytest.raises(UserError, match="checkpoint .*/2 is damaged"),
+        Checkpoints(directory, SHAPE, read_only=True) as checkpoints,
+    ):
         assert checkpoints.latest_step() == 2
-    with Checkpoints(directory) as checkpoints:
-        with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
-            checkpoints.restore(2, W)
+        checkpoints.restore(None, W)
+    with Checkpoints(directory, SHAPE) as checkpoints:
+        if checkpoints.latest_step() == 2:
+            with pytest.raises(UserError, match="checkpoint .*/2 is damaged"):
+                checkpoints.restore(2, W)
         learner = SimpleNamespace(abstract_state=lambda: W)
         restored, first, metadata = resume(checkpoints, learner, W, {})
         assert (first, checkpoints.latest_step(), metadata) == (1, 1, {"step": 1})
@@ -224,10 +249,12 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
 
     damage(directory / "1")
     damage(directory / "2")
-    with Checkpoints(directory) as checkpoints:
-        for _ in range(2):  # a run never starts over because nothing is left
-            with pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"):
-                checkpoints.restore(None, W)
+    for _ in range(2):  # a run never starts over because nothing is left
+        with (
+            pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"),
+            Checkpoints(directory, SHAPE) as checkpoints,
+        ):
+            checkpoints.restore(None, W)
     assert {path.name for path in directory.iterdir()} == {"1", "2", "damaged-2"}
 
 

@@ -1,6 +1,7 @@
 """The command line: overrides reach the job, mistakes get one line and status 2."""
 
 import errno
+import io
 import os
 import sys
 import types
@@ -157,6 +158,7 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
         (["--config=configs/grpo.py", "--profile=0"], "--profile=0"),
         (["--config=configs/grpo.py", "--profile=2,-1"], "--profile=2,-1"),
         (["--config=configs/grpo.py", "--profile=2,"], "--profile=2,"),
+        (["--config=configs/grpo.py", f"--profile={'9' * 5000}"], "--profile=9"),
         (["--config=configs/grpo.py", "--profile=2", "--config.job=bench"], "config.job=bench"),
         (["--config=configs/grpo.py", "--export=2", "--config.job=bench"], "--export is not for"),
     ],
@@ -206,6 +208,71 @@ def test_disk_errors_are_one_line(job, capsys, number):
     job.run = run
     error = _refusal(capsys, "--config=configs/grpo.py")
     assert f"runs/grpo/checkpoints/3: {os.strerror(number)}" in error
+
+
+def _full_disk():
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+def _pipe_without_a_reader():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+OUTPUTS = {
+    "closed pipe": (_pipe_without_a_reader, main.CLOSED_OUTPUT),
+    "full disk": (_full_disk, 2),
+    "closed": (lambda: None, 0),
+    "ASCII": (lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"), 0),
+}
+
+
+@pytest.mark.parametrize(("output", "status"), OUTPUTS.values(), ids=OUTPUTS)
+def test_output_that_cannot_be_written_ends_without_a_traceback(
+    job, monkeypatch, capsys, output, status
+):
+    Path("configs/grpo.py").write_text(f'"""Overrides: ≥ 1."""{CONFIG}')
+    monkeypatch.setattr(sys, "stdout", output())
+    assert main.cli(["main", "--help"]) == status
+    sys.stdout.close()  # as at Python's exit: it does not raise again
+    assert capsys.readouterr().err.count("\n") == (status == 2)
+
+
+def test_the_exit_status_survives_a_closed_error_output(job, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", _pipe_without_a_reader())
+    assert main.cli(["main", "--config=nowhere.py"]) == 2
+    sys.stderr.close()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\udcff", "a\nb"])
+def test_a_workdir_without_a_usable_name_is_one_line(job, capsys, name):
+    assert "--workdir" in _refusal(capsys, "--config=configs/grpo.py", f"--workdir={name}")
+    assert job.calls == [] and os.listdir() == ["configs"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "lock"])
+def test_a_directory_in_place_of_a_file_is_one_line(job, capsys, name):
+    Path("w", name).mkdir(parents=True)
+    assert f"w/{name}" in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
+    assert job.calls == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "compiled"])
+def test_a_file_in_place_of_a_directory_is_one_line(job, capsys, name):
+    Path("w").mkdir()
+    Path("w", name).write_text("mine")
+    assert f"w/{name}" in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
+    assert job.calls == [] and Path("w", name).read_text() == "mine"
+
+
+def test_a_damaged_lock_file_of_a_running_job_is_one_line(job, capsys):
+    def run(config, workdir):
+        Path(workdir, "lock").write_bytes(b"\xff\n\0")
+        _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
+
+    job.run = run
+    assert main.cli(["main", "--config=configs/grpo.py", "--workdir=w"]) == 0
 
 
 @pytest.mark.parametrize("workdir", ["file", "file/below"])

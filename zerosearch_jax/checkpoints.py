@@ -157,8 +157,7 @@ class Checkpoints(AbstractContextManager):
                 where = self._directory / str(candidate)
                 damaged[candidate] = f"checkpoint {where} is damaged: {damage}"
                 continue
-            for newer, what in damaged.items():
-                print(f"warning: {what}; it is kept as {self._set_aside(newer)}", flush=True)
+            self._set_all_aside(damaged)
             return restored
         raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
 
@@ -231,16 +230,21 @@ class Checkpoints(AbstractContextManager):
         """
         if not self._directory.exists():
             return
+        damaged: dict[int, str] = {}
         found = list(ocp.path.step.standard_name_format().find_all(self._directory))
         for one in found:
             try:
-                trouble = one.commit_timestamp and ""
+                one.commit_timestamp  # noqa: B018 (reads the file)
             except Exception as error:  # Orbax does not document its exceptions of damaged files.
-                trouble = f"checkpoint {one.path} is damaged: {type(error).__name__} when listed"
-            if trouble and (self._read_only or len(found) == 1):
-                raise UserError(f"{trouble}; {_REMEDY}")
-            if trouble:
-                print(f"warning: {trouble}; it is kept as {self._set_aside(one.step)}", flush=True)
+                name = type(error).__name__
+                damaged[one.step] = f"checkpoint {one.path} is damaged: {name} when it was listed"
+        if damaged and (self._read_only or len(damaged) == len(found)):
+            raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
+        self._set_all_aside(damaged)
+
+    def _set_all_aside(self, damaged: Mapping[int, str]) -> None:
+        for step, what in damaged.items():
+            print(f"warning: {what}; it is kept as {self._set_aside(step)}", flush=True)
 
     def _write_checksums(self, step: int) -> None:
         folder = self._directory / str(step)

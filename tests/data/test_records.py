@@ -65,6 +65,16 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path, line):
         Records(path)
 
 
+def test_opening_changes_nothing_and_a_record_without_a_key_is_refused(tmp_path):
+    path = tmp_path / "records.jsonl"
+    content = b'{"id": "a", "n": 1}\n{"id": "b"}\n{"id": "c", "n'
+    path.write_bytes(content)
+    assert list(Records(path).ids) == ["a", "b"]
+    with pytest.raises(UserError, match="row 2: n is missing"):
+        Records(path, {"n": int})
+    assert path.read_bytes() == content
+
+
 def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('\ufeff{"id": "a"}\n\n{"id": "b"}\n\n')

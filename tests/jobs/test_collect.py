@@ -222,6 +222,30 @@ def test_records_of_other_content_are_refused(
         collect.run(config, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("labels.settings.json", "[1]", "expected an object"),
+        ("episodes.settings.json", '{"format": "', "not JSON"),
+        ("labels.jsonl", '{"id": "q0#0/0"}\n', "row 1: episode is missing"),
+        ("episodes.jsonl", '{"id": "q0#0", "searches": {}}\n', "row 1: question is missing"),
+    ],
+)
+def test_damaged_files_are_refused_before_the_first_episode(
+    config, finished, tmp_path, monkeypatch, name, content, part
+):
+    monkeypatch.setattr(collect, "make_rollouts", lambda *_: pytest.fail("collects episodes"))
+    for path in (*finished.glob("episodes.*"), *finished.glob("labels.*")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    cut = (tmp_path / "episodes.jsonl").read_bytes()[:-9]  # the last episode is missing
+    (tmp_path / "episodes.jsonl").write_bytes(cut)
+    (tmp_path / name).write_text(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"{name}.*{part}"):
+        collect.run(config, str(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_labels_of_a_workdir_from_another_version_are_refused(config, finished, tmp_path):
     for name in FILES[:2]:
         (tmp_path / name).write_bytes((finished / name).read_bytes())

@@ -810,3 +810,25 @@ def test_a_simulator_without_its_report_is_refused_before_anything_is_built():
     config.search.engine = "simulated"
     with pytest.raises(UserError, match="no/report.json"):
         rl.check_simulator(config_flags.typed(RLConfig, config))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("metrics.jsonl", b'{"step": 1, "seconds/step": 1.0}\n[1]\n', "row 2: expected an object"),
+        ("metrics.jsonl", b'{"step": "1", "seconds/step": 1.0}\n', "step: expected a number"),
+        ("metrics.jsonl", b'{"step": 1}\n', "seconds/step is missing"),
+        ("metrics.jsonl", b"\0" * 512 + b"\n", "not JSON"),
+        ("config.json", b"[" * 100_000, "nested too deeply"),
+        ("config.json", b"[]", "expected an object"),
+    ],
+)
+def test_a_damaged_file_is_refused_before_anything_is_built(
+    rl_config, tmp_path, monkeypatch, name, content, part
+):
+    monkeypatch.setattr(rl, "build", lambda *_: pytest.fail("the parts were built"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*{part}"):
+        rl.run(config_flags.load(str(rl_config)), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == content

@@ -310,3 +310,10 @@ def test_profile_steps_writes_a_trace(config, tmp_path):
     config.sft.update(dict(steps=2, eval_every=2, checkpoint_every=2))
     sft.run(config, str(tmp_path), profile_steps=(2,))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_damaged_metrics_are_refused_before_the_examples_are_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "load_data", lambda *_: pytest.fail("the examples were loaded"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": "x"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: row 2: loss: expected a number"):
+        sft.run(config, str(tmp_path))
