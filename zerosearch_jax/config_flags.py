@@ -78,7 +78,7 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
     config = load(spec)
     known = config.to_dict()
     for argument in rest:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             check_key(match[1], known)
     try:
         overridden = config_flags.DEFINE_config_dict(
@@ -424,9 +424,14 @@ def _files_next_to(path: str | Path) -> str:
 
 
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
-    """The flag library's message on one line, with the type of the key's value."""
+    """The flag library's message on one line; for a value of a key, the type that it must have."""
     message = one_line(" ".join(str(error).split()).removeprefix("flag "), _MESSAGE_WIDTH)
     match = re.match(r"--config\.([^=]+)=", message)
-    if match and (value := dict(_entries(known)).get(match[1])) is not None:
-        message += f"; the value must be of type {type(value).__name__}, such as {shown(value)}"
+    value = dict(_entries(known)).get(match[1]) if match else None
+    if isinstance(value, Mapping):
+        key = f"--config.{match[1]}"
+        return f"{key} is a section; override its keys, such as {key}.{next(iter(value), 'KEY')}"
+    if value is not None:
+        given = message.partition(": ")[0]
+        return f"{given}: the value must be of type {type(value).__name__}, such as {shown(value)}"
     return message
