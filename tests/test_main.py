@@ -13,7 +13,6 @@ import pytest
 
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import Terminated, UserError
-from zerosearch_jax.parallel import distributed
 from zerosearch_jax.training.workdir import locked
 
 CONFIG = """
@@ -343,18 +342,18 @@ def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch,
 
 
 def test_partly_set_variables_of_processes_are_refused():
-    whole = dict(zip(distributed.VARIABLES, ("host:1234", "2", "1"), strict=True))
-    assert distributed.distributed_arguments({}) == {}
-    assert distributed.distributed_arguments(whole | {"HOME": "x"}) == {
+    whole = dict(zip(main.PROCESS_VARIABLES, ("host:1234", "2", "1"), strict=True))
+    assert main.distributed_arguments({}) == {}
+    assert main.distributed_arguments(whole | {"HOME": "x"}) == {
         "coordinator_address": "host:1234", "num_processes": 2, "process_id": 1,
     }  # fmt: skip
-    for name in distributed.VARIABLES:
+    for name in main.PROCESS_VARIABLES:
         partial = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(UserError, match=f"{name} is not; set all or none"):
-            distributed.distributed_arguments(partial)
+            main.distributed_arguments(partial)
     for wrong in ("2", "-1", "one"):
         with pytest.raises(UserError, match=f"JAX_PROCESS_ID={wrong} must be a number below"):
-            distributed.distributed_arguments(whole | {"JAX_PROCESS_ID": wrong})
+            main.distributed_arguments(whole | {"JAX_PROCESS_ID": wrong})
 
 
 def test_single_process_jobs_refuse_the_distributed_flag(job, capsys):

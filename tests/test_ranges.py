@@ -1,4 +1,4 @@
-"""Number types: every number of every config has a range, and `typed` refuses values outside."""
+"""Field types: every number has a range, every fixed set is a type, `typed` refuses the rest."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.ranges import Range
+from zerosearch_jax.ranges import Choice, Range
 from zerosearch_jax.training.validate import sections
 
 ROOT = Path(__file__).parents[1]
@@ -76,13 +76,14 @@ def _numbers(hint: Any, wrap=lambda value: value) -> Iterator[tuple[type, Range 
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in (int, float):
         yield hint, None, wrap
-    elif origin is typing.Annotated:
+    elif origin is typing.Annotated and arguments[0] is not str:
         yield arguments[0], arguments[1], wrap
     elif origin in (types.UnionType, typing.Union):
         for inner in arguments:
             yield from _numbers(inner, wrap)
     elif origin is tuple:
-        yield from _numbers(arguments[0], lambda value: (value,))
+        rest = [typing.get_args(inner)[1].low for inner in arguments[1:] if inner is not Ellipsis]
+        yield from _numbers(arguments[0], lambda value: (value, *rest))
     elif origin is dict:
         yield from _numbers(arguments[1], lambda value: {"x": value})
 
@@ -114,3 +115,54 @@ def test_every_number_has_a_range_and_values_outside_are_refused_with_their_key(
                     assert str(refused.value).startswith(f"config.here.{name}"), wrong[name]
                     checked += 1
     assert checked > 1000
+
+
+FREE_TEXTS = {
+    *("job", "suite"),  # checked by `main`, because they select the type of the config
+    *("model", "init", "pairs", "report", "recording", "corpus", "recipe", "directory"),
+    *("source", "eval_source", "split", "train_split", "eval_split", "test_split", "sets"),
+    *("examples", "validation", "url", "key_variable", "blocked_domains", "preset", "prefix"),
+    *("arms", "baselines", "noise_arms", "start_policies", "configs", "torch_device", "topology"),
+    *("programs", "tunix_python", "llamacpp_python", "trl_python"),
+}
+"""Fields whose texts are names or paths of the user's, not members of a fixed set."""
+
+
+def _texts(hint: Any, wrap=lambda value: value) -> Iterator[tuple[Choice | None, Any]]:
+    """Yields the set of each text in a field, and how a field with that text looks."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is str:
+        yield None, wrap
+    elif origin is typing.Annotated and arguments[0] is str:
+        yield arguments[1], wrap
+    elif origin in (types.UnionType, typing.Union):
+        for inner in arguments:
+            yield from _texts(inner, wrap)
+    elif origin is tuple:
+        yield from _texts(arguments[0], lambda value: (value,))
+    elif origin is dict:
+        yield from _texts(arguments[1], lambda value: {"x": value})
+
+
+def test_every_text_has_a_set_or_is_free_and_wrong_texts_are_refused_with_their_key(examples):
+    checked = 0
+    for cls, section in examples.items():
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+            for choice, wrap in _texts(hint):
+                assert (choice is None) == (name in FREE_TEXTS), f"{cls.__name__}.{name}"
+                wrong = ["a\0b", "a\nb", "\udcff", 3, None, b"a"]
+                if choice:
+                    known = choice.known
+                    wrong += ["", known[0].upper(), known[0][:-1], f"{known[-1]} ", known]
+                if choice is None and type(None) in typing.get_args(hint):
+                    wrong.remove(None)
+                for value in wrong:
+                    changed = config_flags.plain(section) | {name: wrap(value)}
+                    with pytest.raises(UserError) as refused:
+                        config_flags.typed(cls, changed, "config.here")
+                    message = str(refused.value)
+                    assert message.startswith(f"config.here.{name}") and message.isprintable()
+                    if choice and type(value) is str:
+                        assert known[-1] in message or "control character" in message
+                    checked += 1
+    assert checked > 300

@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -25,7 +28,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tabulate import tabulate
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UNPRINTABLE, UserError, one_line, reason, shown
+from zerosearch_jax.ranges import MAX_INT
 
 T = TypeVar("T")
 
@@ -60,6 +64,7 @@ RENAMED_NAMES = {"burst_tokens": "chunk_tokens"}
 # A suggestion that is less similar than this would confuse more than it helps.
 _NEAR_ENOUGH = 0.5
 _VALUE_WIDTH, _DOC_WIDTH = 32, 44  # columns of `describe`
+_MESSAGE_WIDTH = 300  # of the flag library's messages, which repeat the user's value
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
@@ -73,7 +78,7 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict:
     config = load(spec)
     known = config.to_dict()
     for argument in rest:
-        if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             check_key(match[1], known)
     try:
         overridden = config_flags.DEFINE_config_dict(
@@ -94,19 +99,28 @@ def load(spec: str) -> ConfigDict:
     """Returns `get_config(preset)` of the file in `spec`, which has the form `path.py[:preset]`.
 
     Raises:
-      UserError: the file does not exist, or its `get_config` refuses the preset.
+      UserError: the file does not exist or raises an exception, or its `get_config` refuses the
+        preset or returns no ConfigDict.
     """
     path, _, preset = spec.partition(":")
-    module = load_module(path)
-    try:
-        return module.get_config(preset) if preset else module.get_config()
-    except ValueError as error:
-        raise UserError(f"--config={spec}: {error}") from error
+    get_config = getattr(load_module(path), "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"--config={path}: the file has no function get_config; add it")
+    with _named_errors_of(path, f"--config={spec}"):
+        config = get_config(preset) if preset else get_config()
+        if isinstance(config, ConfigDict):
+            config.to_dict()  # fails for a required placeholder
+            return config
+    raise UserError(
+        f"--config={spec}: get_config returned {type(config).__name__}; return a ConfigDict"
+    )
 
 
 def presets(path: str | Path) -> tuple[str, ...]:
     """Returns the names of the presets of a config file, "" (the default) left out."""
-    return tuple(filter(None, getattr(load_module(path), "PRESETS", ())))
+    module = load_module(path)
+    with _named_errors_of(path, f"--config={path}"):
+        return tuple(filter(None, map(str, getattr(module, "PRESETS", ()))))
 
 
 def choose(options: Mapping[str, T], preset: str, path: str) -> T:
@@ -124,13 +138,39 @@ def choose(options: Mapping[str, T], preset: str, path: str) -> T:
 
 
 def load_module(path: str | Path) -> types.ModuleType:
-    """Executes a config file and returns its module; UserError if there is no such file."""
+    """Executes a config file and returns its module.
+
+    Raises:
+      UserError: there is no such file, or its code raises an exception.
+    """
     module_spec = importlib.util.spec_from_file_location("zerosearch_config", path)
-    if module_spec is None or module_spec.loader is None or not Path(path).is_file():
+    if module_spec is None or module_spec.loader is None or not os.path.isfile(path):
         raise UserError(f"--config={path}: there is no such Python file{_files_next_to(path)}")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _named_errors_of(path, f"--config={path}"):
+        module_spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _named_errors_of(path: str | Path, flag: str) -> Iterator[None]:
+    """Raises an exception of a config file's code as a UserError with the file's line.
+
+    A config file is the user's code, so its errors are the user's to fix, `sys.exit` included.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == str(path)]  # fmt: skip
+        if isinstance(error, SyntaxError) and error.lineno:
+            lines.append(error.lineno)
+        at = f", line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"{flag}{at}: {type(error).__name__}: {reason(error)}; fix the file"
+        ) from error
 
 
 # Keys.
@@ -215,7 +255,7 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
     Nested dataclasses, `tuple[X, ...]`, `dict[str, X]` and `X | None` are converted, too. An int
     is accepted for a float; a bool is not an int. Only a key whose field has the default None may
     be absent, so that a config file states every value. A float is finite, and a number with a
-    `ranges.Range` lies in it.
+    `ranges.Range` lies in it. A text has no line breaks.
 
     Args:
       mapping: the section.
@@ -227,7 +267,7 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
     """
     given = plain(mapping)
     if not isinstance(given, Mapping):
-        raise UserError(f"{path}={mapping!r}: expected a section of the type {cls.__name__}")
+        raise UserError(f"{path}={shown(mapping)}: expected a section of the type {cls.__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in given.keys() - fields.keys():
         key = f"{path}.{name}"
@@ -272,22 +312,46 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
     if origin is typing.Annotated:
         value = _converted(arguments[0], value, key)
         if bound := arguments[1].broken_bound(value):
-            raise UserError(f"{key}={value!r} must be {bound}")
+            raise UserError(f"{key}={shown(value)} must be {bound}")
         return value
     if origin in (types.UnionType, typing.Union):
         (inner,) = (one for one in arguments if one is not types.NoneType)
         return None if value is None else _converted(inner, value, key)
     if origin is tuple and isinstance(value, tuple | list):
-        return tuple(_converted(arguments[0], one, f"{key}[{i}]") for i, one in enumerate(value))
+        hints = arguments if arguments[-1] is not Ellipsis else arguments[:1] * len(value)
+        if len(hints) != len(value):
+            raise UserError(f"{key}={shown(value)} must have {len(hints)} values")
+        pairs = enumerate(zip(hints, value, strict=True))
+        return tuple(_converted(inner, one, f"{key}[{i}]") for i, (inner, one) in pairs)
     if origin is dict and isinstance(value, Mapping):
         return {name: _converted(arguments[1], one, f"{key}.{name}") for name, one in value.items()}
     if hint is float and type(value) in (int, float):
         if not abs(value) <= sys.float_info.max:
-            raise UserError(f"{key}={value!r} must be a finite number")
+            raise UserError(f"{key}={shown(value)} must be a finite number")
         return float(value)
-    if hint is Any or type(value) is hint:
+    if hint is str and type(value) is str and UNPRINTABLE.search(value):
+        raise UserError(
+            f"{key}={shown(value)} has a control character, a line break or a byte that is not "
+            "UTF-8; remove it"
+        )
+    if hint is Any:
+        return _converted_any(value, key)
+    if type(value) is hint:
         return value
-    raise UserError(f"{key}={value!r}: expected {_name_of(hint)}, not {type(value).__name__}")
+    raise UserError(f"{key}={shown(value)}: expected {_name_of(hint)}, not {type(value).__name__}")
+
+
+def _converted_any(value: Any, key: str) -> Any:
+    """Checks a value without a declared type, such as a size of a new model."""
+    if isinstance(value, Mapping):
+        return {name: _converted_any(one, f"{key}.{name}") for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_converted_any(one, f"{key}[{i}]") for i, one in enumerate(value))
+    if type(value) is int and abs(value) > MAX_INT:
+        raise UserError(f"{key}={shown(value)} must be within ±{MAX_INT}")
+    if value is None or type(value) in (bool, int):
+        return value
+    return _converted(str if type(value) is str else float, value, key)
 
 
 def _name_of(hint: Any) -> str:
@@ -360,9 +424,14 @@ def _files_next_to(path: str | Path) -> str:
 
 
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
-    """The flag library's message on one line, with the type of the key's value."""
-    message = " ".join(str(error).split()).removeprefix("flag ")
+    """The flag library's message on one line; for a value of a key, the type that it must have."""
+    message = one_line(" ".join(str(error).split()).removeprefix("flag "), _MESSAGE_WIDTH)
     match = re.match(r"--config\.([^=]+)=", message)
-    if match and (value := dict(_entries(known)).get(match[1])) is not None:
-        message += f"; the value must be of type {type(value).__name__}, such as {value!r}"
+    value = dict(_entries(known)).get(match[1]) if match else None
+    if isinstance(value, Mapping):
+        key = f"--config.{match[1]}"
+        return f"{key} is a section; override its keys, such as {key}.{next(iter(value), 'KEY')}"
+    if value is not None:
+        given = message.partition(": ")[0]
+        return f"{given}: the value must be of type {type(value).__name__}, such as {shown(value)}"
     return message

@@ -7,10 +7,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.ENAMETOOLONG: "give a shorter path",
     errno.EFBIG: "raise the limit (ulimit -f)",
     errno.EROFS: "give another --workdir",
     errno.EACCES: "change the permissions, or give another --workdir",
@@ -23,6 +25,9 @@ _DISK_ERRORS = {
     errno.EIO: "check the disk",
 }
 """Error number of the operating system → how to fix it."""
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+"""Control characters, line breaks and lone surrogates."""
+_CREDENTIALS = re.compile(r"(://)[^/\s'\"]*@")
 
 
 class UserError(Exception):
@@ -86,7 +91,23 @@ def named_errors(where: str | Path, fix: str) -> Iterator[None]:
 def reason(error: Exception, limit: int = 300) -> str:
     """Returns an exception's message as one line of at most `limit` characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    line = " ".join(str(text).split()).encode("utf-8", "replace").decode()
+    return one_line(" ".join(str(text).split()), limit)
+
+
+def shown(value: Any, limit: int = 120) -> str:
+    """Returns a value of the user's as a message shows it: `repr`, as `one_line` makes it."""
+    try:
+        return one_line(repr(value), limit)
+    except (ValueError, RecursionError):  # an int of more than 4,300 digits; deep nesting
+        return f"<{type(value).__name__}>"
+
+
+def one_line(text: str, limit: int) -> str:
+    """Returns `text` as one printable line of at most `limit` characters.
+
+    Passwords in addresses (`http://user:password@host`) are replaced by `***`.
+    """
+    line = _CREDENTIALS.sub(r"\1***@", UNPRINTABLE.sub(" ", text))
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 

@@ -21,9 +21,10 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,8 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import Terminated, UserError, disk_error
+from zerosearch_jax.errors import Terminated, UserError, disk_error, one_line, shown
+from zerosearch_jax.ranges import MAX_INT
 from zerosearch_jax.training.workdir import locked
 
 JOBS = {
@@ -66,6 +68,8 @@ CONFIGS = {
 }
 """Job, or job/suite: the dataclass of its config."""
 CLOSED_OUTPUT = 128 + signal.SIGPIPE  # 141, as a shell reports for a process that it ended
+PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+MAX_ERROR_CHARACTERS = 2000
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -94,7 +98,7 @@ def _exit_status(argv: Sequence[str]) -> int:
             _run(argv)
         print(end="", flush=True)
     except UserError as error:
-        _report(f"error: {error}")
+        _report(f"error: {one_line(str(error), MAX_ERROR_CHARACTERS)}")
         return 2
     except BrokenPipeError:
         return CLOSED_OUTPUT
@@ -126,8 +130,9 @@ def _run(argv: Sequence[str]) -> None:
     profile = flags.DEFINE_string("profile", "", "steps to trace", flag_values=values)
     export = flags.DEFINE_string("export", "", "checkpoint to export", flag_values=values)
     config = config_flags.parse(values, argv)
-    if config.job not in JOBS:
-        raise UserError(f"config.job is {config.job!r}; the jobs are {', '.join(JOBS)}")
+    job = config.get("job")
+    if job not in tuple(JOBS):  # not `in JOBS`: a list has no hash
+        raise UserError(f"config.job is {shown(job)}; the jobs are {', '.join(JOBS)}")
     typed = config_flags.typed(config_class(config), config)
     if describe.value:
         print(config_flags.describe(typed))
@@ -137,17 +142,19 @@ def _run(argv: Sequence[str]) -> None:
         if flag.value and config.job not in jobs:
             raise UserError(f"--{flag.name} is not for config.job={config.job}; leave it out")
     options = {"profile_steps": profile_steps(profile.value)} if profile.value else {}
+    check_export(export.value)
+    processes = distributed_arguments(os.environ) if multi_process.value else None
     directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
     if not directory.isprintable():  # a byte that is not UTF-8, a NUL, a line break
         raise UserError(f"--workdir={directory!r}: give a name of printable characters")
-    if not multi_process.value:  # a process that ends here would let the others wait
+    if processes is None:  # a process that ends here would let the others wait
         from zerosearch_jax.training import inputs, validate
 
         validate.check(typed)
         if not export.value:  # an export reads no questions and no engines
             inputs.check_inputs(typed)
-    job = partial(_run_job, config, directory, multi_process.value, export.value, options)
-    if multi_process.value or export.value:  # an export needs no lock
+    job = partial(_run_job, config, directory, processes, export.value, options)
+    if processes is not None or export.value:  # an export needs no lock
         job()
     else:
         with locked(directory):
@@ -155,15 +162,23 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _run_job(
-    config: ConfigDict, directory: str, multi_process: bool, export: str, options: dict[str, Any]
+    config: ConfigDict,
+    directory: str,
+    processes: dict[str, str | int] | None,
+    export: str,
+    options: dict[str, Any],
 ) -> None:
-    """Runs or exports a job; with several processes, the first one locks the workdir."""
+    """Runs or exports a job; with several processes, the first one locks the workdir.
+
+    Args:
+      processes: result of `distributed_arguments`; None for a single process.
+    """
     import jax  # imported late, so that a wrong config or a workdir in use is refused at once
 
     from zerosearch_jax.parallel import distributed
 
-    if multi_process:
-        distributed.initialize()
+    if processes is not None:
+        distributed.initialize(processes)
     # A resumed or repeated run reads the programs that an earlier run compiled.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # JAX reads the variable itself
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute() / "compiled"))
@@ -173,7 +188,7 @@ def _run_job(
         run = partial(module.export_checkpoint, config, directory, export)
     else:
         run = partial(module.run, config, directory, **options)
-    if not multi_process:
+    if processes is None:
         return run()
 
     def on_every_process() -> None:
@@ -185,11 +200,12 @@ def _run_job(
 
 
 def config_class(config: ConfigDict) -> type:
-    """Returns the dataclass of a job's config."""
-    name = f"bench/{config.suite}" if config.job == "bench" else config.job
+    """Returns the dataclass of a job's config; UserError for an unknown suite."""
+    suite = config.get("suite")
+    name = f"bench/{suite}" if config.job == "bench" else config.job
     if name not in CONFIGS:
         suites = [key.partition("/")[2] for key in CONFIGS if key.startswith("bench/")]
-        raise UserError(f"config.suite is {config.suite!r}; choose one of {', '.join(suites)}")
+        raise UserError(f"config.suite is {shown(suite)}; choose one of {', '.join(suites)}")
     module, _, cls = CONFIGS[name].rpartition(".")
     return getattr(importlib.import_module(f"zerosearch_jax.{module}"), cls)
 
@@ -197,9 +213,51 @@ def config_class(config: ConfigDict) -> type:
 def profile_steps(value: str) -> tuple[int, ...]:
     """Returns the steps in the value of `--profile`; UserError if one is not a positive number."""
     steps = value.split(",")
-    if not all(step.isdecimal() and len(step) < 10 and int(step) > 0 for step in steps):
-        raise UserError(f"--profile={value}: give steps from 1, separated by commas: --profile=3,4")
+    if not all(map(_is_step, steps)):
+        raise UserError(
+            f"--profile={one_line(value, 80)}: give steps from 1 with commas, such as 3,4"
+        )
     return tuple(map(int, steps))
+
+
+def check_export(value: str) -> None:
+    """Raises UserError unless the value of `--export` is a step, `best`, `latest` or empty."""
+    if value not in ("", "best", "latest") and not _is_step(value):
+        raise UserError(f"--export={one_line(value, 80)}: give a step from 1, best or latest")
+
+
+def _is_step(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 10 and 0 < int(text) <= MAX_INT
+
+
+def distributed_arguments(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Returns the arguments of `jax.distributed.initialize` that `PROCESS_VARIABLES` define.
+
+    Without the variables the result is empty, and JAX detects the processes of a TPU slice.
+
+    Raises:
+      UserError: only some of the variables are set, or their values are not valid.
+    """
+    given = [name for name in PROCESS_VARIABLES if name in environment]
+    if not given:
+        return {}
+    if given != list(PROCESS_VARIABLES):
+        missing = " and ".join(name for name in PROCESS_VARIABLES if name not in given)
+        raise UserError(f"{given[0]} is in the environment, {missing} is not; set all or none")
+    address, count, index = (environment[name] for name in PROCESS_VARIABLES)
+    matched = re.fullmatch(r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", address)
+    if not matched or not 0 < int(matched[1]) < 2**16:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={one_line(address, 80)} must be HOST:PORT of process 0, "
+            "such as 10.0.0.1:1234"
+        )
+    if not (_is_step(count) and int(count) <= 2**16):
+        raise UserError(f"JAX_NUM_PROCESSES={one_line(count, 80)} must be from 1 to {2**16}")
+    if not ((index == "0" or _is_step(index)) and int(index) < int(count)):
+        raise UserError(
+            f"JAX_PROCESS_ID={one_line(index, 80)} must be a number below JAX_NUM_PROCESSES={count}"
+        )
+    return dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
 
 
 def default_workdir(config_spec: str) -> str:

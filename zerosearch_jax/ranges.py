@@ -1,7 +1,7 @@
-"""Number types of config fields: a type and the interval that its values must lie in.
+"""Types of config fields: a type and the interval or the set that its values must lie in.
 
 A field `learning_rate: LearningRate` is documented and checked by its type.
-`config_flags.typed` refuses a value outside the interval with the full key.
+`config_flags.typed` refuses a value outside the interval or the set with the full key.
 """
 
 import math
@@ -35,6 +35,21 @@ class Range:
             return f"{'>' if self.open_low else '≥'} {self.low}"
         low, high = "(" if self.open_low else "[", ")" if self.open_high else "]"
         return f"in {low}{self.low}, {self.high}{high}"
+
+
+class Choice:
+    """A fixed set of values, such as `Choice("float32", "bfloat16")`."""
+
+    def __init__(self, *known: str):
+        self.known = known
+
+    def broken_bound(self, value: str) -> str:
+        """Returns "one of " and the set if `value` is not in it, else ""."""
+        return "" if value in self.known else f"one of {', '.join(self.known)}"
+
+    def __str__(self) -> str:
+        """The set as `--describe` shows it."""
+        return f"in {{{', '.join(self.known)}}}"
 
 
 Count = Annotated[int, Range(1, MAX_INT)]

@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.benchmarks import bench, decode, rollout
+from zerosearch_jax.benchmarks import bench, decode, learner, rollout
+from zerosearch_jax.benchmarks import config as bench_config
 from zerosearch_jax.benchmarks.rollout import (
     LOCKSTEP,
     Features,
@@ -32,6 +33,12 @@ from zerosearch_jax.search.engine import SearchRequest
 ROOT = Path(__file__).parents[2]
 GROUP = 3
 EPISODES = [Episode(n, f"Which country is number {n // GROUP}?", ("Chad",)) for n in range(18)]
+
+
+def test_names_repeated_in_the_config_are_those_of_the_suites():
+    assert tuple(rollout.MIXES) == bench_config.MIXES
+    assert tuple(rollout.VARIANTS) == bench_config.VARIANTS
+    assert tuple(learner.PARTS) == bench_config.PARTS
 
 
 def test_report_writes_medians_and_their_ratio(tmp_path, capsys):

@@ -356,7 +356,7 @@ def test_presets_pass_the_checks_and_episodes_fit(preset):
     [
         ("collect", {"samples": 0}, "samples=0"),
         ("collect", {"batch_questions": 0}, "batch_questions=0"),
-        ("extract", {"label_by": "vote"}, "'vote'; choose one of rule, labeler, both"),
+        ("extract", {"label_by": "vote"}, "label_by='vote' must be one of rule, labeler, both"),
         ("extract", {"label_by": "both"}, "labeling.kind"),
         ("extract", {"heldout_share": 1.0}, "heldout_share=1.0"),
         ("labeling", {"kind": "best"}, "labeling.kind"),

@@ -285,7 +285,7 @@ def test_an_address_with_the_clients_path_is_refused(section, url, server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(methods=("search", "ragg")), "methods is 'ragg'; choose one of direct, cot"),
+        (dict(methods=("search", "ragg")), r"methods\[1\]='ragg' must be one of direct, cot"),
         (dict(methods=()), "nothing to evaluate"),
         (dict(data=dict(sets=())), "nothing to evaluate"),
     ],

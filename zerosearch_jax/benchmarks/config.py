@@ -1,11 +1,11 @@
 """Configs of the benchmark suites, as frozen dataclasses. Model sizes have Hugging Face's names."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.errors import check_choice
 from zerosearch_jax.ranges import (
+    Choice,
     Count,
     CountOrZero,
     Documents,
@@ -14,9 +14,22 @@ from zerosearch_jax.ranges import (
     Threads,
     Tokens,
 )
-from zerosearch_jax.rl.config import DTYPES, OptimizerConfig
+from zerosearch_jax.rl.config import Dtype, OptimizerConfig
 from zerosearch_jax.training.config import REMAT
 from zerosearch_jax.training.sections import LimitsConfig
+
+# The next three repeat names of the suites, which import jax; a test compares them.
+MIXES = ("embedded", "long", "service")
+VARIANTS = (
+    "lockstep",
+    "without keep_cache",
+    "without share_prompts",
+    "without refill",
+    "without return_early",
+    "without compact",
+    "without overlap",
+)
+PARTS = ("update", "step", "packing", "memory")
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,9 @@ class LongMixConfig:
 
     questions: Count
     """Questions."""
-    prompt_words: tuple[CountOrZero, ...]
+    prompt_words: tuple[CountOrZero, CountOrZero]
     """Least and most words added to a question."""
-    document_words: tuple[CountOrZero, ...]
+    document_words: tuple[CountOrZero, CountOrZero]
     """Least and most words of the documents of a search."""
     max_tokens: Tokens
     """Tokens per slot."""
@@ -66,7 +79,7 @@ class LongMixConfig:
 class ServiceMixConfig:
     """Mix of episodes whose searches go to a slow service."""
 
-    seconds: tuple[NonNegativeFloat, ...]
+    seconds: tuple[NonNegativeFloat, NonNegativeFloat]
     """Least and most seconds of a request."""
     concurrent: Threads
     """Batches of searches in flight while the policy decodes."""
@@ -82,9 +95,9 @@ class RolloutBenchConfig:
     """Name of the suite."""
     repeats: Count
     """Timed repeats."""
-    mixes: tuple[str, ...]
+    mixes: tuple[Annotated[str, Choice(*MIXES)], ...]
     """Mixes of episodes: `embedded`, `long`, `service`."""
-    variants: tuple[str, ...]
+    variants: tuple[Annotated[str, Choice(*VARIANTS)], ...]
     """Variants to compare with: `lockstep`, or `without FEATURE`."""
     questions: Count
     """Questions of the embedded and the service mix."""
@@ -150,7 +163,7 @@ class BandwidthBenchConfig:
     """Tokens of each prompt."""
     new_tokens: Tokens
     """Decoded tokens per row."""
-    dtype: str
+    dtype: Dtype
     """Dtype of weights and cache."""
     int8_weights: bool
     """Store the weight matrices as int8. Transformers keeps `dtype`."""
@@ -159,21 +172,15 @@ class BandwidthBenchConfig:
     models: dict[str, dict[str, Any]]
     """Sizes of models with random weights."""
 
-    def __post_init__(self):
-        check_choice("dtype", self.dtype, DTYPES)
-
 
 @dataclass(frozen=True)
 class LearnerSectionConfig:
     """Arithmetic of the learner."""
 
-    remat: str
+    remat: Annotated[str, Choice(*REMAT)]
     """`none` keeps activations for the backward pass; `full` recomputes every layer."""
     logprob_chunk: Tokens
     """Tokens whose logits are in memory at once."""
-
-    def __post_init__(self):
-        check_choice("remat", self.remat, REMAT)
 
 
 @dataclass(frozen=True)
@@ -186,14 +193,10 @@ class BatchConfig:
     """Tokens per row."""
     prompt_tokens: Tokens
     """Tokens at the start of a row that are not trained on."""
-    dtypes: tuple[str, ...] | None = None
+    dtypes: tuple[Dtype, ...] | None = None
     """Compute dtypes."""
     micro_rows: tuple[Rows, ...] | None = None
     """Rows per microbatch to try. Each side is measured with its fastest."""
-
-    def __post_init__(self):
-        for dtype in self.dtypes or ():
-            check_choice("dtypes", dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class LearnerBenchConfig:
     """Name of the job."""
     suite: str
     """Name of the suite."""
-    parts: tuple[str, ...]
+    parts: tuple[Annotated[str, Choice(*PARTS)], ...]
     """Measurements: `update`, `step`, `packing`, `memory`."""
     repeats: Count
     """Timed repeats."""

@@ -4,52 +4,62 @@ When one process fails, all processes exit.
 """
 
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 
 import jax
 from jax.experimental import multihost_utils
 
-from zerosearch_jax.errors import Terminated, UserError, disk_error
+from zerosearch_jax.errors import Terminated, UserError, disk_error, named_errors, reason
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECS = 30  # after this silence a process counts as dead, and the others exit
+START_SECS = 300  # the longest wait for process 0, as in JAX
 
 
-def initialize() -> None:
-    """Initialises jax.distributed from `VARIABLES`, or from the TPU slice if none is set.
+def initialize(arguments: Mapping[str, str | int]) -> None:
+    """Initialises jax.distributed, from the TPU slice if `arguments` is empty.
 
     From then on only process 0 has a standard output; every process writes errors.
 
+    Args:
+      arguments: coordinator_address, num_processes and process_id, or nothing.
+
     Raises:
-      UserError: only some of the variables are set, or their values are not valid numbers.
+      UserError: JAX detects no processes, or process 0 cannot be reached.
     """
-    arguments = distributed_arguments(os.environ)
+    if arguments.get("process_id"):
+        _wait_for_coordinator(str(arguments["coordinator_address"]), START_SECS)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECS)
+    with named_errors(
+        "--distributed",
+        "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or run on a TPU slice",
+    ):
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECS)
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
-def distributed_arguments(environment: Mapping[str, str]) -> dict[str, str | int]:
-    """Returns the arguments of `jax.distributed.initialize` that `VARIABLES` define.
-
-    Without the variables the result is empty, and JAX detects the processes of a TPU slice.
+def _wait_for_coordinator(address: str, secs: float) -> None:
+    """Waits until `address` accepts connections. JAX would abort the program after its wait.
 
     Raises:
-      UserError: only some of the variables are set, or their values are not valid numbers.
+      UserError: it does not within `secs` seconds.
     """
-    given = [name for name in VARIABLES if name in environment]
-    if not given:
-        return {}
-    if given != list(VARIABLES):
-        missing = " and ".join(name for name in VARIABLES if name not in given)
-        raise UserError(f"{given[0]} is in the environment, {missing} is not; set all or none")
-    address, count, index = (environment[name] for name in VARIABLES)
-    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        raise UserError(f"JAX_PROCESS_ID={index} must be a number below JAX_NUM_PROCESSES={count}")
-    return dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + secs
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot be reached "
+                    f"({reason(error)}); start it, or fix the address"
+                ) from error
+        time.sleep(min(1.0, secs))
 
 
 def run(job: Callable[[], None]) -> None:

@@ -5,9 +5,11 @@ before jax is imported. Its checks raise UserError with the name of the key.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.ranges import (
+    Choice,
     Count,
     CountOrZero,
     DecayRate,
@@ -17,7 +19,7 @@ from zerosearch_jax.ranges import (
     Share,
 )
 
-DTYPES = ("float32", "bfloat16")
+Dtype = Annotated[str, Choice("float32", "bfloat16")]
 SURROGATES = ("clip", "sequence", "cispo")
 # The next two repeat names of `rl.losses`, which imports jax; a test compares them.
 AGGREGATES = ("token_mean", "sequence_mean", "fixed_length")
@@ -52,18 +54,15 @@ class OptimizerConfig:
     """Decoupled weight decay. Norms and biases are not decayed."""
     clip_norm: PositiveFloat = 1.0
     """Global norm to which gradients are clipped."""
-    moment_dtype: str = "float32"
+    moment_dtype: Dtype = "float32"
     """Dtype of the first moment: `float32` or `bfloat16`, which saves 2 bytes per parameter."""
-
-    def __post_init__(self):
-        check_choice("moment_dtype", self.moment_dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Policy loss: the surrogate, its aggregation over tokens, and extra terms."""
 
-    surrogate: str = "clip"
+    surrogate: Annotated[str, Choice(*SURROGATES)] = "clip"
     """`clip` (PPO, GRPO), `sequence` (GSPO: one ratio per sequence) or `cispo`."""
     clip_low: Share = 0.2
     """The ratio is clipped below 1 - clip_low."""
@@ -72,7 +71,7 @@ class LossConfig:
     dual_clip: NonNegativeFloat = 0.0
     """Bound of a token's loss if its advantage is negative: dual_clip * |advantage|. Above 1, or 0
     to disable it."""
-    aggregate: str = "token_mean"
+    aggregate: Annotated[str, Choice(*AGGREGATES)] = "token_mean"
     """Mean over an update: `token_mean` (over all tokens), `sequence_mean` (mean of the sequences'
     means) or `fixed_length` (mean of the sequences' sums / fixed_tokens)."""
     fixed_tokens: CountOrZero = 0
@@ -88,8 +87,6 @@ class LossConfig:
     the weights."""
 
     def __post_init__(self):
-        check_choice("loss.surrogate", self.surrogate, SURROGATES)
-        check_choice("loss.aggregate", self.aggregate, AGGREGATES)
         if self.surrogate == "sequence" and self.aggregate != "sequence_mean":
             raise UserError(
                 "loss.surrogate=sequence (GSPO) has one ratio and one loss per sequence; "
@@ -118,9 +115,9 @@ class KLConfig:
 
     coef: NonNegativeFloat = 0.01
     """Weight of the KL. 0 disables it and skips the reference's log-probs."""
-    estimator: str = "k3"
+    estimator: Annotated[str, Choice(*KL_ESTIMATORS)] = "k3"
     """Estimate of KL(policy || reference) per token: `k1`, `k2` or `k3`."""
-    apply_to: str = "loss"
+    apply_to: Annotated[str, Choice(*KL_PLACES)] = "loss"
     """`loss` adds the KL to the loss; `reward` subtracts it from the rewards."""
     target: NonNegativeFloat = 0.0
     """Desired KL of a step in nats per token, to which the weight adapts. Requires apply_to=reward.
@@ -130,8 +127,6 @@ class KLConfig:
     a step's episodes."""
 
     def __post_init__(self):
-        check_choice("kl.estimator", self.estimator, KL_ESTIMATORS)
-        check_choice("kl.apply_to", self.apply_to, KL_PLACES)
         if self.apply_to == "loss" and self.estimator == "k1" and self.coef:
             raise UserError(
                 "kl.estimator=k1 has no effect in the loss, because its expected gradient is 0; "
@@ -149,10 +144,10 @@ class KLConfig:
 class AdvantageConfig:
     """Advantage estimation from rewards."""
 
-    estimator: str = "grpo"
+    estimator: Annotated[str, Choice(*ESTIMATORS)] = "grpo"
     """`grpo`, `rloo`, `reinforce` (reads `baseline`), `reinforce_pp` (whitened returns per token)
     or `ppo` (whitened GAE per token, with a critic)."""
-    baseline: str = "group_mean"
+    baseline: Annotated[str, Choice(*BASELINES)] = "group_mean"
     """Baseline of `reinforce`: `none`, `batch_mean` or `group_mean`."""
     normalize_std: bool = True
     """Whether `grpo` divides by the group's standard deviation. False is Dr. GRPO."""
@@ -161,16 +156,12 @@ class AdvantageConfig:
     gae_lambda: Share = 1.0
     """λ of generalized advantage estimation. Read by `ppo`."""
 
-    def __post_init__(self):
-        check_choice("advantage.estimator", self.estimator, ESTIMATORS)
-        check_choice("advantage.baseline", self.baseline, BASELINES)
-
 
 @dataclass(frozen=True)
 class CriticConfig:
     """Critic, which only `advantage.estimator=ppo` trains."""
 
-    trunk: str = "own"
+    trunk: Annotated[str, Choice(*TRUNKS)] = "own"
     """`own` trains a second model. `shared` adds a value head to the policy, so that the value loss
     also trains the policy's parameters."""
     learning_rate: LearningRate = 5e-4
@@ -182,6 +173,3 @@ class CriticConfig:
     value_clip: NonNegativeFloat = 0.2
     """Change of a value within a step, in units of reward, beyond which its loss is clipped. 0
     disables the clip."""
-
-    def __post_init__(self):
-        check_choice("critic.trunk", self.trunk, TRUNKS)

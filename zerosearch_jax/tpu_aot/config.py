@@ -1,10 +1,9 @@
 """Config of the compile job, as frozen dataclasses."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from zerosearch_jax.errors import check_choice
-from zerosearch_jax.ranges import CountOrZero, Devices, DevicesOrZero, Rows
+from zerosearch_jax.ranges import Choice, CountOrZero, Devices, DevicesOrZero, Rows
 from zerosearch_jax.training.config import REMAT
 
 
@@ -46,12 +45,9 @@ class CompileConfig:
     """Slots of a generator per data × fsdp part of its mesh."""
     microbatches: CountOrZero
     """Microbatches per update. 0 takes as many as the preset's episodes can need."""
-    remat: str
+    remat: Annotated[str, Choice(*REMAT)]
     """Value of learner.remat."""
     programs: tuple[str, ...]
     """Programs to compile."""
     models: dict[str, dict[str, Any]]
     """Sizes of the models by name, from their config.json. `name` is the rl config's model."""
-
-    def __post_init__(self):
-        check_choice("remat", self.remat, REMAT)

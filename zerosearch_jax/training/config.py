@@ -8,8 +8,9 @@ Checks of one section are in its `__post_init__`, checks between sections in `tr
 from dataclasses import dataclass
 from typing import Annotated
 
-from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.ranges import (
+    Choice,
     Count,
     CountOrZero,
     NonNegativeFloat,
@@ -22,17 +23,17 @@ from zerosearch_jax.ranges import (
     Tokens,
 )
 from zerosearch_jax.rl.config import (
-    DTYPES,
     AdvantageConfig,
     CriticConfig,
+    Dtype,
     KLConfig,
     LossConfig,
     OptimizerConfig,
 )
 from zerosearch_jax.rl.rewards import REWARDS, RULES
 from zerosearch_jax.training.sections import (
-    OVERLONG_QUESTIONS,
     MeshConfig,
+    OverlongQuestions,
     PolicyConfig,
     SearchConfig,
 )
@@ -102,10 +103,10 @@ class CurriculumConfig:
 class RewardConfig:
     """Reward of an episode."""
 
-    rule: str
+    rule: Annotated[str, Choice(*RULES)]
     """`answer`: the score plus format_weight if the format is valid. `research`, `deepresearcher`
     and `r1_searcher`: the rule of that paper."""
-    name: str
+    name: Annotated[str, Choice(*REWARDS)]
     """Score of rule `answer`: `f1`, `em` or `cover_em`."""
     format_weight: NonNegativeFloat
     """Reward of a valid format under rule `answer`."""
@@ -113,8 +114,6 @@ class RewardConfig:
     """First steps, in which `r1_searcher` rewards only searches and format. At most rl.steps."""
 
     def __post_init__(self):
-        check_choice("reward.rule", self.rule, RULES)
-        check_choice("reward.name", self.name, tuple(REWARDS))
         if self.rule != "answer" and (self.name != "f1" or self.format_weight != 0):
             raise UserError(
                 "reward.name and reward.format_weight require reward.rule=answer, not "
@@ -150,11 +149,11 @@ class UpdateConfig:
     minibatch_episodes: CountOrZero
     """Episodes per update. The last update of a pass may have fewer. 0 makes one update per pass,
     on all episodes of the step."""
-    old_logprobs: str
+    old_logprobs: Annotated[str, Choice(*OLD_LOGPROBS)]
     """Source of the old log-probs of the ratio. `sampler` keeps the sampling log-probs. The ratio
     then includes the rounding difference of generator and learner. `learner` makes every ratio of a
     step's first update exactly 1, and recomputes log-probs for its later updates."""
-    overlong: str
+    overlong: Annotated[str, Choice(*OVERLONG)]
     """`mask` excludes truncated episodes from the loss (DAPO); `keep` trains on them. An episode is
     truncated if an observation did not fit the slot, or if its last turn was cut at
     rollout.response_tokens or the end of the slot."""
@@ -166,8 +165,6 @@ class UpdateConfig:
     Search-R1's ablation."""
 
     def __post_init__(self):
-        check_choice("rl.old_logprobs", self.old_logprobs, OLD_LOGPROBS)
-        check_choice("rl.overlong", self.overlong, OVERLONG)
         if not self.document_mask and self.old_logprobs != "learner":
             raise UserError(
                 "rl.document_mask=False trains on inserted tokens, which have no sampler "
@@ -183,12 +180,10 @@ class LoraConfig:
     """Rank of the adapters. 0 trains all parameters."""
     alpha: PositiveFloat
     """An adapter's product is multiplied by alpha / rank."""
-    targets: tuple[str, ...]
+    targets: tuple[Annotated[str, Choice(*LORA_TARGETS)], ...]
     """Projections with adapters, at least one of `q`, `k`, `v`, `o`, `gate`, `up`, `down`."""
 
     def __post_init__(self):
-        for name in self.targets:
-            check_choice("lora.targets", name, LORA_TARGETS)
         if not self.targets:
             raise UserError(f"lora.targets is empty; choose some of {', '.join(LORA_TARGETS)}")
 
@@ -199,7 +194,7 @@ class WatchConfig:
 
     window: Count
     """Steps per window. The collapse signals compare the newest window with earlier ones."""
-    action: str
+    action: Annotated[str, Choice(*WATCH_ACTIONS)]
     """Reaction to metrics that show a collapse. `log` prints a warning. `stop` also saves a
     checkpoint and stops. `rollback` continues from the checkpoint with the best `eval/em`, or from
     the start policy before the first evaluation, with lower learning rates."""
@@ -209,9 +204,6 @@ class WatchConfig:
     """Most rollbacks of a run. The next collapse stops it."""
     nonfinite_limit: Count
     """Number of consecutive skipped non-finite updates that stops the run."""
-
-    def __post_init__(self):
-        check_choice("watch.action", self.action, WATCH_ACTIONS)
 
 
 @dataclass(frozen=True)
@@ -224,17 +216,13 @@ class LearnerConfig:
     rows: Rows
     """Rows per microbatch over the whole mesh. Empty rows fill it up to a multiple of data ×
     fsdp."""
-    compute_dtype: str
+    compute_dtype: Dtype
     """Dtype of the forward and backward pass: `float32` or `bfloat16`. Parameters are float32."""
-    remat: str
+    remat: Annotated[str, Choice(*REMAT)]
     """Activations kept for the backward pass: `none` keeps all, `dots` keeps the results of
     products with weights, `full` recomputes every layer."""
     logprob_chunk: Tokens
     """Positions of each row whose logits are in memory at once."""
-
-    def __post_init__(self):
-        check_choice("compute_dtype", self.compute_dtype, DTYPES)
-        check_choice("remat", self.remat, REMAT)
 
 
 @dataclass(frozen=True)
@@ -254,12 +242,9 @@ class DataConfig:
     """Split of `eval_source` for the evaluation after training."""
     train_limit: Count | None
     """Number of training questions: the first of the split. None uses all."""
-    overlong: str
+    overlong: OverlongQuestions
     """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
-
-    def __post_init__(self):
-        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)

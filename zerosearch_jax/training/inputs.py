@@ -4,6 +4,7 @@ The module imports neither jax nor transformers, so `main` refuses a run within 
 """
 
 import os
+import re
 from pathlib import Path
 
 from zerosearch_jax.data.embedded import world
@@ -112,6 +113,8 @@ def _check_labeling(config: LabelingConfig) -> None:
                 f"config.labeling.server.key_variable={variable}: the environment has no such "
                 "variable; set it to the server's API key"
             )
+        if variable:
+            check_api_key(variable)
         check_server("labeling.url", config.url)
     elif config.kind != "none":
         check_model("labeling.model", config.model, config.generator)
@@ -134,6 +137,7 @@ def check_search(key: str, search: SearchConfig) -> None:
             check_file(f"{key}.web.recording", search.web.recording)
     elif search.engine == "web":
         web.api_key(search.web.provider)
+        check_api_key(web.KEY_VARIABLES[search.web.provider])
         check_server(f"{key}.web.provider={search.web.provider}", web.SERVERS[search.web.provider])
     elif search.engine == "retriever":
         check_server(f"{key}.remote.url", search.remote.url)
@@ -184,9 +188,22 @@ def check_questions(source_key: str, source: str, split_key: str, split: str) ->
         check_file(source_key, source)
 
 
+def check_api_key(variable: str) -> None:
+    """Raises UserError if an API key cannot be sent in a header. The message shows no part of it.
+
+    Args:
+      variable: environment variable that holds the key.
+    """
+    if not re.fullmatch(r"[!-~]+", os.environ[variable]):
+        raise UserError(
+            f"the environment variable {variable} is empty or has a space, a line break or a "
+            "character that is not ASCII; set it to the API key alone"
+        )
+
+
 def check_file(key: str, path: str) -> None:
     """Raises UserError if `path` is not a file that this process may read."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise UserError(f"config.{key}={path}: no such file; fix the path")
     if not os.access(path, os.R_OK):
         raise UserError(f"config.{key}={path}: not readable; change the file's permissions")

@@ -3,15 +3,17 @@
 Sections that jobs share are in `training/sections.py`, sections of RL in `training/config.py`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from zerosearch_jax.data.embedded.scripted_agent import Behaviours
-from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.ranges import (
     Attempts,
     Backoff,
+    Choice,
     Count,
     CountOrZero,
     Documents,
@@ -28,10 +30,10 @@ from zerosearch_jax.ranges import (
 from zerosearch_jax.rl.config import OptimizerConfig
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
-    OVERLONG_QUESTIONS,
     GeneratorConfig,
     LimitsConfig,
     MeshConfig,
+    OverlongQuestions,
     PolicyConfig,
     SearchConfig,
     check_address,
@@ -165,12 +167,9 @@ class CollectDataConfig:
     """Split of `source`. A file has only one split."""
     limit: Count
     """Number of questions: the first of the split."""
-    overlong: str
+    overlong: OverlongQuestions
     """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
-
-    def __post_init__(self):
-        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,20 @@ class LabelingServerConfig:
     workers: Threads
     """Most requests in flight at once."""
 
+    def __post_init__(self):
+        # A key itself in place of its variable must not be shown.
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", self.key_variable):
+            raise UserError(
+                "key_variable must be the name of an environment variable, in capitals such as "
+                "OPENAI_API_KEY, not the key"
+            )
+
 
 @dataclass(frozen=True)
 class LabelingConfig:
     """Second label of each search, next to the paper's rule."""
 
-    kind: str
+    kind: Annotated[str, Choice(*LABELERS)]
     """`reader` answers the question from the documents. `local` and `server` ask a language model
     whether the documents support the gold answer. `none` gives no second label."""
     model: str
@@ -233,7 +240,6 @@ class LabelingConfig:
     generator: GeneratorConfig
 
     def __post_init__(self):
-        check_choice("labeling.kind", self.kind, LABELERS)
         check_address("url", self.url, "/v1/chat/completions")
         if self.kind != "none" and not self.model:
             raise UserError(
@@ -248,7 +254,7 @@ class LabelingConfig:
 class ExtractConfig:
     """Selection of the labeled searches that become pairs."""
 
-    label_by: str
+    label_by: Annotated[str, Choice(*LABEL_BY)]
     """Label of a search: `rule`, `labeler` or `both`. `both` drops an episode's last search unless
     rule and labeler agree; earlier searches get the rule's label."""
     last_only: bool
@@ -257,9 +263,6 @@ class ExtractConfig:
     """Drop pairs of the more frequent label until both labels are equally frequent."""
     heldout_share: Annotated[float, Range(0, 1, open_high=True)]
     """Probability that all pairs of a gold answer are held out."""
-
-    def __post_init__(self):
-        check_choice("extract.label_by", self.label_by, LABEL_BY)
 
 
 @dataclass(frozen=True)
@@ -298,12 +301,9 @@ class EvaluateDataConfig:
     """SOURCE/SPLIT, such as world/test, or a .jsonl, .parquet, .tsv or .csv file."""
     limit: Count | None
     """Number of questions per set: the first of the set. None uses all."""
-    overlong: str
+    overlong: OverlongQuestions
     """Reaction to a question whose prompt does not fit a slot of the policy or a local simulator.
     `error` refuses the first one. `drop` drops all and prints their number."""
-
-    def __post_init__(self):
-        check_choice("data.overlong", self.overlong, OVERLONG_QUESTIONS)
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class EvaluateConfig:
     mesh: MeshConfig
     policy: PolicyConfig
     data: EvaluateDataConfig
-    methods: tuple[str, ...]
+    methods: tuple[Annotated[str, Choice(*METHODS)], ...]
     """Any of `direct`, `cot`, `rag`, `search` and `search_o1`; see evaluation/baselines.py."""
     engines: dict[str, SearchConfig]
     """Engines by name."""
@@ -336,8 +336,6 @@ class EvaluateConfig:
     refine: RefineConfig
 
     def __post_init__(self):
-        for method in self.methods:
-            check_choice("methods", method, METHODS)
         for name, search in self.engines.items():
             if search.engine == "none":
                 raise UserError(

@@ -3,13 +3,16 @@
 Every key is one typed field with its documentation below it. `main --describe` prints both.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from zerosearch_jax.errors import UserError, check_choice
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.ranges import (
     Attempts,
     Backoff,
+    Choice,
     CountOrZero,
     Devices,
     DevicesOrZero,
@@ -22,12 +25,12 @@ from zerosearch_jax.ranges import (
     Timeout,
     Tokens,
 )
-from zerosearch_jax.rl.config import DTYPES
+from zerosearch_jax.rl.config import Dtype
 from zerosearch_jax.search.retriever import DIALECTS
 from zerosearch_jax.search.web import SERVERS
 from zerosearch_jax.text.prompts import SIMULATOR_FORMS
 
-OVERLONG_QUESTIONS = ("error", "drop")
+OverlongQuestions = Annotated[str, Choice("error", "drop")]
 ENGINES = {
     "bm25": ("corpus",),
     "noisy_bm25": ("corpus", "noise"),
@@ -43,6 +46,8 @@ ENGINES = {
 def check_address(key: str, url: str, path: str) -> None:
     """Raises UserError if a server's address is no http address or ends in a part of `path`.
 
+    An address with a password, a query or a fragment is refused, too.
+
     Args:
       url: the address; "" is accepted.
       path: the path that the client appends, such as "/retrieve".
@@ -51,6 +56,21 @@ def check_address(key: str, url: str, path: str) -> None:
         return
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{key}={url} must begin with http:// or https://, as in http://HOST:PORT")
+    try:
+        parsed = urlsplit(url)
+        host, port = parsed.hostname, parsed.port
+    except ValueError as error:
+        raise UserError(f"{key}={url}: {error}; write http://HOST:PORT") from error
+    if "@" in parsed.netloc:
+        raise UserError(
+            f"{key}={url} has a user name or password, which logs and config.json would show; "
+            "remove it"
+        )
+    if not host or port == 0 or re.search(r"[\s\\?#]", url):
+        raise UserError(
+            f"{key}={url} must have a host, and no port 0, space, backslash, query or fragment; "
+            "write http://HOST:PORT"
+        )
     parts = path.strip("/").split("/")
     for end in range(len(parts), 0, -1):
         appended = "/" + "/".join(parts[:end])
@@ -97,14 +117,13 @@ class GeneratorConfig:
     window_tokens: Tokens
     """Decoding attends to as many cached tokens as the longest decoding context has, rounded up to
     a multiple of this and capped at max_tokens. Each multiple is one compiled program."""
-    dtype: str
+    dtype: Dtype
     """Dtype of the weights and the KV cache: `float32` or `bfloat16`."""
     int8_weights: bool
     """Store the weight matrices as int8, with one scale per output channel. Activations and the
     cache keep `dtype`."""
 
     def __post_init__(self):
-        check_choice("dtype", self.dtype, DTYPES)
         if not self.prefill_buckets:
             raise UserError("prefill_buckets is empty; give at least one length")
 
@@ -122,7 +141,7 @@ class PolicyConfig:
 class WebConfig:
     """Web search service."""
 
-    provider: str
+    provider: Annotated[str, Choice(*SERVERS)]
     """`serper` or `serpapi`. The environment variable SERPER_API_KEY or SERPAPI_API_KEY holds its
     API key."""
     recording: str
@@ -131,9 +150,6 @@ class WebConfig:
     blocked_domains: tuple[str, ...]
     """Results from these domains and their subdomains are dropped."""
 
-    def __post_init__(self):
-        check_choice("provider", self.provider, tuple(SERVERS))
-
 
 @dataclass(frozen=True)
 class RemoteConfig:
@@ -141,7 +157,7 @@ class RemoteConfig:
 
     url: str
     """Address of the retriever. Other servers have their own address."""
-    dialect: str
+    dialect: Annotated[str, Choice(*DIALECTS)]
     """Protocol of the retriever: `search_r1` or `zerosearch`."""
     timeout_secs: Timeout
     """Deadline of one attempt in seconds."""
@@ -154,7 +170,6 @@ class RemoteConfig:
     batch."""
 
     def __post_init__(self):
-        check_choice("dialect", self.dialect, DIALECTS)
         check_address("url", self.url, "/retrieve")
 
 
@@ -189,7 +204,7 @@ class SimulatorConfig:
     tensor: DevicesOrZero
     """Devices over which one replica of the simulator is sharded. Divides the simulator's devices
     of a process. 0 takes mesh.tensor."""
-    form: str
+    form: Annotated[str, Choice(*SIMULATOR_FORMS)]
     """Prompt: `finetuned` for a simulator from the sft job, `prompted` for other models."""
     temperature: NonNegativeFloat
     """Sampling temperature. 0 is greedy."""
@@ -203,7 +218,6 @@ class SimulatorConfig:
     generator: GeneratorConfig
 
     def __post_init__(self):
-        check_choice("form", self.form, SIMULATOR_FORMS)
         check_address("url", self.url, "/v1/chat/completions")
         if not self.url and self.max_new_tokens >= self.generator.max_tokens:
             raise UserError(
@@ -217,7 +231,7 @@ class SimulatorConfig:
 class SearchConfig:
     """Search engine. Keys that the engine does not read may be absent."""
 
-    engine: str
+    engine: Annotated[str, Choice(*ENGINES)]
     """`simulated`, `bm25`, `noisy_bm25`, `retriever`, `web`, `recorded_web`, or `none`. `none`
     requires rollout.max_turns=0."""
     topk: Documents
@@ -232,7 +246,6 @@ class SearchConfig:
     simulator: SimulatorConfig | None = None
 
     def __post_init__(self):
-        check_choice("engine", self.engine, tuple(ENGINES))
         lacking = [key for key in ENGINES[self.engine] if getattr(self, key) is None]
         if lacking:
             possible = [

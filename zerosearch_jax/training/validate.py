@@ -144,7 +144,8 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
         (
             kl.target != 0 and 5 * kl.horizon <= episodes,
             f"kl.horizon={kl.horizon} could turn the KL coefficient negative in one step; "
-            f"set it above a fifth of a step's {episodes} episodes",
+            f"set it above a fifth of a step's {episodes} episodes (rollout.questions_per_step × "
+            "group_size)",
         ),
         (
             loss.importance_cap != 0 and rl.old_logprobs != "learner",
@@ -154,13 +155,15 @@ def _update_rules(config: RLConfig) -> tuple[Rule, ...]:
         (
             rl.minibatch_episodes > episodes,
             f"rl.minibatch_episodes={rl.minibatch_episodes} is more than the {episodes} episodes "
-            "of a step; lower it, or set it to 0 for one update per pass",
+            "of a step (rollout.questions_per_step × group_size); lower it, or set it to 0 for one "
+            "update per pass",
         ),
         (
             loss.llds != 0 and config.updates_per_step == 1,
             "loss.llds compares with the log-probs before a step's first update, so with one "
             "update per step it is always 0; set rl.minibatch_episodes to fewer than the "
-            f"{episodes} episodes of a step, or raise rl.epochs",
+            f"{episodes} episodes of a step (rollout.questions_per_step × group_size), or raise "
+            "rl.epochs",
         ),
         (
             rl.refresh_reference > 0 and (config.lora.rank > 0 or kl.coef == 0),
