@@ -20,6 +20,9 @@ from zerosearch_jax.text import thoughts
 END_OF_TEXT = "<|endoftext|>"
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
+_REPLACED = re.compile(f"[\ud800-\udfff{_MARK}]")  # becomes U+FFFD; surrogates have no UTF-8
+
+_SURPLUS = 64  # tokens that `encode_start` reads beyond twice the requested ones
 
 # Added tokens that text may spell: words, whitespace and single characters, and the tags of the
 # episode's grammar, which `text.prompts` neutralises in all text from outside.
@@ -76,10 +79,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     A control token spelled out in `text` is ordinary text, so that a document cannot end a turn.
     Control tokens are the special tokens and all other added tokens, except words, whitespace,
     single characters and the tags of the episode's grammar. A tag that is an added token becomes
-    that token, as in the policy's own text.
+    that token, as in the policy's own text. A lone surrogate becomes U+FFFD.
     """
     backend, _ = _unspellable(tokenizer)
-    return backend.encode(text.replace(_MARK, "\ufffd"), add_special_tokens=False).ids
+    return backend.encode(_REPLACED.sub("\ufffd", text), add_special_tokens=False).ids
+
+
+def encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """Returns the first `count` tokens of `encode(tokenizer, text)`, or all if it has fewer.
+
+    The work is bounded by `count`: growing prefixes of `text` are encoded until one has about
+    twice as many tokens. The end of a prefix changes the tokens of its last word and of its last
+    run of combining characters, which the surplus covers. Only a single word or run that is
+    longer than the surplus may get other tokens than in the whole text, since Unicode
+    normalisation sorts a run as a whole. The tokens always spell a prefix of `text`.
+    """
+    size, enough = 16 * (count + _SURPLUS), 2 * count + _SURPLUS
+    while True:
+        ids = encode(tokenizer, text[:size])
+        if len(text) <= size or len(ids) >= enough:
+            return ids[:count]
+        size *= 4
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """Returns `text`, cut to its first `count` tokens if it has more."""
+    ids = encode_start(tokenizer, text, count + 1)
+    return text if len(ids) <= count else decode(tokenizer, ids[:count])
 
 
 def encode_prompt(
@@ -100,7 +126,7 @@ def encode_prompt(
     backend, names = _unspellable(tokenizer)
     text = _render(tokenizer, user_text, system)
     head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
-    user = text[len(head) : len(text) - len(tail)].replace(_MARK, "\ufffd")
+    user = _REPLACED.sub("\ufffd", text[len(head) : len(text) - len(tail)])
     contents = sorted(names, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
     head, tail = (control.sub(lambda match: names[match[0]], part) for part in (head, tail))
