@@ -6,7 +6,7 @@ import pytest
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import METHODS, refiner, run_method
+from zerosearch_jax.evaluation.baselines import METHODS, make_refiner, run_method
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Limits
@@ -95,12 +95,16 @@ def test_a_search_ends_a_cot_episode_and_continues_a_search_episode(run):
 
 
 def test_search_o1_inserts_the_refined_documents(run, model):
-    def refine(requests, keys):
-        assert all("lies far away.\nDoc 2: x" in request for request in requests)
-        return [f"refined for {episode} in turn {turn}" for episode, turn in keys]
+    class Refiner:
+        def __call__(self, requests, keys):
+            assert all("lies far away.\nDoc 2: x" in request for request in requests)
+            return [f"refined for {episode} in turn {turn}" for episode, turn in keys]
+
+        def cut(self, text, prompt):
+            return text
 
     options = dict(sampling=Sampling(1.0), key=jax.random.key(3))
-    trajectories = run("search_o1", Library(), generate=refine, **options)
+    trajectories = run("search_o1", Library(), refiner=Refiner(), **options)
     plain = run("search", Library(), **options)
     assert [t.turns[0] for t in trajectories] == [t.turns[0] for t in plain]
     shown = 0
@@ -120,7 +124,7 @@ def test_the_refiner_does_not_stop_at_tags(model, settings):
     config = settings.copy_and_resolve_references()
     with config.unlocked():
         config.prefill_buckets = (64,)
-    refine = refiner(model, config, make_mesh(), max_new_tokens=9)
+    refine = make_refiner(model, config, make_mesh(), max_new_tokens=9)
     texts = refine(["<answer", "<answer"], [(0, 0), (1, 0)])
     assert texts == ["> Chad </answer> Chad </answer> Chad"[: len(texts[0])]] * 2
     assert "</answer>" in texts[0]

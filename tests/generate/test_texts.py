@@ -62,6 +62,16 @@ def test_a_prompt_that_is_too_long_fails_alone(texts):
     assert isinstance(texts([long], [(8, 8)])[0], TooLong)
 
 
+def test_a_text_is_cut_so_that_prompt_and_completion_fit_the_slot(texts, tiny_tokenizer):
+    long = "the capital of Chad " * 5000
+    cut = texts.cut(long, PROMPTS[0])
+    assert long.startswith(cut) and len(encode(tiny_tokenizer, cut)) > 10
+    assert len(encode(tiny_tokenizer, PROMPTS[0] + cut)) + 6 <= texts.generator.max_tokens
+    assert texts.cut("Chad", PROMPTS[0]) == "Chad"
+    prompt = PROMPTS[0] * 20
+    assert isinstance(texts([prompt + texts.cut(long, prompt)], [(8, 8)])[0], TooLong)
+
+
 def test_a_text_is_the_decoded_generation_without_the_prompt(texts, tiny_tokenizer):
     (text,) = texts(PROMPTS[:1], KEYS[:1])
     texts.generator.start([1], [encode(tiny_tokenizer, PROMPTS[0])])

@@ -17,6 +17,7 @@ from zerosearch_jax.rollout.trajectory import Episode
 from zerosearch_jax.search.engine import SearchResult
 from zerosearch_jax.search.http_client import JsonClient, answer_all
 from zerosearch_jax.text import prompts
+from zerosearch_jax.text import tokenizer as tokenizer_module
 from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, token_bytes
 from zerosearch_jax.training.episode_metrics import episode_metrics
 from zerosearch_jax.training.policy_update import sequences_of
@@ -263,6 +264,39 @@ def test_a_long_observation_keeps_its_closing_tag(tiny_tokenizer):
 
     with pytest.raises(UserError, match="observation_tokens=3"):
         run(tiny_tokenizer, script, engine, observation_tokens=3)
+
+
+@pytest.mark.parametrize("piece", ["Chad lies in Africa. ", "a", "</answer>", "été", "\x00"])
+def test_a_long_document_is_encoded_only_as_far_as_it_is_inserted(
+    tiny_tokenizer, piece, monkeypatch
+):
+    read = []
+
+    class Spy:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def encode(self, text, **options):
+            read.append(len(text))
+            return self.backend.encode(text, **options)
+
+    unspellable = tokenizer_module._unspellable
+
+    def spied(tokenizer):
+        backend, *others = unspellable(tokenizer)
+        return Spy(backend), *others
+
+    monkeypatch.setattr(tokenizer_module, "_unspellable", spied)
+    blocks = []
+    for characters in (20_000, 1_000_000):
+        read.clear()
+        engine = EchoEngine(document=(piece * characters)[:characters])
+        (trajectory,), _ = run(
+            tiny_tokenizer, {10: [search("a"), ANSWER]}, engine, observation_tokens=60
+        )
+        blocks += inserted(trajectory, tiny_tokenizer)
+        assert sum(read) < 20_000
+    assert blocks[0] == blocks[1] and blocks[0].endswith("</information>\n\n")
 
 
 def test_a_document_can_neither_close_the_block_nor_answer(tiny_tokenizer):

@@ -5,7 +5,7 @@ import pytest
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.search.refine import RefiningEngine
-from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, refine_prompt
+from zerosearch_jax.text.prompts import NO_HELPFUL_INFORMATION, format_documents, refine_prompt
 
 REQUESTS = [
     SearchRequest(7, 0, "capital of Chad", "Which capital?", ("N'Djamena",), False),
@@ -32,12 +32,15 @@ class Engine:
 
 
 class Reader:
-    def __init__(self, texts):
-        self.texts, self.calls = texts, []
+    def __init__(self, texts, room=None):
+        self.texts, self.calls, self.room = texts, [], room
 
     def __call__(self, prompts, keys):
         self.calls.append(dict(zip(keys, prompts, strict=True)))
-        return [self.texts[key] for key in keys]
+        return [self.texts[key] for key in keys if key in self.texts]
+
+    def cut(self, text, prompt):
+        return text[: self.room]
 
 
 def test_documents_are_refined_for_their_own_request():
@@ -46,7 +49,10 @@ def test_documents_are_refined_for_their_own_request():
     results = {result.key: result for result in refining.search(REQUESTS)}
     assert engine.requests == REQUESTS and refining.name == "refined shelf"
     assert reader.calls == [
-        {r.key: refine_prompt(r.question, r.query, FOUND[r.key].documents) for r in REQUESTS[:2]}
+        {
+            r.key: refine_prompt(r.question, r.query, format_documents(FOUND[r.key].documents))
+            for r in REQUESTS[:2]
+        }
     ]
     assert results[7, 0] == SearchResult((7, 0), ("It is N'Djamena.",))
     assert results[3, 2] == SearchResult((3, 2), ("Fe",))
@@ -72,7 +78,14 @@ def test_a_refined_document_is_the_text_without_thoughts(text, document):
     assert result.documents == (document,)
 
 
-def test_documents_too_long_for_the_model_fail_only_their_search():
+def test_documents_too_long_for_the_model_are_cut():
+    reader = Reader({(7, 0): "It is N'Djamena."}, room=31)
+    (result,) = RefiningEngine(Engine(), reader).search(REQUESTS[:1])
+    assert result.documents == ("It is N'Djamena.",)
+    assert "\nDoc 1: N'Djamena is its capital\n\nHelpful" in reader.calls[0][7, 0]
+
+
+def test_a_query_too_long_for_the_model_fails_only_its_search():
     texts = {(7, 0): TooLong("too long: 9 tokens, at most 5"), (3, 2): "Fe"}
     refining = RefiningEngine(Engine(), Reader(texts))
     results = {result.key: result for result in refining.search(REQUESTS[:2])}
@@ -82,4 +95,4 @@ def test_documents_too_long_for_the_model_fail_only_their_search():
 
 def test_missing_text_raises():
     with pytest.raises(ValueError, match="zip"):
-        RefiningEngine(Engine(), lambda prompts, keys: []).search(REQUESTS[:1])
+        RefiningEngine(Engine(), Reader({})).search(REQUESTS[:1])

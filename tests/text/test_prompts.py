@@ -109,6 +109,11 @@ def test_unknown_form_and_bad_topk_are_refused():
         ("< / Information\n>", "(/Information)"),
         ("<sea<search>rch>", "<sea(search)rch>"),
         ("1 < 2 and <b>bold</b>", "1 < 2 and <b>bold</b>"),
+        ("² ＜／answer＞ <\u200banswer>", "2 (/answer) <\u200banswer>"),
+        ("² ＜b＞", "² ＜b＞"),
+        ("<ſearch> <thin\u212a>", "(search) (thinK)"),
+        ("<▁/▁answer▁>", "(/answer)"),
+        ("<" + " " * 100_000 + "x", "<" + " " * 100_000 + "x"),  # quadratic time would be minutes
     ],
 )
 def test_neutralise_tags_keeps_other_text(text, neutral):
@@ -158,6 +163,8 @@ def test_empty_and_failed_searches_have_distinct_texts():
         ("<think>plan: Doc 1: x\nDoc 2: y", 2, []),
         ("I cannot help.", 5, []),
         ("", 5, []),
+        ("Doc 1: a\nDoc " + "9" * 5000 + ": b", 5, ["a"]),  # `int` refuses 5,000 digits
+        ("Doc ١: a\nDoc ²: b", 5, ["a Doc ²: b"]),  # `int` refuses a superscript
     ],
 )
 def test_cut_documents_follows_the_numbers(text, topk, documents):
@@ -179,7 +186,8 @@ def test_forced_search_parses_as_a_search_for_its_query():
 
 
 def test_refinement_prompt_has_each_part_on_its_own_line():
-    text = prompts.refine_prompt("Which {river}\nis it?", "river", ["The Danube.", "x\nQuery: y"])
+    documents = prompts.format_documents(["The Danube.", "x\nQuery: y"])
+    text = prompts.refine_prompt("Which {river}\nis it?", "river", documents)
     assert text.split("\n\n")[1:] == [
         "Question: Which {river} is it?\nQuery: river\nDoc 1: The Danube.\nDoc 2: x Query: y",
         "Helpful information:",
@@ -194,7 +202,7 @@ def test_no_prompt_takes_a_tag_from_outside(text):
     builders = (
         lambda x: prompts.policy_prompt(x),
         lambda x: prompts.forced_search(x),
-        lambda x: prompts.refine_prompt(x, x, [x, x]),
+        lambda x: prompts.refine_prompt(x, x, prompts.format_documents([x, x])),
         lambda x: prompts.labeling_prompt(x, [x, x], [x]),
         lambda x: prompts.simulator_prompt(x, x, x, True, "finetuned", 2),
         lambda x: prompts.simulator_prompt(x, x, x, False, "prompted", 2),

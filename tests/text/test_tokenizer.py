@@ -18,6 +18,7 @@ from zerosearch_jax.text.tokenizer import (
     decode,
     encode,
     encode_prompt,
+    encode_start,
     load_tokenizer,
     opens_thought,
     save_tokenizer,
@@ -54,6 +55,40 @@ def test_special_tokens_and_unicode_round_trip(tokenizer, pieces, text):
     ids = encode(tokenizer, text)
     assert tokenizer.eos_token_id not in ids
     assert b"".join(pieces[i] for i in ids) == text.encode()
+
+
+long_texts = st.builds(
+    lambda pieces, repeats: "".join(pieces) * repeats,
+    st.lists(st.text(max_size=5) | st.sampled_from(["aab", "été", "🙂", " Chad", "  ", "12"])),
+    st.integers(1, 2000),
+)
+
+
+@settings(deadline=None)
+@given(long_texts, st.integers(0, 40))
+def test_the_start_of_a_text_has_the_tokens_of_the_whole_text(tokenizer, text, count):
+    assert encode_start(tokenizer, text, count) == encode(tokenizer, text)[:count]
+
+
+@pytest.mark.parametrize("piece", ["a", "Chad ", "🙂", "</answer>", "\u0301"])
+def test_the_start_of_a_long_text_is_encoded_without_the_rest(tokenizer, piece, monkeypatch):
+    read = []
+
+    def spy(tokenizer, text):
+        read.append(len(text))
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr("zerosearch_jax.text.tokenizer.encode", spy)
+    assert encode_start(tokenizer, piece * 1_000_000, 50) == encode(tokenizer, piece * 999)[:50]
+    assert sum(read) < 10_000
+
+
+@pytest.mark.parametrize("surrogate", ["\ud800", "\udfff", "\udc00\ud800"])
+def test_a_lone_surrogate_becomes_a_replacement_character(tokenizer, surrogate):
+    replaced = "\ufffd" * len(surrogate)
+    assert encode(tokenizer, f"a{surrogate}b") == encode(tokenizer, f"a{replaced}b")
+    prompt = encode_prompt(tokenizer, f"a{surrogate}b", system="")
+    assert prompt == encode_prompt(tokenizer, f"a{replaced}b", system="")
 
 
 def test_end_of_text_has_no_bytes_and_pads(tokenizer, pieces):

@@ -12,6 +12,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.rollout.scheduler import Limits
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt
+from zerosearch_jax.training.job_configs import RefineConfig
 from zerosearch_jax.training.prompt_limits import PromptLimit, fitting, prompt_limits
 
 
@@ -48,6 +49,17 @@ def policy_tokens(tokenizer, question: str) -> int:
 
 LIMITS = Limits(max_turns=2, response_tokens=40, observation_tokens=48)
 ROWS = [row("Which?", 1), row("word " * 600, 2), row("Who?", 3)]
+
+
+def test_the_refiner_needs_room_for_its_prompt_and_text(tiny_tokenizer):
+    refine = RefineConfig(max_new_tokens=300)
+    text = prompts.refine_prompt("Which?", "Which?", "")
+    needed = len(encode_prompt(tiny_tokenizer, text, system="")) + 300
+    fits = prompt_limits(policy(tiny_tokenizer, needed), LIMITS, refine=refine)
+    assert fitting(ROWS[:1], fits, "error") == ROWS[:1]
+    small = prompt_limits(policy(tiny_tokenizer, needed - 1), LIMITS, refine=refine)
+    with pytest.raises(UserError, match="refiner's prompt .*refine.max_new_tokens=300"):
+        fitting(ROWS[:1], small, "error")
 
 
 def test_a_prompt_may_fill_the_slot_up_to_the_response(tiny_tokenizer):

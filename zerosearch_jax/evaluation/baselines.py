@@ -16,7 +16,7 @@ than the model.
 |             | (arXiv 2501.05366), see `search.refine`                                           |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -30,8 +30,7 @@ from zerosearch_jax.parallel.processes import gather, part
 from zerosearch_jax.rollout.scheduler import Limits, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
 from zerosearch_jax.search.engine import SearchEngine
-from zerosearch_jax.search.http_client import SearchFailed
-from zerosearch_jax.search.refine import RefiningEngine
+from zerosearch_jax.search.refine import Refiner, RefiningEngine
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.job_configs import METHODS
 from zerosearch_jax.training.sections import GeneratorConfig
@@ -49,8 +48,7 @@ def run_method(
     limits: Limits,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    generate: Callable[[list[str], list[tuple[int, int]]], Sequence[str | SearchFailed]]
-    | None = None,
+    refiner: Refiner | None = None,
 ) -> list[Trajectory]:
     """Runs one episode per row; returns them in order, numbered by row.
 
@@ -61,17 +59,17 @@ def run_method(
       engine: may be None for the methods in `WITHOUT_ENGINE` and if `limits.max_turns` is 0.
       limits: only "search" and "search_o1" use its `max_turns`.
       key: a typed PRNG key for sampling; `jax.random.key(0)` if None. Greedy episodes ignore it.
-      generate: the model that refines documents for "search_o1", see `refiner`.
+      refiner: the model that refines documents for "search_o1", see `make_refiner`.
 
     Raises:
       UserError: unknown method.
-      ValueError: the method needs an engine or, for "search_o1", `generate`.
+      ValueError: the method needs an engine or, for "search_o1", `refiner`.
     """
     check_choice("method", method, METHODS)
     if method == "search_o1":
-        if engine is None or generate is None:
-            raise ValueError("search_o1 needs both: an engine, and generate to refine documents")
-        engine = RefiningEngine(engine, generate)
+        if engine is None or refiner is None:
+            raise ValueError("search_o1 needs both: an engine, and a refiner of its documents")
+        engine = RefiningEngine(engine, refiner)
     rollouts = Rollouts(
         generator,
         engine,
@@ -84,14 +82,14 @@ def run_method(
     return gather(rollouts.run(part(episodes), jax.random.key(0) if key is None else key))
 
 
-def refiner(
+def make_refiner(
     model: factory.Model, config: GeneratorConfig, mesh: jax.sharding.Mesh, *, max_new_tokens: int
 ) -> TextGenerator:
     """Builds the greedy generator with which "search_o1" refines documents.
 
     It holds a second copy of the weights and a second cache, because the policy's generator is
-    full of waiting episodes. Each slot must hold a request with all its documents and
-    `max_new_tokens`.
+    full of waiting episodes. Documents that do not fit a slot with their request and
+    `max_new_tokens` are cut.
     """
     return TextGenerator(
         factory.make_generator(model, config, mesh, stop_strings=()),

@@ -9,7 +9,9 @@ from zerosearch_jax.generate.generator import MIN_FINISHED_FRACTION, Generator, 
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.text import thoughts
-from zerosearch_jax.text.tokenizer import decode, encode_prompt, opens_thought
+from zerosearch_jax.text.tokenizer import cut_text, decode, encode_prompt, opens_thought
+
+_MARGIN_TOKENS = 16  # where texts join, or are cut, tokens may split
 
 
 class TextGenerator:
@@ -85,3 +87,12 @@ class TextGenerator:
                 texts[active.pop(slot)] += decode(self.tokenizer, written)
                 free[self.generator.replica_of(slot)].append(slot)
         return texts
+
+    def cut(self, text: str, prompt: str) -> str:
+        """Returns the start of `text` that fits a slot with `prompt` and `max_new_tokens`.
+
+        If `prompt` leaves no room, `text` is returned whole, so that its completion is `TooLong`.
+        """
+        used = len(encode_prompt(self.tokenizer, prompt, system="")) + self.max_new_tokens
+        room = self.generator.max_tokens - used - _MARGIN_TOKENS
+        return cut_text(self.tokenizer, text, room) if room > 0 else text

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from zerosearch_jax import config_flags
 from zerosearch_jax.data.qa import QARow, load_qa
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.evaluation.baselines import refiner, run_method
+from zerosearch_jax.evaluation.baselines import make_refiner, run_method
 from zerosearch_jax.evaluation.summary import SUMMARY, search_failures, summary, text_table
 from zerosearch_jax.files import (
     FORMAT,
@@ -237,7 +237,13 @@ def read_rows(path: Path) -> list[dict]:
 
 def load_sets(config: EvaluateConfig) -> dict[str, list[QARow]]:
     """Loads the question sets by name, without the questions that `data.overlong` drops."""
-    limits = prompt_limits(config.policy, config.limits, config.engines.values(), config.methods)
+    limits = prompt_limits(
+        config.policy,
+        config.limits,
+        config.engines.values(),
+        config.methods,
+        refine=config.refine if "search_o1" in config.methods else None,
+    )
     return {
         name: fitting(load_set(name, config.data.limit), limits, config.data.overlong)
         for name in config.data.sets
@@ -270,9 +276,9 @@ def evaluate_cases(
     engines = {
         name: factory.make_engine(config.engines[name], config.seed, config.mesh) for name in needed
     }
-    generate = None
+    refiner = None
     if any(case["method"] == "search_o1" for case in cases):
-        generate = refiner(
+        refiner = make_refiner(
             model, config.policy.generator, mesh, max_new_tokens=config.refine.max_new_tokens
         )
     for case in cases:
@@ -283,7 +289,7 @@ def evaluate_cases(
             model.tokenizer,
             question_sets[case["set"]],
             limits=limits_of(config.limits),
-            generate=generate,
+            refiner=refiner,
         )
         yield case, trajectories
 

@@ -28,7 +28,7 @@ from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResu
 from zerosearch_jax.search.http_client import closed_on_interrupt
 from zerosearch_jax.text import prompts, thoughts
 from zerosearch_jax.text.actions import parse_action
-from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, opens_thought
+from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, encode_start, opens_thought
 
 STOP_STRINGS = ("</search>", "</answer>")
 OPENINGS = ("", "answer", "search")
@@ -335,15 +335,16 @@ class Rollouts:
             text = prompts.search_failed(result.failure)
         else:
             text = prompts.format_documents(result.documents)
-        block = encode(self.tokenizer, prompts.information_block(text))
-        if len(block) <= self.limits.observation_tokens:
+        limit = self.limits.observation_tokens
+        block = encode_start(self.tokenizer, prompts.information_block(text), limit + 1)
+        if len(block) <= limit:
             return block
         tags = prompts.information_block("\0").split("\0")
         opening, closing = (encode(self.tokenizer, tag) for tag in tags)
-        text_tokens = self.limits.observation_tokens - len(opening) - len(closing)
+        text_tokens = limit - len(opening) - len(closing)
         if text_tokens < 0:
             raise UserError(
-                f"observation_tokens={self.limits.observation_tokens} is below the "
-                f"{len(opening) + len(closing)} tokens of the information tags; raise it"
+                f"observation_tokens={limit} is below the {len(opening) + len(closing)} tokens of "
+                "the information tags; raise it"
             )
-        return opening + encode(self.tokenizer, text)[:text_tokens] + closing
+        return opening + encode_start(self.tokenizer, text, text_tokens) + closing

@@ -11,7 +11,7 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
 from zerosearch_jax.text import prompts, thoughts
 from zerosearch_jax.text.actions import parse_action
-from zerosearch_jax.text.tokenizer import decode, encode, encode_prompt, opens_thought
+from zerosearch_jax.text.tokenizer import cut_text, decode, encode, encode_prompt, opens_thought
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.job_configs import LabelingConfig, ReaderConfig
 from zerosearch_jax.training.sections import MeshConfig
@@ -67,8 +67,9 @@ class Reader:
         return answers
 
     def _prompt(self, question: str, query: str, documents: Sequence[str]) -> list[int]:
-        text = encode(self.tokenizer, prompts.format_documents(documents))
-        block = prompts.information_block(decode(self.tokenizer, text[: self.observation_tokens]))
+        text = prompts.format_documents(documents)
+        cut = cut_text(self.tokenizer, text, self.observation_tokens)
+        block = prompts.information_block(cut)
         prompt = encode_prompt(self.tokenizer, prompts.policy_prompt(question))
         text = block + prompts.reader_opening(query)
         if opens_thought(self.tokenizer):

@@ -7,6 +7,7 @@ prompt or an episode.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from zerosearch_jax.text.thoughts import without_thoughts
@@ -121,9 +122,12 @@ _EXAMPLE_DOCUMENTS = {
 _MAX_ALIASES = 5  # gold answers in a labeller's prompt
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-_TAG = re.compile(r"<\s*(/?)\s*(think|search|information|answer)\s*>", re.IGNORECASE)
+# SentencePiece reads "▁" as a space. Possessive quantifiers keep a long run of spaces linear.
+_TAG = re.compile(
+    r"<[\s▁]*+(?:(/)[\s▁]*+)?(think|search|information|answer)[\s▁]*+>", re.IGNORECASE
+)
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
-_DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
+_DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*+(\d++)\s*+:")
 
 
 def policy_prompt(question: str) -> str:
@@ -145,17 +149,20 @@ def reader_opening(query: str) -> str:
     return f"<think> The {neutralise_tags(query)} is"
 
 
-def refine_prompt(question: str, query: str, documents: Sequence[str]) -> str:
+def refine_prompt(question: str, query: str, documents_text: str) -> str:
     """Returns the user turn that asks for the helpful information in the documents of `query`.
 
     This is Search-o1's "reason in documents" (arXiv 2501.05366, section 3). The paper's prompt also
     contains the reasoning so far.
+
+    Args:
+      documents_text: text of `format_documents`.
     """
     return _REFINE.format(
         nothing=NO_HELPFUL_INFORMATION,
         question=_one_line(question),
         query=_one_line(query),
-        documents=format_documents(documents),
+        documents=documents_text,
     )
 
 
@@ -181,9 +188,12 @@ def neutralise_tags(text: str) -> str:
     """Replaces the angle brackets of our tags by round ones: '</Answer >' becomes '(/Answer)'.
 
     The result contains no tag, even after nested ones. A replacement leaves neither angle brackets
-    nor a gap, so the text around it cannot join into a new tag.
+    nor a gap, so the text around it cannot join into a new tag. A tag in compatibility characters,
+    such as '＜/answer＞', counts as well, because a tokenizer may normalise the text (NFKC); the
+    whole text is then normalised.
     """
-    return _TAG.sub(r"(\1\2)", text)
+    normal = unicodedata.normalize("NFKC", text)
+    return _TAG.sub(r"(\1\2)", normal if _TAG.search(normal) else text)
 
 
 def _one_line(text: str) -> str:
@@ -264,7 +274,10 @@ def cut_documents(text: str, topk: int) -> list[str]:
     # The text before the first header, then the number and the text of each document.
     _, *pieces = _DOCUMENT_HEADER.split(without_thoughts(text))
     documents, last_number = [], 0
-    for number, document in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
+    for digits, document in zip(pieces[::2], pieces[1::2], strict=True):
+        number = int(
+            digits[:9]
+        )  # Nine digits exceed any topk, and `int` refuses very long numbers.
         if not last_number < number <= topk:
             break
         last_number = number

@@ -5,6 +5,7 @@ A thin layer over `transformers` and `tokenizers`.
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import takewhile
@@ -20,6 +21,8 @@ from zerosearch_jax.text import thoughts
 END_OF_TEXT = "<|endoftext|>"
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
+
+_SURPLUS = 64  # tokens that `encode_start` reads beyond twice the requested ones
 
 # Added tokens that text may spell: words, whitespace and single characters, and the tags of the
 # episode's grammar, which `text.prompts` neutralises in all text from outside.
@@ -76,10 +79,34 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     A control token spelled out in `text` is ordinary text, so that a document cannot end a turn.
     Control tokens are the special tokens and all other added tokens, except words, whitespace,
     single characters and the tags of the episode's grammar. A tag that is an added token becomes
-    that token, as in the policy's own text.
+    that token, as in the policy's own text. A character that the tokenizer refuses or drops, such
+    as a lone surrogate, becomes U+FFFD, so that the text around it cannot join into a tag.
     """
-    backend, _ = _unspellable(tokenizer)
-    return backend.encode(text.replace(_MARK, "\ufffd"), add_special_tokens=False).ids
+    backend, _, replaced = _unspellable(tokenizer)
+    return backend.encode(replaced.sub("\ufffd", text), add_special_tokens=False).ids
+
+
+def encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """Returns the first `count` tokens of `encode(tokenizer, text)`, or all if it has fewer.
+
+    The work is bounded by `count`: growing prefixes of `text` are encoded until one has about
+    twice as many tokens. The end of a prefix changes the tokens of its last word and of its last
+    run of combining characters, which the surplus covers. Only a single word or run that is
+    longer than the surplus may get other tokens than in the whole text, since Unicode
+    normalisation sorts a run as a whole. The tokens always spell a prefix of `text`.
+    """
+    size, enough = 16 * (count + _SURPLUS), 2 * count + _SURPLUS
+    while True:
+        ids = encode(tokenizer, text[:size])
+        if len(text) <= size or len(ids) >= enough:
+            return ids[:count]
+        size *= 4
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """Returns `text`, cut to its first `count` tokens if it has more."""
+    ids = encode_start(tokenizer, text, count + 1)
+    return text if len(ids) <= count else decode(tokenizer, ids[:count])
 
 
 def encode_prompt(
@@ -97,10 +124,10 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
         return _added_in_front(tokenizer) + encode(tokenizer, text)
-    backend, names = _unspellable(tokenizer)
+    backend, names, replaced = _unspellable(tokenizer)
     text = _render(tokenizer, user_text, system)
     head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
-    user = text[len(head) : len(text) - len(tail)].replace(_MARK, "\ufffd")
+    user = replaced.sub("\ufffd", text[len(head) : len(text) - len(tail)])
     contents = sorted(names, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
     head, tail = (control.sub(lambda match: names[match[0]], part) for part in (head, tail))
@@ -119,12 +146,15 @@ def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None)
 
 
 @lru_cache(maxsize=8)
-def _unspellable(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[str, str]]:
+def _unspellable(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Tokenizer, dict[str, str], re.Pattern[str]]:
     """Copies the tokenizer and gives its control tokens names that no text spells.
 
     Returns:
-      The copy, with the same ids, and the name of each control token by its content. The copy is
-      kept, so tokens must be added before the first text is encoded.
+      The copy, with the same ids; the name of each control token by its content; and a pattern of
+      the characters to replace. The copy is kept, so tokens must be added before the first text is
+      encoded.
     """
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     data |= dict(truncation=None, padding=None, post_processor=None)
@@ -146,7 +176,22 @@ def _unspellable(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, dict[st
         model["merges"] = [(a, b) for a, b in merges if names.keys().isdisjoint((a, b, a + b))]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    return Tokenizer.from_str(json.dumps(data)), names
+    backend = Tokenizer.from_str(json.dumps(data))
+    return backend, names, re.compile(f"[\ud800-\udfff{_MARK}{re.escape(_dropped(backend))}]")
+
+
+def _dropped(backend: Tokenizer) -> str:
+    """Returns the control and format characters that the tokenizer drops.
+
+    The vocabulary of SmolLM2, for example, lacks the bytes of six control characters. Without the
+    replacement, a "</" and an "answer>" with such a character in between would become a tag.
+    """
+
+    def tokens(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    characters = (c for c in map(chr, range(0x10000)) if unicodedata.category(c) in ("Cc", "Cf"))
+    return "".join(c for c in characters if tokens(f"<{c}>") == tokens("<>"))
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

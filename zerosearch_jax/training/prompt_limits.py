@@ -15,6 +15,7 @@ from zerosearch_jax.models.config import read_config
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
 from zerosearch_jax.training.config import RolloutConfig
+from zerosearch_jax.training.job_configs import RefineConfig
 from zerosearch_jax.training.sections import (
     LimitsConfig,
     PolicyConfig,
@@ -68,6 +69,7 @@ def prompt_limits(
     episode: LimitsConfig | RolloutConfig,
     searches: Iterable[SearchConfig] = (),
     methods: Sequence[str] = ("search",),
+    refine: RefineConfig | None = None,
 ) -> list[PromptLimit]:
     """Returns the limits of the policy's prompt and of the simulators' prompts.
 
@@ -78,6 +80,8 @@ def prompt_limits(
         simulator's prompt is measured with the question as the query, and must leave room for
         `max_new_tokens`. A longer query of the policy may fail its own search.
       methods: names of `evaluation.baselines.METHODS`, which begin with different texts.
+      refine: adds the limit of the prompt that refines documents. It is measured with the question
+        as the query and without documents, which are cut to fit.
 
     Raises:
       UserError: a directory holds no model or no tokenizer, or `observation_tokens` is too small.
@@ -109,6 +113,8 @@ def prompt_limits(
             f"config.policy.generator.max_tokens={size} less response_tokens={response_tokens}",
         )
     ]
+    if refine is not None:
+        limits.append(_refiner_limit(tokenizer, size, refine))
     local = [s for s in searches if s.engine == "simulated" and not s.simulator.url]
     return limits + [_simulator_limit(search.simulator, search.topk) for search in local]
 
@@ -116,6 +122,18 @@ def prompt_limits(
 def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
     read_config(directory)  # names a missing model directory better than the tokenizer's loader
     return load_tokenizer(directory)
+
+
+def _refiner_limit(
+    tokenizer: PreTrainedTokenizerBase, size: int, refine: RefineConfig
+) -> PromptLimit:
+    def tokens(row: QARow) -> int:
+        text = prompts.refine_prompt(row.question, row.question, "")
+        return len(encode_prompt(tokenizer, text, system=""))
+
+    new = refine.max_new_tokens
+    slot = f"config.policy.generator.max_tokens={size} less config.refine.max_new_tokens={new}"
+    return PromptLimit("refiner's prompt", tokenizer, tokens, size - new, slot)
 
 
 def _simulator_limit(simulator: SimulatorConfig, topk: int) -> PromptLimit:
