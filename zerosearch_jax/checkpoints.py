@@ -69,6 +69,7 @@ class Checkpoints(AbstractContextManager):
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
         if not read_only:
+            gather([None])  # every process has listed the steps
             self._delete_old()
 
     def save(
