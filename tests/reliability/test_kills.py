@@ -110,12 +110,13 @@ class Command:
         file_bytes: int = resource.RLIM_INFINITY,
     ) -> Run:
         """Runs the command, with `signals` at file operations or SIGKILL after some seconds."""
+        limited = file_bytes != resource.RLIM_INFINITY
         trace, log = self._scratch / "trace", self._scratch / "log"
         trace.write_text("")
         environment = os.environ | {
             "PYTHONPATH": str(Path(__file__).parent / "file_operations"),
             "FILE_OPERATIONS_FOLDER": str(workdir),
-            "FILE_OPERATIONS_TRACE": str(trace),
+            "FILE_OPERATIONS_TRACE": os.devnull if limited else str(trace),
             "FILE_OPERATIONS_SIGNALS": json.dumps(list(signals)),
             "XLA_FLAGS": "",  # one device, as users have
             "JAX_COMPILATION_CACHE_DIR": str(self._scratch / "compiled"),
@@ -335,7 +336,7 @@ ARGUMENTS = dict(
 )
 
 
-def resumed_as_expected(job: str, workdir: Path, before: dict[str, int], run: Run) -> str:
+def resumed_as_expected(job: str, before: dict[str, int], run: Run) -> str:
     """Returns a complaint if a run did not go on after the last thing that `before` has."""
     if job in ("rl", "sft"):
         words = f"resuming after step {before['steps']}"
@@ -392,7 +393,7 @@ def test_a_killed_job_resumes_and_ends_bit_identically(
                 failures.append(f"{story}:\n{run.output}")
             if run.status == 0:
                 break
-        complaint = resumed_as_expected(job, workdir, before, run)
+        complaint = resumed_as_expected(job, before, run)
         results = [result_of(workdir), command.result]
         if terminated:  # its checkpoint replaced an older one
             results = [without_older_checkpoints(result) for result in results]
@@ -402,7 +403,7 @@ def test_a_killed_job_resumes_and_ends_bit_identically(
         if run.status or complaint or different:
             failures.append(f"{story}: {complaint} {different}:\n{run.output}")
         print(f"{len(failures)} failures; {story}; {complaint}; {different}", flush=True)
-    hit = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
+    hit = ", ".join(f"{number} {phase}" for phase, number in sorted(phases.items()))
     tally(f"SIGKILL of {job}: {hit}", phases.total(), len(failures))
     assert not failures, "\n\n".join(failures)
 
@@ -413,22 +414,14 @@ def test_of_two_runs_at_once_in_a_workdir_exactly_one_is_refused(
 ):
     """The other one is killed, so each later try finds the lock file of a dead process."""
     arguments = evaluate_arguments(markov_model, questions)
-    command = [
-        sys.executable,
-        "-m",
-        "zerosearch_jax.main",
-        *arguments,
-        f"--workdir={tmp_path / 'run'}",
-    ]
+    arguments += [f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "zerosearch_jax.main", *arguments]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     rng, outcomes = random.Random(0), []
     for _ in range(tries):
         running = []
         for _ in range(2):
-            running.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-                )
-            )
+            running.append(subprocess.Popen(command, cwd=ROOT, **pipes))
             time.sleep(rng.uniform(0.0, 0.02))
         while all(process.poll() is None for process in running):
             time.sleep(0.01)
@@ -444,21 +437,18 @@ def test_of_two_runs_at_once_in_a_workdir_exactly_one_is_refused(
 
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_line_and_the_job_resumes(markov_model, tmp_path, tally):
-    """Files may have at most 2 to 128 KiB, less than a model, a checkpoint or a row."""
+    """Files may have at most 4 to 128 KiB, so that other writes fail in each try."""
     (tmp_path / "runs").mkdir()
-    command, tries, failures = (
-        Command(sft_arguments(markov_model, tmp_path), tmp_path / "runs"),
-        7,
-        [],
-    )
-    for power in range(tries):
-        workdir = tmp_path / "runs" / f"full{power}"
-        limited = command.run(workdir, file_bytes=2048 << power)
+    command = Command(sft_arguments(markov_model, tmp_path), tmp_path / "runs")
+    limits, failures = [2**power for power in range(12, 18)], []
+    for limit in limits:
+        workdir = tmp_path / "runs" / f"full{limit}"
+        limited = command.run(workdir, file_bytes=limit)
         whole = command.run(workdir)
         last = limited.output.strip().splitlines()[-1]
         if limited.status == 2 and not re.match(rf"error: {workdir}.*: File too large; ", last):
             failures.append(limited.output)
         if limited.status not in (0, 2) or whole.status or result_of(workdir) != command.result:
             failures.append(f"{limited.output}\n{whole.output}")
-    tally("full disk during sft", tries, len(failures))
+    tally("full disk during sft", len(limits), len(failures))
     assert not failures, "\n\n".join(failures)
