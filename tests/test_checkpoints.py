@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -80,9 +81,13 @@ def test_partly_written_checkpoint_is_ignored(tmp_path):
     partial = tmp_path / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "1", partial)
     shutil.rmtree(partial / "state")
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 1
+    assert partial.exists()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1
-        checkpoints.save(2, {"w": jnp.arange(4) + 1}, {})
+        checkpoints.save(3, {"w": jnp.arange(4) + 1}, {})  # not 2, which a SIGTERM may have saved
+        assert not partial.exists()
         restored, _ = checkpoints.restore(None, state)
     assert restored["w"].tolist() == [1, 2, 3, 4]
 
@@ -147,6 +152,34 @@ def test_empty_directory_is_refused(tmp_path):
 
 
 W, SHAPE = {"w": jnp.zeros((64,))}, {"step": int}
+
+
+def test_the_rest_of_a_deleted_checkpoint_is_removed(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, W, {})
+    (tmp_path / "1" / "metadata" / "metadata").unlink()  # killed while it deletes the first
+    with Checkpoints(tmp_path, read_only=True):
+        assert (tmp_path / "1").exists()
+    with Checkpoints(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_a_checkpoint_without_checksums_gets_them_when_it_is_restored(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    checksums = tmp_path / "2" / "checksums.json"
+    written = json.loads(checksums.read_text())
+    checksums.rename(f"{checksums}.part")  # killed before the last rename
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        checkpoints.restore(None, W)
+    assert not checksums.exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(None, W)
+        assert json.loads(checksums.read_text()) == written
+        assert not Path(f"{checksums}.part").exists()
+        _flip(_array_file(tmp_path / "2"))
+        checkpoints.restore(None, W)
+        assert checkpoints.latest_step() == 1
 
 
 @pytest.fixture(scope="module")

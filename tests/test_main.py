@@ -1,8 +1,10 @@
 """The command line: overrides reach the job, mistakes get one line and status 2."""
 
 import errno
+import fcntl
 import io
 import os
+import shutil
 import sys
 import types
 from dataclasses import dataclass
@@ -296,6 +298,22 @@ def test_a_workdir_in_use_is_refused(job, capsys):
     job.run = lambda config, workdir: seen.append("free")
     assert main.cli(["main", *arguments]) == 0  # the lock ended with the first run
     assert seen[1:] == ["free"]
+
+
+def test_a_lock_file_that_another_run_removes_is_not_held(tmp_path, monkeypatch):
+    """A run that ends removes its empty workdir, after another run has opened the lock file."""
+    flock, workdir, removed = fcntl.flock, tmp_path / "a" / "b", []
+
+    def after_the_removal(file, operation):
+        if not removed:
+            removed.append(shutil.rmtree(tmp_path / "a"))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_removal)
+    with locked(workdir):
+        assert removed and (workdir / "lock").read_text().startswith(f"process {os.getpid()} ")
+        with pytest.raises(UserError, match="in use"), locked(workdir):
+            pass
 
 
 def test_a_refused_run_leaves_no_directory(job, capsys):

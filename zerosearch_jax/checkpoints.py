@@ -41,7 +41,10 @@ class Checkpoints(AbstractContextManager):
     `STEP/checksums.json` has the SHA-256 of every file, because Orbax does not notice a changed
     byte in an array. A save therefore reads its files once more; with several processes, each
     reads a part. A run that is killed before it writes the checksums leaves a checkpoint without
-    them. Such a checkpoint is restored unchecked.
+    them. Such a checkpoint is restored unchecked, and then gets its checksums.
+
+    A run that is killed while it writes or deletes a checkpoint leaves parts of it. The next run
+    removes them.
 
     Args:
       metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
@@ -70,11 +73,17 @@ class Checkpoints(AbstractContextManager):
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    create=not read_only, read_only=read_only, enable_async_checkpointing=False
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                    enable_async_checkpointing=False,
                 ),
             )
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
+        if not read_only:
+            gather([None])  # every process has listed the steps
+            self._delete_old()
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
@@ -105,11 +114,7 @@ class Checkpoints(AbstractContextManager):
             self._write_checksums(step)
         if score is not None:
             self._scores[step] = score
-        # Old checkpoints go last, so that a failed save removes none.
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
-            if old != self.best_step():
-                self._manager.delete(old)
-                self._scores.pop(old, None)
+        self._delete_old()  # last, so that a failed save removes none
 
     def improves(self, score: float | None) -> bool:
         """Whether `score` is higher than the best score so far; False for None and NaN."""
@@ -167,7 +172,8 @@ class Checkpoints(AbstractContextManager):
 
     def _read(self, step: int, abstract_like: Any) -> tuple[Any, dict[str, Any]]:
         folder = self._directory / str(step)
-        if (folder / _CHECKSUMS).exists():
+        checked = (folder / _CHECKSUMS).exists()
+        if checked:
             self._compare_checksums(folder)
         saved = self._read_metadata(folder)
         self._check_same(step, saved["leaves"], _shapes(abstract_like))
@@ -186,6 +192,8 @@ class Checkpoints(AbstractContextManager):
                 raise  # too many open files, or an error of the disk
             trouble = f"{type(error).__name__} when it was read"
         _raise_damage(trouble)
+        if not checked and not self._read_only:
+            self._write_checksums(step)
         return result
 
     def _read_metadata(self, folder: Path) -> dict[str, Any]:
@@ -199,6 +207,12 @@ class Checkpoints(AbstractContextManager):
         _raise_damage(trouble)
         check_format(saved, folder)
         return saved
+
+    def _delete_old(self) -> None:
+        for old in sorted(self._manager.all_steps())[: -self._keep]:
+            if old != self.best_step():
+                self._manager.delete(old)
+                self._scores.pop(old, None)
 
     def _saved_score(self, step: int) -> float | None:
         """Returns the score in a checkpoint's metadata; None if it has none or is damaged."""
@@ -248,7 +262,8 @@ class Checkpoints(AbstractContextManager):
 
     def _write_checksums(self, step: int) -> None:
         folder = self._directory / str(step)
-        names = sorted(_files(folder))
+        # A kill in an earlier call leaves checksums.json.part.
+        names = sorted(name for name in _files(folder) if not name.startswith(_CHECKSUMS))
         sums = dict(gather([(name, _sha256(folder / name)) for name in part(names)]))
         if jax.process_index() == 0:
             write_json(folder / _CHECKSUMS, sums)

@@ -1,11 +1,6 @@
 """Tests of the collect job: its files, resuming after a kill, and its error messages."""
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -278,44 +273,6 @@ def test_pairs_can_take_the_labelers_labels(config, finished, tmp_path, monkeypa
     assert agreed["unclear"] == sum(r["labeler"] is None for r in labels) > 0
     assert agreed["searches"] + agreed["unclear"] == len(labels)
     assert f"kappa {agreed['kappa']:.3f}" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_resume_after_sigkill_at_random_moments_is_bit_identical(config_path, finished, tmp_path):
-    script = (
-        "import sys, jax; jax.config.update('jax_compilation_cache_dir', sys.argv[3])\n"
-        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
-        "from zerosearch_jax import config_flags; from zerosearch_jax.jobs import collect\n"
-        "collect.run(config_flags.load(sys.argv[1]), sys.argv[2])\n"
-    )
-    workdir, rng = tmp_path / "run", random.Random(1)
-    command = [sys.executable, "-c", script, str(config_path), str(workdir), str(tmp_path)]
-    sizes = []
-    for _ in range(10):
-        with (tmp_path / "log").open("w") as log:
-            run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            deadline = time.monotonic() + 300
-            size = _size(workdir)
-            # The first three runs are killed shortly after a write.
-            while len(sizes) < 3 and _size(workdir) == size and run.poll() is None:
-                assert time.monotonic() < deadline, "nothing written in five minutes"
-                time.sleep(0.002)
-            if len(sizes) < 3:
-                time.sleep(rng.uniform(0.0, 0.02))
-                run.send_signal(signal.SIGKILL)
-            run.wait(timeout=300)
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
-        sizes.append(_size(workdir))
-    assert len(sizes) == 3 and run.returncode == 0
-    for name in FILES:
-        assert (workdir / name).read_bytes() == (finished / name).read_bytes(), name
-
-
-def _size(workdir: Path) -> int:
-    paths = [workdir / name for name in ("episodes.jsonl", "labels.jsonl")]
-    return sum(path.stat().st_size for path in paths if path.exists())
 
 
 def test_episode_numbers_are_hashes_of_the_id(monkeypatch):

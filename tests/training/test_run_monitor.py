@@ -85,6 +85,18 @@ def test_too_many_skipped_updates_stop_a_run_that_could_roll_back(tmp_path):
         monitor.raise_if_stopped(1)
 
 
+def test_a_stop_at_the_last_step_lets_the_run_conclude(tmp_path):
+    config = _config("stop")
+    last, monitor = config.rl.steps, RunMonitor(config, tmp_path, {})
+    monitor.decide(COLLAPSED)
+    assert monitor.decision is STOP
+    for in_a_row in (0, config.watch.nonfinite_limit):
+        monitor.nonfinite.in_a_row = in_a_row
+        with pytest.raises(UserError):
+            monitor.raise_if_stopped(last - 1)
+        monitor.raise_if_stopped(last)
+
+
 def test_steps_end_at_a_plateau_also_after_a_resume(tmp_path):
     config, rows = _config(patience=2), []
     monitor = RunMonitor(config, tmp_path, {})

@@ -117,7 +117,7 @@ def run(config: ConfigDict, workdir: str, profile_steps: tuple[int, ...] = ()) -
                 if done % config.sft.checkpoint_every == 0 or last or terminated:
                     kept = {"skipped_in_a_row": nonfinite.in_a_row, "inputs": inputs}
                     checkpoints.save(done, state, kept)
-            if nonfinite.limit_reached:
+            if nonfinite.limit_reached and done < config.sft.steps:
                 nonfinite.raise_error(step)
             if terminated:
                 raise Terminated

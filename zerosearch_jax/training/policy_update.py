@@ -267,7 +267,7 @@ def combine(
       batches: the minibatch of each update.
     """
     metrics = {"skipped_updates": sum(update["skipped_updates"] for update in updates)}
-    for name in updates[0].keys() - metrics.keys():
+    for name in sorted(updates[0].keys() - metrics.keys()):
         last = 1 if name in FIRST_UPDATE_METRICS else len(updates)
         finite = [i for i, update in enumerate(updates[:last]) if np.isfinite(update[name])]
         values, weights = np.array([updates[i][name] for i in finite]), np.ones(len(finite))

@@ -21,7 +21,7 @@ class Decision(Enum):
     FINISH = "finish"
     """End training, export and evaluate: the evaluations are on a plateau."""
     STOP = "stop"
-    """End the run with an error (`RunMonitor.raise_if_stopped`)."""
+    """End the run with an error, if a step is left (`RunMonitor.raise_if_stopped`)."""
 
 
 class Plateau:
@@ -140,7 +140,12 @@ class RunMonitor:
             print(f"\nstep {done}: eval/em is on a plateau (rl.stop_when); training ends")
 
     def raise_if_stopped(self, done: int) -> None:
-        """Raises UserError if the decision of step `done` is to stop: why, and how to continue."""
+        """Raises UserError if the decision of step `done` is to stop: why, and how to continue.
+
+        After the last step nothing is left to stop. The run then ends as its resume would.
+        """
+        if done == self._steps:
+            return
         if self.nonfinite.limit_reached:
             self.nonfinite.raise_error(done - 1)
         if self.decision is Decision.STOP:

@@ -6,9 +6,9 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from zerosearch_jax import config_flags
 from zerosearch_jax.errors import UserError
@@ -29,6 +29,8 @@ FOLDERS = (
     *("tensorboard", "compiled", "profile"),
 )
 """The names that jobs write in a workdir."""
+
+_ATTEMPTS = 100  # to lock a file that other runs create and remove
 
 
 def check_workdir(workdir: str | Path) -> dict[str, Any] | None:
@@ -95,24 +97,8 @@ def locked(workdir: str | Path) -> Iterator[None]:
     """
     workdir = Path(workdir)
     created = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:
-        raise UserError(f"{workdir} cannot be created; give another --workdir") from None
     path = workdir / "lock"
-    with path.open("a+", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = " ".join(file.read(200).split()) or "another process"
-            raise UserError(
-                f"{workdir} is in use by {holder}; wait for it, end it, or give another --workdir"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
-                raise
-            print(f"warning: {workdir} cannot be locked; use it in one process at a time")
+    with _lock_file(path) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -125,3 +111,35 @@ def locked(workdir: str | Path) -> Iterator[None]:
                 with suppress(OSError):  # not empty
                     for folder in created:
                         folder.rmdir()
+
+
+def _lock_file(path: Path) -> TextIO:
+    """Opens and locks `path`; creates its directory. Raises as `locked`."""
+    for _ in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:
+            raise UserError(f"{path.parent} cannot be created; give another --workdir") from None
+        # Another run that ends may remove the file and its directory before or after the lock.
+        with ExitStack() as closing, suppress(FileNotFoundError):
+            file = closing.enter_context(path.open("a+", encoding="utf-8", errors="replace"))
+            _flock(file, path.parent)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                closing.pop_all()
+                return file
+    raise UserError(f"{path} disappears after each lock; end the processes that use {path.parent}")
+
+
+def _flock(file: TextIO, workdir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = " ".join(file.read(200).split()) or "another process"
+        raise UserError(
+            f"{workdir} is in use by {holder}; wait for it, end it, or give another --workdir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
+        print(f"warning: {workdir} cannot be locked; use it in one process at a time")
