@@ -45,7 +45,7 @@ from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.fingerprints import check_base, model_sha256
 from zerosearch_jax.training.inputs import check_job
-from zerosearch_jax.training.no_signal import no_signal, unanswered
+from zerosearch_jax.training.no_signal import failed_searches, no_signal, unanswered
 from zerosearch_jax.training.parts import (
     Parts,
     build,
@@ -233,6 +233,7 @@ def collect(
             searching=partial(timer.section, "search"),
             stop=stop,
         )
+    parts.notices.show(f"step {step + 1}", failed_searches(rollouts.trajectories))
     reason = no_signal(config, episode_metrics(rollouts.trajectories), rollouts.selected()[1])
     parts.notices.show(f"step {step + 1} teaches nothing", reason)
     return rollouts
@@ -253,7 +254,7 @@ def evaluate(
     reason = unanswered(episode_metrics(trajectories), "rollout")
     if trouble := search_failures(trajectories, config.eval.max_failed_searches):
         reason = "failed searches", f"{trouble}; its scores are no result; fix config.eval.search"
-    parts.notices.show("evaluation", reason)
+    parts.notices.show("evaluation", reason or failed_searches(trajectories))
     return trajectories
 
 
@@ -278,7 +279,7 @@ def eval_metrics(
         evaluated = evaluate(config, parts, rows)
     metrics = episode_metrics(evaluated)
     if search_failures(evaluated, config.eval.max_failed_searches):
-        metrics = {"failed_search_ratio": metrics["failed_search_ratio"]}
+        metrics = {name: value for name, value in metrics.items() if "failed_search" in name}
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

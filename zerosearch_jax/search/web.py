@@ -5,20 +5,21 @@ answers would turn a test of searching into a test of finding that page. DeepRes
 (arXiv 2504.03160) trains on the live web.
 """
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from urllib.parse import urldefrag, urlsplit
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
+from zerosearch_jax.search.http_client import JsonClient, answer_all
+from zerosearch_jax.search.server import read_key
 
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 KEYS = ("title", "snippet", "link")
 """Keys of a result that are read; the values are texts."""
 _PAGE = 10  # results on one page of Google; the filter needs more than topk
 
+_PATH = "/search"
 SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.com"}
 """Server address of each provider, for the client of a `WebEngine`."""
 KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
@@ -26,18 +27,8 @@ KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
 
 
 def api_key(provider: str) -> str:
-    """Returns the provider's API key. It is in the environment, never in a config or a log.
-
-    Raises:
-      UserError: the environment has no key.
-    """
-    key = os.environ.get(KEY_VARIABLES[provider])
-    if not key:
-        raise UserError(
-            f"web.provider={provider} needs an API key; set the environment variable "
-            f"{KEY_VARIABLES[provider]}"
-        )
-    return key
+    """Returns the provider's API key. Raises UserError as `read_key` does."""
+    return read_key(KEY_VARIABLES[provider])
 
 
 def filter_results(
@@ -127,7 +118,7 @@ class WebEngine:
         return [_document(result) for result in kept]
 
     def organic(self, query: str) -> list[Organic]:
-        """Returns the provider's unfiltered results; `record_of` converts them for a recording.
+        """Returns the provider's unfiltered results, reduced to the texts under `KEYS`.
 
         Raises:
           SearchFailed: no reply after the client's retries, or a reply of the wrong shape.
@@ -135,22 +126,29 @@ class WebEngine:
         results = max(self.topk, _PAGE)
         if self.provider == "serper":
             payload, headers = {"q": query, "num": results}, {"X-API-KEY": self._api_key}
-            return _organic(self.client.post("/search", payload, headers), "organic")
+            reply = self.client.post(_PATH, payload, headers)
+            # A reply to a search has its parameters; without a result it may lack the list.
+            if isinstance(reply, dict) and isinstance(reply.get("searchParameters"), dict):
+                reply.setdefault("organic", [])
+            return self._results(reply, "organic", "POST")
         params = {"engine": "google", "q": query, "num": results, "api_key": self._api_key}
-        reply = self.client.get("/search", params)
+        reply = self.client.get(_PATH, params)
         # SerpAPI omits the list if Google found nothing; such a search is successful.
         if isinstance(reply, dict) and "organic_results" not in reply:
             metadata = reply.get("search_metadata")
             if isinstance(metadata, dict) and metadata.get("status") == "Success":
                 return []
-        return _organic(reply, "organic_results")
+        return self._results(reply, "organic_results", "GET")
 
-
-def _organic(reply: object, key: str) -> list[Organic]:
-    found = reply.get(key) if isinstance(reply, dict) else None
-    if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
-        raise SearchFailed(f'/search: the reply has no list of results "{key}"')
-    return found
+    def _results(self, reply: object, key: str, method: str) -> list[Organic]:
+        found = reply.get(key) if isinstance(reply, dict) else None
+        if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
+            trouble = f'the reply has no list of results "{key}"'
+            raise self.client.wrong_shape(_PATH, trouble, method)
+        return [
+            {key: result[key] for key in KEYS if isinstance(result.get(key), str)}
+            for result in found
+        ]
 
 
 class RecordedWeb:

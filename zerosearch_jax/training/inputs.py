@@ -4,7 +4,6 @@ The module imports neither jax nor transformers, so `main` refuses a run within 
 """
 
 import os
-import re
 from pathlib import Path
 
 from zerosearch_jax.data.embedded import world
@@ -13,6 +12,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
 from zerosearch_jax.search import web
 from zerosearch_jax.search.http_client import JsonClient
+from zerosearch_jax.search.server import authorization
 from zerosearch_jax.training import validate
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.job_configs import (
@@ -107,14 +107,7 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 
 def _check_labeling(config: LabelingConfig) -> None:
     if config.kind == "server":
-        variable = config.server.key_variable
-        if variable and variable not in os.environ:
-            raise UserError(
-                f"config.labeling.server.key_variable={variable}: the environment has no such "
-                "variable; set it to the server's API key"
-            )
-        if variable:
-            check_api_key(variable)
+        check_key("labeling.server.key_variable", config.server.key_variable)
         check_server("labeling.url", config.url)
     elif config.kind != "none":
         check_model("labeling.model", config.model, config.generator)
@@ -136,14 +129,16 @@ def check_search(key: str, search: SearchConfig) -> None:
         if search.web.recording != "world":
             check_file(f"{key}.web.recording", search.web.recording)
     elif search.engine == "web":
-        web.api_key(search.web.provider)
-        check_api_key(web.KEY_VARIABLES[search.web.provider])
+        provider = search.web.provider
+        check_key(f"{key}.web.provider={provider}", web.KEY_VARIABLES[provider])
         check_server(f"{key}.web.provider={search.web.provider}", web.SERVERS[search.web.provider])
     elif search.engine == "retriever":
+        check_key(f"{key}.remote.key_variable", search.remote.key_variable)
         check_server(f"{key}.remote.url", search.remote.url)
     elif search.engine == "simulated":
         simulator = search.simulator
         if simulator.url:
+            check_key(f"{key}.remote.key_variable", search.remote.key_variable)
             check_server(f"{key}.simulator.url", simulator.url)
         else:
             check_model(f"{key}.simulator.model", simulator.model, simulator.generator)
@@ -188,25 +183,20 @@ def check_questions(source_key: str, source: str, split_key: str, split: str) ->
         check_file(source_key, source)
 
 
-def check_api_key(variable: str) -> None:
-    """Raises UserError if an API key cannot be sent in a header. The message shows no part of it.
-
-    Args:
-      variable: environment variable that holds the key.
-    """
-    if not re.fullmatch(r"[!-~]+", os.environ[variable]):
-        raise UserError(
-            f"the environment variable {variable} is empty or has a space, a line break or a "
-            "character that is not ASCII; set it to the API key alone"
-        )
-
-
 def check_file(key: str, path: str) -> None:
     """Raises UserError if `path` is not a file that this process may read."""
     if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise UserError(f"config.{key}={path}: no such file; fix the path")
     if not os.access(path, os.R_OK):
         raise UserError(f"config.{key}={path}: not readable; change the file's permissions")
+
+
+def check_key(key: str, variable: str) -> None:
+    """Raises UserError if `variable` is set but the environment has no valid API key there."""
+    try:
+        authorization(variable)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
 
 
 def check_server(key: str, url: str) -> None:
