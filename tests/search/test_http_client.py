@@ -19,7 +19,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.parallel.stop_request import StopRequest
 from zerosearch_jax.search import http_client
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
@@ -561,6 +562,19 @@ def test_ctrl_c_does_not_wait_for_requests(raw_server, through):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run()
+    assert time.monotonic() - began < 10
+    timer.join()
+
+
+def test_sigterm_does_not_wait_for_requests(raw_server):
+    client, stop = make_client(raw_server(hang), timeout_secs=60, sleep=None), StopRequest()
+    timer = threading.Timer(
+        0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)
+    )
+    timer.start()
+    began = time.monotonic()
+    with stop, pytest.raises(Terminated), stop.interruptible():
+        answer_all([request(0)], lambda _: client.post("/x", {}), workers=2)
     assert time.monotonic() - began < 10
     timer.join()
 
