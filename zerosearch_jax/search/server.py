@@ -31,14 +31,15 @@ def check_address(key: str, address: str) -> str:
         )
     if found := re.search(r"[?#\s]", address):
         raise UserError(
-            f"{key}={address}: remove the part from {found[0]!r} on; an address is a host, a port "
-            "and a path"
+            f"{key}={address[: found.start()]}…: remove the part from {found[0]!r} on; an address "
+            "is a host, a port and a path"
         )
     try:
         url = httpx.URL(address)
     except (httpx.InvalidURL, UnicodeError):
         url = None
-    if url is None or not re.fullmatch(r"[\w.:-]+", url.host) or not 0 < (url.port or 80) < 65_536:
+    valid = url is not None and re.fullmatch(r"[\w.:-]+", url.host)
+    if not valid or not 0 < (80 if url.port is None else url.port) < 65_536:
         raise UserError(f"{key}={address}: not an address; write it as http://HOST:PORT")
     return address.rstrip("/")
 
