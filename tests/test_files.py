@@ -12,8 +12,8 @@ import pytest
 
 from zerosearch_jax.checkpoints import Checkpoints
 from zerosearch_jax.data.records import Records
-from zerosearch_jax.errors import disk_error
-from zerosearch_jax.files import atomic_path, write_atomically
+from zerosearch_jax.errors import UserError, disk_error
+from zerosearch_jax.files import atomic_path, read_json, write_atomically, write_json
 from zerosearch_jax.models.weights import save_tensors
 from zerosearch_jax.telemetry.metrics import METRICS
 from zerosearch_jax.telemetry.recorder import Recorder
@@ -126,3 +126,39 @@ def test_a_file_in_place_of_the_checkpoints_is_refused(tmp_path):
 def test_other_errors_are_no_disk_errors():
     for error in (OSError("no number"), FileNotFoundError(2, "x", "y"), ValueError("os error 99")):
         assert disk_error(error) is None
+
+
+SHAPE = {
+    **{"id": str, "n?": int, "x": float | None, "list": [float, ...], "pair": (float, float)},
+    **{"map": {str: {"a": int}}, "choice": {"u", None}},
+}
+ROW = {"id": "a", "x": None, "list": [1, 2.5], "pair": [1, 2], "map": {"k": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"n": 3, "x": 10**18, "choice": "u", "other": [[]]}, ""),
+        ({"id": None}, "id: expected a text, not null"),
+        ({"n": True}, "n: expected a whole number, not true or false"),
+        ({"n": 2**63}, "n: expected a whole number, not one of more than 64 bits"),
+        ({"x": "1"}, "x: expected a number or null, not a text"),
+        ({"list": []}, "list: the list is empty"),
+        ({"list": [1, "a"]}, r"list\[1\]: expected a number"),
+        ({"pair": [1]}, "pair: expected 2 elements, not 1"),
+        ({"map": {"k": {}}}, "map.k.a is missing"),
+        ({"map": {"k\nl": 3}}, "map.k l: expected an object"),
+        ({"choice": "v"}, 'choice: expected one of "u", null'),
+        ({"id": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_a_value_of_another_shape_is_refused_with_its_key(tmp_path, change, message):
+    path = tmp_path / "a.json"
+    row = ROW | {"choice": None} | change
+    write_json(path, row)
+    if not message:
+        assert read_json(path, SHAPE, "fix it") == row
+        return
+    with pytest.raises(UserError, match=f"^{path}: .*{message}.*; fix it$"):
+        read_json(path, SHAPE, "fix it")

@@ -147,7 +147,8 @@ def _mismatch(value: Any, shape: Any, key: str) -> str:
     """Returns the first difference from `shape`, or ""."""
     if isinstance(shape, set):
         known = any(type(value) is type(one) and value == one for one in shape)
-        return "" if known else f"{key}: expected one of {sorted(map(repr, shape))}"
+        choices = ", ".join(sorted(map(json.dumps, shape)))
+        return "" if known else f"{key}: expected one of {choices}"
     types_of = {dict: dict, list: list, tuple: list}
     expected = types_of.get(type(shape), shape)
     if not any(_is_of(value, one) for one in typing.get_args(expected) or [expected]):
