@@ -288,7 +288,7 @@ def test_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match="empty.jsonl: the file has no rows"):
         load_recording(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    with pytest.raises(UserError, match="latin.jsonl: not UTF-8"):
+    with pytest.raises(UserError, match="latin.jsonl: row 1: not UTF-8"):
         load_recording(tmp_path / "latin.jsonl")
 
 

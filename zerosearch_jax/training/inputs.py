@@ -186,7 +186,7 @@ def check_questions(source_key: str, source: str, split_key: str, split: str) ->
 
 def check_file(key: str, path: str) -> None:
     """Raises UserError if `path` is not a file that this process may read."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise UserError(f"config.{key}={path}: no such file; fix the path")
     if not os.access(path, os.R_OK):
         raise UserError(f"config.{key}={path}: not readable; change the file's permissions")
