@@ -6,6 +6,7 @@ set, a model, the web). This module neutralises their tags, because here they be
 prompt or an episode.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -121,7 +122,8 @@ _EXAMPLE_DOCUMENTS = {
 _MAX_ALIASES = 5  # gold answers in a labeller's prompt
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-_TAG = re.compile(r"<\s*(/?)\s*(think|search|information|answer)\s*>", re.IGNORECASE)
+# The quantifiers are possessive, so that a long run of spaces takes linear time.
+_TAG = re.compile(r"<\s*+(/?)\s*+(think|search|information|answer)\s*+>", re.IGNORECASE)
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*(\d+)\s*:")
 
@@ -264,7 +266,9 @@ def cut_documents(text: str, topk: int) -> list[str]:
     # The text before the first header, then the number and the text of each document.
     _, *pieces = _DOCUMENT_HEADER.split(without_thoughts(text))
     documents, last_number = [], 0
-    for number, document in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
+    for digits, document in zip(pieces[::2], pieces[1::2], strict=True):
+        # Python refuses to convert thousands of digits.
+        number = int(digits) if len(digits) < 20 else math.inf
         if not last_number < number <= topk:
             break
         last_number = number
