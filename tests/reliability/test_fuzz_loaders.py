@@ -126,7 +126,7 @@ def _nodes(value):
 def _change_rows(rows: list, rng: Random, hostile: list) -> list:
     """Replaces, drops or renames values of the rows."""
     rows = copy.deepcopy(rows)
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.randint(0, 3)):
         if not (nodes := list(_nodes(rows))):
             break
         container, key = rng.choice(nodes)
@@ -144,7 +144,7 @@ def _content(suffix: str, rows: list, rng: Random) -> bytes:
     """Writes the rows, after changes, in the format of the suffix."""
     if suffix == ".parquet":
         columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-        for _ in range(rng.randint(0, 2)):
+        for _ in range(rng.randint(0, 3)):
             value = rng.choice(VALUES)
             columns[rng.choice(sorted(columns))] = [value] * len(rows)
         file = io.BytesIO()

@@ -158,6 +158,8 @@ def test_empty_and_failed_searches_have_distinct_texts():
         ("<think>plan: Doc 1: x\nDoc 2: y", 2, []),
         ("I cannot help.", 5, []),
         ("", 5, []),
+        (f"Doc 1: a Doc {'9' * 5000}: b", 5, ["a"]),
+        (f"Doc {'9' * 5000}: b", 5, []),
     ],
 )
 def test_cut_documents_follows_the_numbers(text, topk, documents):

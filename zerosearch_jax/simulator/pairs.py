@@ -258,7 +258,7 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
         answer_key = key
         prompt = _only_turn(where, key, row[key], _USER)
         answer = _only_turn(where, key, row[key], _ASSISTANT)
-    parsed = _parse_prompt(prompt) if isinstance(prompt, str) else None
+    parsed = parse_prompt(prompt) if isinstance(prompt, str) else None
     if parsed is None:
         raise UserError(
             f"{where}: key {key!r}: the user's text is not the simulator's prompt, which holds a "
@@ -280,7 +280,7 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
     )
 
 
-def _parse_prompt(text: str) -> tuple[str, str, str, str] | None:
+def parse_prompt(text: str) -> tuple[str, str, str, str] | None:
     """Returns question, answer, query and label of the simulator's prompt; None for other texts.
 
     A prompt has the form, in which quotes and other whitespace are optional because they differ
