@@ -115,7 +115,7 @@ def _os_error_number(error: Exception) -> int | None:
     """Returns the error number of the operating system, which may only be in the message."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d+)", str(error))
+    found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d{1,9})", str(error))
     return int(found[1]) if found else None
 
 

@@ -72,9 +72,13 @@ def test_passages_of_a_synthetic_world_answer_its_questions():
     assert all(any(row.golden_answers[0] in text for text in texts) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:x:1", "synthetic:0:1"])
+@pytest.mark.parametrize("name", [
+    "synthetic:", "synthetic:3", "synthetic:x:1", "synthetic:0:1", "synthetic:-3:1",
+    "synthetic:3:-1", f"synthetic:{'1' * 5000}:1", f"synthetic:3:{'1' * 5000}",
+    "synthetic:99999999999:1",
+])  # fmt: skip
 def test_a_misspelt_synthetic_world_is_refused(name):
-    with pytest.raises(UserError, match="synthetic:COUNT:SEED|no entities"):
+    with pytest.raises(UserError, match="synthetic:COUNT:SEED|entities; set COUNT"):
         load_passages(name)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import pyarrow
 import pyarrow.parquet
@@ -203,3 +204,91 @@ def test_missing_and_undecodable_files_are_refused(tmp_path):
         load_qa(str(path), "test")
     with pytest.raises(UserError, match="limit 0"):
         load_qa("world", "test", 0)
+
+
+GOOD = b'{"question": "q", "golden_answers": ["x"]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("a.jsonl", rb'{"question": "\ud800", "golden_answers": ["x"]}', "surrogate"),
+        ("a.jsonl", rb'{"question": "q", "golden_answers": ["x\udfff"]}', "surrogate"),
+        ("a.jsonl", rb'{"id": "\ud800", "question": "q", "golden_answers": ["x"]}', "surrogate"),
+        ("a.jsonl", rb'{"question": "q", "golden_answers": "[\"\\ud800\"]"}', "readable list"),
+        ("a.jsonl", rb'{"question": "q", "golden_answers": "[\u0027\\ud800\u0027]"}', "readable"),
+        ("a.jsonl", b'{"question": "\xe9"}', "not UTF-8"),
+        ("a.jsonl", b'{"question": "\xed\xa0\x80"}', "not UTF-8"),
+        ("a.jsonl", GOOD.decode().encode("utf-16"), "not UTF-8"),
+        ("a.jsonl", b"1" * 5000, "4300 digits"),
+        ("a.jsonl", b"[" * 100_000, "nested too deeply"),
+        ("a.jsonl", b'{"question": "q", "golden_answers": "' + b"[" * 100_000 + b']"}', "readable"),
+        ("a.tsv", b"q\0\tx", "not UTF-8"),
+        ("a.csv", b"q," + b"x" * 200_000, "shorten the cell"),
+    ],
+)
+def test_hostile_rows_are_refused_by_number_in_one_short_line(tmp_path, name, row, message):
+    path = tmp_path / name
+    path.write_bytes((GOOD if name == "a.jsonl" else b"q,x\tx\n") * 2 + row + b"\n")
+    if name == "a.csv":
+        path.write_bytes(b"q,x\nq,x\n" + row)
+    with pytest.raises(UserError, match=rf"{name}: row 3: .*{message}") as error:
+        load_qa(str(path), "test")
+    assert len(str(error.value)) < 300 + len(str(path)) and "\n" not in str(error.value)
+
+
+def test_numbers_beyond_the_floats_are_texts(tmp_path):
+    path, number = tmp_path / "a.jsonl", "1" * 400
+    path.write_text(f'{{"id": {number}, "question": "q", "golden_answers": [{number}]}}\n')
+    (row,) = load_qa(str(path), "test")
+    assert (row.id, row.golden_answers) == (number, (number,))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([1, 2], pyarrow.timestamp("ns")),
+        pyarrow.array([1, 2**60], pyarrow.timestamp("us")),
+        pyarrow.array([1, 2], pyarrow.timestamp("s", "No/Zone")),
+        pyarrow.array([b"a", b"\xff"]).view(pyarrow.string()),
+    ],
+    ids=["nanoseconds", "far future", "unknown zone", "not UTF-8"],
+)
+def test_parquet_values_that_python_lacks_are_refused_with_the_file(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    columns = {"question": ["q", "r"], "golden_answers": ["x", "y"], "other": column}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(UserError, match=r"a\.parquet: row 1 or later: not readable: "):
+        load_qa(str(path), "test")
+
+
+@pytest.mark.parametrize("position", [4, 10, 0.5, -10])
+def test_a_parquet_file_with_a_flipped_byte_is_refused_with_a_reason(tmp_path, position):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"question": ["q"], "golden_answers": ["x"]})
+    pyarrow.parquet.write_table(table, path)
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content)) if position == 0.5 else position] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: .*readable.*: [A-Z]") as error:
+        load_qa(str(path), "test")
+    assert "None" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "content"),
+    [("dataset_info.json", b"[" * 100_000), ("dataset_info.json", b""), ("*-test.*", b""),
+     ("*-test.*", b"\0" * 1000), ("dataset_info.json", None)],
+)  # fmt: skip
+def test_a_damaged_tfds_dataset_is_refused_with_its_folder(
+    data_dir, tmp_path, monkeypatch, pattern, content
+):
+    place = prepare(data_dir)
+    copy = shutil.copytree(place, tmp_path / place.name)
+    (damaged,) = copy.rglob(pattern)
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content)
+    with pytest.raises(UserError, match=f"{place.name}: .*delete this folder"):
+        load_questions("test", tmp_path)

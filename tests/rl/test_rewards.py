@@ -233,3 +233,12 @@ def test_stage_one_lasts_stage_one_steps():
     assert [reward(step) for step in range(5)] == [1, 1, 1, *[pytest.approx(2 / 3)] * 2]
     assert reward(2, searches=0) == 0.5
     assert reward(3, searches=0) == pytest.approx(2 / 3)
+
+
+TOKENS = st.lists(st.sampled_from(["a1", "b", "a1b", "漢"]), min_size=1, max_size=6)
+
+
+@given(TOKENS, st.lists(st.sampled_from(["a1", "b", "漢"]), min_size=1, max_size=3))
+def test_cover_match_finds_runs_of_whole_tokens(answer, gold):
+    runs = [answer[i : i + len(gold)] for i in range(len(answer))]
+    assert rewards.cover_exact_match(" ".join(answer), [" ".join(gold)]) == (gold in runs)

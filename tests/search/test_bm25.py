@@ -121,6 +121,19 @@ def test_words_of_latin_greek_and_cyrillic_text_are_those_of_a_plain_regex(text)
     assert words(text) == re.findall(r"\w+(?:['.]\w+)*", plain.lower())
 
 
+@given(st.text(st.characters(categories=["L", "M", "N", "P", "Cf"]), max_size=12))
+def test_folding_by_character_equals_folding_the_text(text):
+    decomposed = unicodedata.normalize("NFKD", text.translate(matching._LETTERS))
+    voicing = "\u3099\u309a"
+    kept = "".join(c for c in decomposed if not unicodedata.combining(c) or c in voicing)
+    assert matching.fold(text) == unicodedata.normalize("NFC", kept)
+
+
+def test_a_corpus_without_words_is_refused():
+    with pytest.raises(UserError, match="no passage has a word"):
+        BM25Engine([passage(0, "!!!"), passage(1, "the")])
+
+
 def test_empty_corpus_is_refused():
     with pytest.raises(UserError, match="corpus is empty"):
         BM25Engine([])

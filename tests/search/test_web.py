@@ -45,6 +45,9 @@ def test_filter_drops_incomplete_and_repeated_results():
         {"title": "t", "snippet": "no link"},
         result("t", "no host", "/search?q=x"),
         result("t", "bad host", "https://[::1"),
+        result("t", "bad host with a part", "https://[bad#x"),
+        result("t", "character that no host has", "https://a\u2100b.example/#x"),
+        result("t", "endless link", f"https://a.example/{'x' * 10_000}"),
         result("other", "other", "https://a.example/0"),
         result("other", "other", "https://a.example/0#part"),
         result("other", "s0 ", "https://mirror.example/0"),
@@ -303,7 +306,7 @@ def test_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match="empty.jsonl: the file has no rows"):
         load_recording(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
-    with pytest.raises(UserError, match="latin.jsonl: not UTF-8"):
+    with pytest.raises(UserError, match="latin.jsonl: row 1: not UTF-8"):
         load_recording(tmp_path / "latin.jsonl")
 
 

@@ -1,6 +1,7 @@
 """Tests of reading, writing and formatting the simulator's training pairs."""
 
 import json
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.simulator.pairs import Pair, load_pairs, pair_segments, save_pairs
+from zerosearch_jax.simulator.pairs import Pair, load_pairs, pair_segments, parse_prompt, save_pairs
 from zerosearch_jax.text import prompts
 
 PAIR = Pair(
@@ -174,3 +175,41 @@ def test_a_bad_file_is_refused(tmp_path, name, text, message):
         path.write_text(text)
     with pytest.raises(UserError, match=rf"{name}: .*{message}"):
         load_pairs(path)
+
+
+def test_numbers_of_thousands_of_digits_end_the_documents_of_a_chat(tmp_path):
+    answer = f"Doc 1: The Chari Doc {'9' * 5000}: b"
+    (pair,) = load_pairs(_write(tmp_path / "a.jsonl", [{"prompt": PROMPT, "output": answer}]))
+    assert pair.documents == ("The Chari",)
+
+
+# The grammar of a prompt. It defines the fields, but takes polynomial time.
+GRAMMAR = re.compile(
+    r'\A.*answer the question:\s*"?(?P<question>.+?)"?\s+whose answer is (?P<answer>.+?)\.?\s*\n'
+    r".*\n\s*Query:\s*(?P<query>[^\n]+?)\s*\n\s*(?P<label>Useful|Noisy) Output:\s*\Z",
+    re.DOTALL,
+)
+SPACE = st.sampled_from(["", " ", "  ", "\n", "\r\n", " \n\n "])
+PART = st.sampled_from(
+    ["x", "y z", '"', ".", " ", "U.S.", "\n", "Query:", "answer the question:", "Noisy Output:"]
+)
+FIELD = st.lists(PART, min_size=1, max_size=4).map(lambda parts: "".join(["a", *parts, "b"]))
+FORM = '{}answer the question:{}"{}"{} whose answer is {}.{}\n{}\n{}Query:{}{}{}\n{}{} Output:{}'
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.tuples(
+        PART, SPACE, FIELD, SPACE, FIELD, SPACE, PART, SPACE, SPACE,
+        FIELD.map(lambda text: text.replace("\n", " ")), SPACE, SPACE,
+        st.sampled_from(["Useful", "Noisy"]), SPACE,
+    ),
+    st.sampled_from(["", '"', ".", "\n", "Useful Output:", " whose answer is "]),
+)  # fmt: skip
+def test_prompts_are_parsed_as_by_the_grammar(parts, dropped):
+    text = FORM.format(*parts)
+    if dropped:
+        text = text.replace(dropped, "", 1)
+    match = GRAMMAR.search(text)
+    expected = match and (*match.group("question", "answer", "query"), match["label"].lower())
+    assert parse_prompt(text) == expected

@@ -165,6 +165,7 @@ def test_empty_and_failed_searches_have_distinct_texts():
         ("", 5, []),
         ("Doc 1: a\nDoc " + "9" * 5000 + ": b", 5, ["a"]),  # `int` refuses 5,000 digits
         ("Doc ١: a\nDoc ²: b", 5, ["a Doc ²: b"]),  # `int` refuses a superscript
+        (f"Doc {'9' * 5000}: b", 5, []),
     ],
 )
 def test_cut_documents_follows_the_numbers(text, topk, documents):

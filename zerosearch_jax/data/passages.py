@@ -1,5 +1,6 @@
 """Loads the passages of a corpus, which real engines search."""
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def load_passages(source: str) -> list[Passage]:
         entities, seed = synthetic_world(source)
         return corpus(entities, seed)
     path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise UserError(
-            f"corpus {source!r}: choose world, {PREFIX}COUNT:SEED or an existing .jsonl file"
-        )
+    if path.suffix != ".jsonl":
+        raise UserError(f"corpus {source!r}: choose world, {PREFIX}COUNT:SEED or a .jsonl file")
     return [_passage(f"{path}: row {number}", row) for number, row in read_rows(path)]
 
 
@@ -38,7 +37,9 @@ def _passage(where: str, row: object) -> Passage:
         raise UserError(f'{where}: expected {{"id", "contents"}}; fix or delete the row')
     key, contents = as_text(row["id"]), row["contents"]
     if key is None:
-        raise UserError(f"{where}: key 'id' is {row['id']!r}; set it to a text or a number")
+        raise UserError(
+            f"{where}: key 'id' is {reprlib.repr(row['id'])}; set it to a text or a number"
+        )
     if not isinstance(contents, str) or not contents.strip():
         raise UserError(f"{where}: key 'contents' is empty; set it to a text")
     title, _, text = contents.strip().partition("\n")

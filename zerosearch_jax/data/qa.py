@@ -8,6 +8,7 @@ In every format, gold answers are a list, one answer, or a text that holds a lis
 """
 
 import itertools
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,7 +90,8 @@ def load_qa(
         raise UserError(f"{path}: the file has no rows; use a file with at least one question")
     if dropped:
         where, text = dropped[0]
-        print(f"{len(dropped)} gold answers without a word dropped, first in {where}: {text!r}")
+        text = reprlib.repr(text)
+        print(f"{len(dropped)} gold answers without a word dropped, first in {where}: {text}")
     return loaded
 
 
@@ -106,14 +108,15 @@ def golden_answers(where: str, value: object) -> tuple[str, ...]:
     found = as_list(value)
     if found is None:
         raise UserError(
-            f"{where}: key 'golden_answers': {value!r} is not a readable list; write a list such "
-            "as ['Paris', 'City of Light']"
+            f"{where}: key 'golden_answers': {reprlib.repr(value)} is not a readable list; write a "
+            "list such as ['Paris', 'City of Light']"
         )
     texts = [as_text(answer) for answer in found]
     if None in texts and value is not None:
+        bad = reprlib.repr(found[texts.index(None)])
         raise UserError(
-            f"{where}: key 'golden_answers': {found[texts.index(None)]!r} is neither text nor a "
-            "number; write it as a text or delete it"
+            f"{where}: key 'golden_answers': {bad} is neither text nor a number; write it as a "
+            "text or delete it"
         )
     if value is None or not texts:
         raise UserError(
@@ -128,7 +131,7 @@ def scored_answers(where: str, answers: tuple[str, ...]) -> tuple[str, ...]:
     kept = tuple(answer for answer in answers if score_tokens(answer))
     if not kept:
         raise UserError(
-            f"{where}: key 'golden_answers': {', '.join(map(repr, answers))}: only punctuation and "
+            f"{where}: key 'golden_answers': {reprlib.repr(list(answers))}: only punctuation and "
             "articles, so no answer could score; add an answer or delete the row"
         )
     return kept
@@ -162,7 +165,7 @@ def _row(path: Path, number: int, split: str, raw: object) -> QARow:
         )
     question = raw.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: key 'question' is missing or empty; set it to a text")
+        raise UserError(f"{where}: key 'question' is missing, empty or no text; set it to a text")
     answers = raw.get("golden_answers")
     answers = golden_answers(where, _target(raw) if answers is None else answers)
     name = _label(where, raw, "data_source") or path.stem
@@ -175,7 +178,9 @@ def _label(where: str, raw: Mapping, key: str) -> str:
     value = raw.get(key)
     text = "" if value is None else as_text(value)
     if text is None:
-        raise UserError(f"{where}: key {key!r} is {value!r}; set it to a text or delete it")
+        raise UserError(
+            f"{where}: key {key!r} is {reprlib.repr(value)}; set it to a text or delete it"
+        )
     return text
 
 

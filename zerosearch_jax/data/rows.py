@@ -7,8 +7,10 @@
 | `.parquet`      | a row of the table, by column name    | of the row   |
 | `.tsv`, `.csv`  | a line of cells, a list of texts      | of the line  |
 
-Text files are UTF-8. A byte order mark at the start and blank lines are skipped. A loader turns
-rows into its own type with `as_text` and `as_list`, so that a value means the same in each format.
+Text files are UTF-8. A byte order mark at the start and blank lines are skipped. A row with half of
+a surrogate pair, such as JSON's "\\ud800", is refused: it is no character, and no later step could
+encode or tokenise it. A loader turns rows into its own type with `as_text` and `as_list`, so that a
+value means the same in each format.
 
 Cells are separated by tabs in a `.tsv`, and by commas in a `.csv` unless its first row contains a
 tab (DPR's files). A cell that begins with a quotation mark ends at the next one; a doubled mark
@@ -18,24 +20,27 @@ silently swallow the rows up to the next mark.
 
 import ast
 import csv
-import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from zerosearch_jax import files
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_errors
 
-_TEXT = r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+# The quantifiers are possessive: a text that is no list is refused without backtracking.
+_TEXT = r"""[uU]?(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+_NUMBER = r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:[eE][-+]?\d++)?"
 _ITEM = re.compile(f"{_TEXT}|{_NUMBER}", re.DOTALL)
 # A list without commas, as numpy prints it, does not match: Python would join its texts into one.
 _PYTHON_LIST = re.compile(
-    rf"\[\s*(?:(?:{_ITEM.pattern})(?:\s*,\s*(?:{_ITEM.pattern}))*\s*,?)?\s*\]", re.DOTALL
+    rf"\[\s*+(?:(?:{_ITEM.pattern})\s*+(?:,\s*+(?:{_ITEM.pattern})\s*+)*+,?\s*+)?\]", re.DOTALL
 )
 _LIST_LIKE = re.compile(r"\s*\[(?:.*\]\s*\Z|\s*['\"])", re.DOTALL)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class _Float(float):
@@ -60,15 +65,16 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
       UserError: the file is missing, unreadable, not UTF-8 or empty, or a row is invalid.
     """
     path, number = Path(path), 0
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; fix the path")
-    try:
-        for number, row in READERS[path.suffix](path):
-            yield number, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check it") from error
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
+        what = "not a regular file" if os.path.exists(path) else "no such file"
+        raise UserError(f"{path}: {what}; fix the path")
+    for number, row in READERS[path.suffix](path):
+        if _has_half_pair(row):
+            raise UserError(
+                f"{path}: row {number}: half of a surrogate pair, such as \\ud800, is no "
+                "character; fix or delete the row"
+            )
+        yield number, row
     if not number:
         raise UserError(f"{path}: the file has no rows; use a file with at least one")
 
@@ -80,22 +86,26 @@ def as_text(value: object) -> str | None:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else str(value)
 
 
 def as_list(value: object) -> list | None:
     """Returns the elements of a list, also of one that is written as text; else `[value]`.
 
     The text may be JSON or a Python literal: `["Paris", 5]` or `['Paris', 5]`. None if the text
-    looks like a list but is neither.
+    looks like a list but is neither, or if the list holds half of a surrogate pair.
     """
     if isinstance(value, list | tuple):
         return list(value)
     if not isinstance(value, str) or not _LIST_LIKE.match(value):
         return [value]
-    text = value.strip()
+    found = _parse_list(value.strip())
+    return None if _has_half_pair(found) else found
+
+
+def _parse_list(text: str) -> list | None:
     try:
         return parse_json(text)
     except ValueError:
@@ -118,9 +128,32 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _has_half_pair(value: object) -> bool:
+    """Returns whether a text in `value`, at any depth, holds half of a surrogate pair."""
+    pending = [value]
+    while pending:  # no recursion: JSON may be nested more deeply than Python's stack allows
+        value = pending.pop()
+        if isinstance(value, str):
+            if not value.isascii() and _HALF_PAIR.search(value):
+                return True
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            pending += value
+    return False
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    # Undecodable bytes become halves of surrogate pairs, so the error can name their line.
+    with (
+        named_errors(path, "check the file"),
+        path.open(encoding="utf-8-sig", errors="surrogateescape") as lines,
+    ):
         for number, line in enumerate(lines, 1):
+            if "\0" in line or _has_half_pair(line):
+                raise UserError(
+                    f"{path}: row {number}: not UTF-8 text; convert the file to UTF-8, uncompressed"
+                )
             if line.strip():
                 yield number, line.rstrip("\n")
 
@@ -134,10 +167,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    text = files.read_text(path, "convert the file to UTF-8, uncompressed")
     try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise
+        rows = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); fix the file") from error
     if not isinstance(rows, list):
@@ -147,17 +179,19 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
     """Reads one batch of rows into memory at a time."""
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches())
-            yield from enumerate(itertools.chain.from_iterable(batches), 1)
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({error}); download or write it again"
-        ) from error
+    fix = "download or write it again"
+    with named_errors(f"{path}: not a readable parquet file", fix):
+        file = pyarrow.parquet.ParquetFile(path)
+    first, rows, batches = 1, [], file.iter_batches()
+    with file:
+        while rows is not None:
+            yield from enumerate(rows, first)
+            first += len(rows)
+            with named_errors(f"{path}: row {first} or later: not readable", fix):
+                batch = next(batches, None)
+                rows = batch and batch.to_pylist()
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -167,10 +201,12 @@ def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
         try:
             (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
         except csv.Error as error:
+            if "limit" in str(error):
+                raise UserError(f"{path}: row {number}: {error}; shorten the cell") from error
             raise UserError(
                 f"{path}: row {number}: a quotation mark that opens a cell must close it in the "
                 f"same row ({error}); close it, or write a mark that belongs to the text as "
-                '"" within a quoted cell'
+                '"" within a quoted cell, and a line break as a space'
             ) from error
         yield number, cells
 

@@ -37,7 +37,7 @@ class BM25Engine:
         """Indexes `passages`. A search returns up to `topk` documents.
 
         Raises:
-          UserError: there are no passages.
+          UserError: there are no passages, or none has a word.
         """
         # Imported here, because bm25s imports jax and this module is imported before configs are
         # checked. At import it sets its logger to DEBUG, and it logs whenever an index is built.
@@ -53,6 +53,8 @@ class BM25Engine:
             [self._vocabulary.setdefault(t, len(self._vocabulary)) for t in tokens(p.text)]
             for p in self._passages
         ]
+        if not self._vocabulary:
+            raise UserError("BM25 engine: no passage has a word; give a corpus of texts")
         self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
         self._index.index((ids, self._vocabulary), show_progress=False, create_empty_token=False)
 

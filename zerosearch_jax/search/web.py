@@ -17,6 +17,7 @@ from zerosearch_jax.search.server import read_key
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 KEYS = ("title", "snippet", "link")
 """Keys of a result that are read; the values are texts."""
+_MAX_LINK = 8_192  # characters; `urlsplit` is quadratic in a host of combining characters
 _PAGE = 10  # results on one page of Google; the filter needs more than topk
 
 _PATH = "/search"
@@ -37,7 +38,7 @@ def filter_results(
     """Returns the first `topk` acceptable results, in order.
 
     These results are dropped:
-      - results without a title, a snippet or a link with a host;
+      - results without a title, a snippet or a link with a host, of at most 8,192 characters;
       - results with the link (ignoring its `#fragment`) or the snippet of an earlier result;
       - results whose host is one of `blocked_domains` or a subdomain of it: "huggingface.co" also
         blocks "datasets.huggingface.co".
@@ -46,7 +47,8 @@ def filter_results(
     links, snippets, kept = set(), set(), []
     for result in organic:
         title, snippet, link = (" ".join(str(result.get(key) or "").split()) for key in KEYS)
-        link, host = urldefrag(link).url, _host(link)
+        host = _host(link)
+        link = urldefrag(link).url if host else ""
         if not (title and snippet and host) or link in links or snippet in snippets:
             continue
         if any(host == domain or host.endswith(f".{domain}") for domain in blocked):
@@ -59,9 +61,11 @@ def filter_results(
 
 def _host(link: str) -> str:
     """Returns the lower-case host of an absolute link, or "" without one."""
+    if len(link) > _MAX_LINK:
+        return ""
     try:
         return (urlsplit(link).hostname or "").strip(".")
-    except ValueError:  # an invalid port or IPv6 address
+    except ValueError:  # an invalid IPv6 address, or characters that no host may have
         return ""
 
 

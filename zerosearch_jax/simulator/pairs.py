@@ -7,6 +7,7 @@ similar ones are chats: the simulator's prompt (fine-tuned form), then the docum
 import hashlib
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,12 +26,9 @@ _TEXT_KEYS = ("id", "query", "question", "label")
 _USER, _ASSISTANT = ("user", "human"), ("assistant", "gpt")
 _ALL_DOCUMENTS = 1_000_000  # `cut_documents` requires a limit.
 
-# Quotes and whitespace are optional, because they differ between the released sets.
-_PROMPT = re.compile(
-    r'\A.*answer the question:\s*"?(?P<question>.+?)"?\s+whose answer is (?P<answer>.+?)\.?\s*\n'
-    r".*\n\s*Query:\s*(?P<query>[^\n]+?)\s*\n\s*(?P<label>Useful|Noisy) Output:\s*\Z",
-    re.DOTALL,
-)
+_TASK = "answer the question:"
+_ANSWER_IS = re.compile(r"\swhose answer is ")
+_OUTPUTS = {f"{label.capitalize()} Output:": label for label in LABELS}
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,9 @@ def _own_pair(where: str, row: Mapping) -> Pair:
         if not isinstance(row.get(key), str) or not row[key]:
             raise UserError(f"{where}: key {key!r} is missing or empty; give a string")
     if row["label"] not in LABELS:
-        raise UserError(f"{where}: key 'label' is {row['label']!r}; use {' or '.join(LABELS)}")
+        raise UserError(
+            f"{where}: key 'label' is {reprlib.repr(row['label'])}; use {' or '.join(LABELS)}"
+        )
     documents = row["documents"]
     if not isinstance(documents, list) or not all(isinstance(text, str) for text in documents):
         raise UserError(f"{where}: key 'documents' must be a list of strings")
@@ -245,7 +245,7 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
     if key is None:
         raise UserError(
             f"{where}: needs one of the keys 'documents', 'messages', 'conversations' and "
-            f"'prompt', but has only {', '.join(map(repr, row))}"
+            f"'prompt', but has only {reprlib.repr(list(row))[1:-1]}"
         )
     if key == "prompt":
         answer_key = next((name for name in ("response", "output") if name in row), None)
@@ -258,8 +258,8 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
         answer_key = key
         prompt = _only_turn(where, key, row[key], _USER)
         answer = _only_turn(where, key, row[key], _ASSISTANT)
-    match = _PROMPT.search(prompt) if isinstance(prompt, str) else None
-    if match is None:
+    parsed = parse_prompt(prompt) if isinstance(prompt, str) else None
+    if parsed is None:
         raise UserError(
             f"{where}: key {key!r}: the user's text is not the simulator's prompt, which holds a "
             "question, an answer, a query and 'Useful Output:' or 'Noisy Output:'"
@@ -267,16 +267,51 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
     documents = prompts.cut_documents(answer, _ALL_DOCUMENTS) if isinstance(answer, str) else []
     if not documents:
         raise UserError(f"{where}: key {answer_key!r}: the answer holds no document 'Doc 1: …'")
+    question, answer, query, label = parsed
     return Pair(
         id=id_,
-        query=match["query"],
+        query=query,
         documents=tuple(documents),
-        question=match["question"],
-        golden_answers=(match["answer"],),
-        label=match["label"].lower(),
+        question=question,
+        golden_answers=(answer,),
+        label=label,
         last=True,
         prompt=prompt,
     )
+
+
+def parse_prompt(text: str) -> tuple[str, str, str, str] | None:
+    """Returns question, answer, query and label of the simulator's prompt; None for other texts.
+
+    A prompt has the form, in which quotes and other whitespace are optional because they differ
+    between the released sets:
+
+        … answer the question: "QUESTION" whose answer is ANSWER.
+        …
+        Query: QUERY
+        Useful Output:
+
+    The last task counts, because the form "prompted" has an example before it. Each phrase is
+    searched from one end of the text, so parsing takes linear time.
+    """
+    head, _, output = text.rstrip().rpartition("\n")
+    head, _, line = head.rstrip().rpartition("\n")
+    if not line.lstrip().startswith("Query:"):  # the query has a line of its own
+        head, _, name = head.rstrip().rpartition("\n")
+        line = name.strip() + line if name.strip() == "Query:" else ""
+    query = line.strip().removeprefix("Query:").strip()
+    # The line of the answer ends, at the latest, with the last line break of the head.
+    answers = list(_ANSWER_IS.finditer(head, 0, max(head.rfind("\n"), 0)))
+    task = head.rfind(_TASK, 0, answers[-1].end()) if answers else -1
+    if task < 0 or output.strip() not in _OUTPUTS or not query:
+        return None
+    start = task + len(_TASK)
+    found = next((match for match in answers if match.start() >= start), answers[-1])
+    question = head[start : found.start()].lstrip().removeprefix('"').rstrip().removesuffix('"')
+    answer = head[found.end() :].partition("\n")[0].rstrip().removesuffix(".")
+    if not question.strip() or not answer.strip():
+        return None
+    return question, answer, query, _OUTPUTS[output.strip()]
 
 
 def _only_turn(where: str, key: str, turns: object, roles: tuple[str, str]) -> str:

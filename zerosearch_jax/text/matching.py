@@ -29,15 +29,28 @@ _CJK_PUNCTUATION = re.compile(
     "[\u3001-\u3003\u3008-\u3011\u3014-\u301f\u3030\u303d\u30a0\u30fb"
     "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]"
 )
+
+
+class _Folding(dict):
+    """Code point → its folded text, computed when it is first looked up.
+
+    Normalising a whole text would take quadratic time for a long run of combining characters.
+    """
+
+    def __missing__(self, code: int) -> str:
+        decomposed = unicodedata.normalize("NFKD", chr(code))
+        self[code] = "".join(c for c in decomposed if not unicodedata.combining(c) or c in _VOICING)
+        return self[code]
+
+
+_FOLDING = _Folding(_LETTERS)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def fold(text: str) -> str:
     """Removes accents and typographic punctuation from `text`; other letters are unchanged."""
-    text = unicodedata.normalize("NFKD", text.translate(_LETTERS))
-    text = "".join(c for c in text if not unicodedata.combining(c) or c in _VOICING)
-    return unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", text.translate(_FOLDING))
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,7 @@ set, a model, the web). This module neutralises their tags, because here they be
 prompt or an episode.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -275,9 +276,8 @@ def cut_documents(text: str, topk: int) -> list[str]:
     _, *pieces = _DOCUMENT_HEADER.split(without_thoughts(text))
     documents, last_number = [], 0
     for digits, document in zip(pieces[::2], pieces[1::2], strict=True):
-        number = int(
-            digits[:9]
-        )  # Nine digits exceed any topk, and `int` refuses very long numbers.
+        # Python refuses to convert thousands of digits.
+        number = int(digits) if len(digits) < 20 else math.inf
         if not last_number < number <= topk:
             break
         last_number = number

@@ -4,6 +4,8 @@ Nothing can be known about them, so a model must read the documents. Training on
 tiny model to copy strings that it has never seen.
 """
 
+import re
+import reprlib
 from collections.abc import Sequence
 from random import Random
 
@@ -11,6 +13,8 @@ from zerosearch_jax.data.embedded.world import ATTRIBUTES, Entity, load_entities
 from zerosearch_jax.errors import UserError
 
 PREFIX = "synthetic:"
+MAX_COUNT = 1_000_000
+_NAME = re.compile(rf"{PREFIX}(\d{{1,18}}):(\d{{1,18}})")
 
 _CLASSES = (
     "aeiou",
@@ -68,14 +72,20 @@ def synthetic_world(name: str) -> tuple[list[Entity], int]:
     out, so that every question has one answer.
 
     Raises:
-      UserError: `name` does not have that form, or COUNT is 0.
+      UserError: `name` does not have that form with numbers of at most 18 digits, or COUNT is not
+        in [1, `MAX_COUNT`].
     """
-    numbers = name.removeprefix(PREFIX).split(":")
-    if not (name.startswith(PREFIX) and len(numbers) == 2 and all(n.isdecimal() for n in numbers)):
-        raise UserError(f"{name!r} is not a synthetic world; write {PREFIX}COUNT:SEED")
-    count, seed = map(int, numbers)
-    if count < 1:
-        raise UserError(f"{name!r} has no entities; set COUNT to at least 1")
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"{reprlib.repr(name)} is not a synthetic world; write {PREFIX}COUNT:SEED with numbers "
+            "of at most 18 digits"
+        )
+    count, seed = map(int, match.groups())
+    if not 1 <= count <= MAX_COUNT:
+        raise UserError(
+            f"{name!r} has {count or 'no'} entities; set COUNT to a number from 1 to {MAX_COUNT:,}"
+        )
     real = [entity for entity in load_entities() if entity.split == "train"]
     named = {entity.name: entity for entity in reversed(synthetic_entities(real, count, seed))}
     return list(reversed(named.values())), seed

@@ -20,6 +20,7 @@ from zerosearch_jax.data.embedded.phrasing import (
     guessable,
 )
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import parse_json
 from zerosearch_jax.search.engine import Passage
 from zerosearch_jax.text.matching import mentions, padded, words
 
@@ -129,7 +130,8 @@ def load_entities(path: str | Path = FACTS_PATH) -> tuple[Entity, ...]:
         raise UserError(f"{path}: cannot read the facts file ({error})") from error
     head, _, rows = text.partition("\n")
     try:
-        count, checksum = json.loads(head)["rows"], json.loads(head)["sha256"]
+        provenance = parse_json(head)
+        count, checksum = provenance["rows"], provenance["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: line 1: not the provenance line; restore the file or run build_facts"
@@ -145,7 +147,7 @@ def load_entities(path: str | Path = FACTS_PATH) -> tuple[Entity, ...]:
 
 def _parse(where: str, row: str) -> Entity:
     try:
-        raw = json.loads(row)
+        raw = parse_json(row)
         aliases = {a: tuple(v) for a, v in raw.pop("value_aliases").items()}
         return Entity(**{**raw, "aliases": tuple(raw["aliases"]), "value_aliases": aliases})
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zerosearch_jax.data.embedded import phrasing, world
 from zerosearch_jax.data.embedded.world import Hop, Question
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_errors
 from zerosearch_jax.text import matching
 
 with warnings.catch_warnings():  # TFDS imports raise warnings that we cannot fix.
@@ -123,21 +123,20 @@ def load_questions(split: str, data_dir: str | Path | None = None) -> list[Quest
     """Returns the questions of `split`, one of `world.SPLITS`, in a fixed order.
 
     Raises:
-      UserError: unknown split, or the dataset cannot be prepared.
+      UserError: unknown split, or the dataset cannot be prepared or is damaged.
     """
     if split not in world.SPLITS:
         raise UserError(f"split {split!r}: choose one of {', '.join(world.SPLITS)}")
-    with _quiet():
-        source = _builder(prepare(data_dir)).as_data_source(split=split)
-        rows = list(source)
-    questions = [
-        Question(
-            id=row["id"].decode(),
-            question=row["question"].decode(),
-            golden_answers=tuple(a.decode() for a in row["golden_answers"]),
-            split=split,
-            hops=tuple(Hop(**hop) for hop in json.loads(row["hops"])),
-        )
-        for row in rows
-    ]
+    place = prepare(data_dir)
+    with _quiet(), named_errors(place, "delete this folder; the next run writes it again"):
+        questions = [
+            Question(
+                id=row["id"].decode(),
+                question=row["question"].decode(),
+                golden_answers=tuple(a.decode() for a in row["golden_answers"]),
+                split=split,
+                hops=tuple(Hop(**hop) for hop in json.loads(row["hops"])),
+            )
+            for row in _builder(place).as_data_source(split=split)
+        ]
     return sorted(questions, key=lambda q: world.order(_SEED, q.id))
