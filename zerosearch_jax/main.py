@@ -32,7 +32,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import Terminated, UserError, disk_error, one_line, shown
+from zerosearch_jax.errors import UNPRINTABLE, Terminated, UserError, disk_error, one_line, shown
 from zerosearch_jax.ranges import MAX_INT
 from zerosearch_jax.training.workdir import locked
 
@@ -122,6 +122,11 @@ def _run(argv: Sequence[str]) -> None:
     check_export(export.value)
     processes = distributed_arguments(os.environ) if multi_process.value else None
     directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
+    if UNPRINTABLE.search(directory):
+        raise UserError(
+            f"--workdir={shown(directory)} has a control character, a line break or a byte that is "
+            "not UTF-8; give another --workdir"
+        )
     if processes is None:  # a process that ends here would let the others wait
         from zerosearch_jax.training import inputs, validate
 

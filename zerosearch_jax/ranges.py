@@ -10,6 +10,8 @@ from typing import Annotated
 
 # An int beyond this bound is a typing error and would overflow int32.
 MAX_INT = 2**31 - 1
+# float32 holds values up to it, their reciprocals and their products with a logit.
+MAX_FLOAT = 1e30
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_passages_of_a_synthetic_world_answer_its_questions():
 
 @pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:x:1", "synthetic:0:1"])
 def test_a_misspelt_synthetic_world_is_refused(name):
-    with pytest.raises(UserError, match="synthetic:COUNT:SEED|no entities"):
+    with pytest.raises(UserError, match="synthetic:COUNT:SEED|set COUNT to"):
         load_passages(name)
 
 

@@ -4,13 +4,15 @@ Nothing can be known about them, so a model must read the documents. Training on
 tiny model to copy strings that it has never seen.
 """
 
+import re
 from collections.abc import Sequence
 from random import Random
 
 from zerosearch_jax.data.embedded.world import ATTRIBUTES, Entity, load_entities
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 
 PREFIX = "synthetic:"
+MAX_ENTITIES = 1_000_000
 
 _CLASSES = (
     "aeiou",
@@ -61,6 +63,21 @@ def synthetic_entities(models: Sequence[Entity], count: int, seed: int) -> list[
     return made
 
 
+def synthetic_numbers(name: str) -> tuple[int, int]:
+    """Returns COUNT and SEED of "synthetic:COUNT:SEED".
+
+    Raises:
+      UserError: `name` does not have that form, or COUNT is not in 1 to `MAX_ENTITIES`.
+    """
+    matched = re.fullmatch(rf"{PREFIX}([0-9]{{1,10}}):([0-9]{{1,10}})", name)
+    if not matched:
+        raise UserError(f"{shown(name)} is not a synthetic world; write {PREFIX}COUNT:SEED")
+    count, seed = map(int, matched.groups())
+    if not 1 <= count <= MAX_ENTITIES:
+        raise UserError(f"{name!r} has {count} entities; set COUNT to 1 up to {MAX_ENTITIES}")
+    return count, seed
+
+
 def synthetic_world(name: str) -> tuple[list[Entity], int]:
     """Returns the entities of the world "synthetic:COUNT:SEED", and its seed.
 
@@ -68,14 +85,9 @@ def synthetic_world(name: str) -> tuple[list[Entity], int]:
     out, so that every question has one answer.
 
     Raises:
-      UserError: `name` does not have that form, or COUNT is 0.
+      UserError: `name` does not have that form.
     """
-    numbers = name.removeprefix(PREFIX).split(":")
-    if not (name.startswith(PREFIX) and len(numbers) == 2 and all(n.isdecimal() for n in numbers)):
-        raise UserError(f"{name!r} is not a synthetic world; write {PREFIX}COUNT:SEED")
-    count, seed = map(int, numbers)
-    if count < 1:
-        raise UserError(f"{name!r} has no entities; set COUNT to at least 1")
+    count, seed = synthetic_numbers(name)
     real = [entity for entity in load_entities() if entity.split == "train"]
     named = {entity.name: entity for entity in reversed(synthetic_entities(real, count, seed))}
     return list(reversed(named.values())), seed
