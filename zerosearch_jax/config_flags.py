@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tabulate import tabulate
 
 from zerosearch_jax.errors import UNPRINTABLE, UserError, one_line, reason, shown
-from zerosearch_jax.ranges import MAX_FLOAT, MAX_INT
+from zerosearch_jax.ranges import MAX_FLOAT, MAX_INT, MIN_FLOAT
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ def _named_errors_of(path: str | Path, flag: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
-                 if frame.f_code.co_filename == str(path)]  # fmt: skip
+                 if frame.f_code.co_filename == os.path.abspath(path)]  # fmt: skip
         if isinstance(error, SyntaxError) and error.lineno:
             lines.append(error.lineno)
         at = f", line {lines[-1]}" if lines else ""
@@ -328,8 +328,8 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
     if hint is float and type(value) in (int, float):
         if not abs(value) <= MAX_FLOAT:
             raise UserError(f"{key}={shown(value)} must be a finite number up to {MAX_FLOAT}")
-        if 0 < abs(value) < 1 / MAX_FLOAT:
-            raise UserError(f"{key}={shown(value)} must be 0 or at least {1 / MAX_FLOAT}")
+        if 0 < abs(value) < MIN_FLOAT:
+            raise UserError(f"{key}={shown(value)} must be 0 or at least {MIN_FLOAT}")
         return float(value)
     if hint is str and type(value) is str and UNPRINTABLE.search(value):
         raise UserError(

@@ -32,7 +32,15 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import UNPRINTABLE, Terminated, UserError, disk_error, one_line, shown
+from zerosearch_jax.errors import (
+    UNPRINTABLE,
+    Terminated,
+    UserError,
+    disk_error,
+    error_line,
+    one_line,
+    shown,
+)
 from zerosearch_jax.ranges import MAX_INT
 from zerosearch_jax.training.workdir import locked
 
@@ -65,7 +73,6 @@ CONFIGS = {
 }
 """Job, or job/suite: the dataclass of its config."""
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-MAX_ERROR_CHARACTERS = 2000
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -82,7 +89,7 @@ def cli(argv: Sequence[str]) -> int:
         else:
             _run(argv)
     except UserError as error:
-        print(f"error: {one_line(str(error), MAX_ERROR_CHARACTERS)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the last checkpoint", file=sys.stderr)
