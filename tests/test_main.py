@@ -217,6 +217,7 @@ def test_a_preset_of_a_file_without_presets_is_refused(job, capsys):
         ("required_placeholder(str)", "RequiredValueError"),
         ("placeholder(str)", "config.job is None"),
         ("FieldReference('fly')", "'fly'"),
+        ("10**5000", "ValueError"),
     ],
 )
 def test_a_job_of_another_type_is_one_line(job, capsys, value, part):

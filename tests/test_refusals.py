@@ -113,7 +113,7 @@ def test_an_address_without_a_valid_host_or_with_a_password_is_refused(file, key
 
 
 def test_a_password_is_hidden_wherever_a_value_is_shown(capsys, tmp_path):
-    for key in ("seed", "kl.coef", "policy.model", "lora", "search.engine", "lora.targets"):
+    for key in ("kl.coef", "policy.model", "lora", "search.engine"):
         assert "s3cr3t" not in _refusal(capsys, tmp_path, "grpo.py", f"{key}=http://u:s3cr3t@host")
     arguments = ["--config=configs/grpo.py", "--config.policy.model=http://u:s3cr3t@h"]
     assert main.cli(["main", *arguments, "--describe"]) == 0

@@ -110,6 +110,7 @@ def load(spec: str) -> ConfigDict:
         config = get_config(preset) if preset else get_config()
         if isinstance(config, ConfigDict):
             config.to_dict()  # fails for a required placeholder
+            str(config)  # the flag library does it, too; fails for an int of over 4,300 digits
             return config
     raise UserError(
         f"--config={spec}: get_config returned {type(config).__name__}; return a ConfigDict"

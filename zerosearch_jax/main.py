@@ -188,11 +188,14 @@ def _run_job(
 
 def config_class(config: ConfigDict) -> type:
     """Returns the dataclass of a job's config; UserError for an unknown suite."""
-    suite = config.get("suite")
-    name = f"bench/{suite}" if config.job == "bench" else config.job
-    if name not in CONFIGS:
+    name = config.job
+    if name == "bench":
         suites = [key.partition("/")[2] for key in CONFIGS if key.startswith("bench/")]
-        raise UserError(f"config.suite is {shown(suite)}; choose one of {', '.join(suites)}")
+        if config.get("suite") not in suites:
+            raise UserError(
+                f"config.suite is {shown(config.get('suite'))}; choose one of {', '.join(suites)}"
+            )
+        name = f"bench/{config.suite}"
     module, _, cls = CONFIGS[name].rpartition(".")
     return getattr(importlib.import_module(f"zerosearch_jax.{module}"), cls)
 
