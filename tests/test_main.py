@@ -5,16 +5,19 @@ import fcntl
 import io
 import os
 import shutil
+import socket
 import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.parallel import distributed
 from zerosearch_jax.training.workdir import locked
 
 CONFIG = """
@@ -159,14 +162,72 @@ def test_value_of_the_wrong_type_is_refused(job, capsys):
         (["--config=configs/grpo.py", "--profile=0"], "--profile=0"),
         (["--config=configs/grpo.py", "--profile=2,-1"], "--profile=2,-1"),
         (["--config=configs/grpo.py", "--profile=2,"], "--profile=2,"),
-        (["--config=configs/grpo.py", f"--profile={'9' * 5000}"], "--profile=9"),
         (["--config=configs/grpo.py", "--profile=2", "--config.job=bench"], "config.job=bench"),
         (["--config=configs/grpo.py", "--export=2", "--config.job=bench"], "--export is not for"),
+        (["--config=configs/grpo.py", "--export=first"], "--export=first: give a step from 1"),
+        (["--config=configs/grpo.py", "--export=-1"], "--export=-1: give a step from 1"),
+        (["--config=configs/grpo.py", f"--export={'9' * 5000}"], "--export=999"),
+        (["--config=configs/grpo.py", f"--profile={'9' * 5000}"], "--profile=999"),
+        (["--config=configs/grpo.py", "--workdir=a\nb"], "--workdir='a"),
+        (["--config=configs/grpo.py", f"--workdir={'a' * 5000}"], "shorter path"),
+        (["--config=configs/grpo.py", "--config.=1"], "--config.: there is no such key"),
+        (["--config=configs/grpo.py", "--config.rl=1"], "--config.rl is a section"),
+        (["--config=configs/grpo.py", "--config.rl.steps"], "rl.steps"),
+        (["--config=configs/grpo.py", "--describe=maybe"], "describe"),
+        (["--config=configs/grpo.py", "--", "--workdir=x"], "is not a flag"),
+        ([f"--config={'a' * 5000}.py"], "there is no such Python file"),
     ],
 )
 def test_other_mistakes_get_one_line(job, capsys, arguments, part):
     assert part in _refusal(capsys, *arguments)
     assert job.calls == []
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"x = 1\ndef get_config(:", ("line 2", "SyntaxError")),
+        (b"x = '\xff'", ("SyntaxError", "utf-8")),
+        (b"x = 1\n1 / 0", ("line 2", "ZeroDivisionError")),
+        (b"import no_such_module", ("line 1", "no_such_module")),
+        (b"import sys\nsys.exit(0)", ("line 2", "SystemExit")),
+        (b"x = 1", ("no function get_config",)),
+        (b"get_config = 3", ("no function get_config",)),
+        (b"def get_config():\n    return {}", ("returned dict", "ConfigDict")),
+        (b"def get_config():\n    return get_config()", ("line 2", "RecursionError")),
+        (b"def get_config():\n    raise KeyError('a\\nb')", ("line 2", "KeyError")),
+        (b"def get_config(preset): pass", ("TypeError", "preset")),
+        (b"D = None\ndef get_config():\n    return D.x", ("line 3", "AttributeError")),
+    ],
+)
+def test_a_broken_config_file_is_one_line_with_file_and_line(job, capsys, content, parts):
+    Path("broken.py").write_bytes(content)
+    error = _refusal(capsys, "--config=broken.py")
+    assert "--config=broken.py" in error and all(part in error for part in parts), error
+
+
+def test_a_preset_of_a_file_without_presets_is_refused(job, capsys):
+    Path("plain.py").write_text(CONFIG.replace('preset=""', "").replace("preset", "''"))
+    assert main.cli(["main", "--config=plain.py"]) == 0
+    assert "--config=plain.py:tiny: TypeError" in _refusal(capsys, "--config=plain.py:tiny")
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("['rl']", "config.job"),
+        ("{}", "config.job"),
+        ("required_placeholder(str)", "RequiredValueError"),
+        ("placeholder(str)", "config.job is None"),
+        ("FieldReference('fly')", "'fly'"),
+        ("10**5000", "ValueError"),
+    ],
+)
+def test_a_job_of_another_type_is_one_line(job, capsys, value, part):
+    imports = "from ml_collections import FieldReference\n"
+    imports += "from ml_collections.config_dict import placeholder, required_placeholder\n"
+    Path("odd.py").write_text(imports + CONFIG.replace('"job": "rl"', f'"job": {value}'))
+    assert part in _refusal(capsys, "--config=odd.py")
 
 
 def test_profile_steps_reach_the_job(job):
@@ -360,7 +421,7 @@ def test_describe_shows_every_key_with_type_value_and_documentation(monkeypatch,
 
 
 def test_partly_set_variables_of_processes_are_refused():
-    whole = dict(zip(main.PROCESS_VARIABLES, ("host:1234", "2", "1"), strict=True))
+    whole = WHOLE
     assert main.distributed_arguments({}) == {}
     assert main.distributed_arguments(whole | {"HOME": "x"}) == {
         "coordinator_address": "host:1234", "num_processes": 2, "process_id": 1,
@@ -372,6 +433,61 @@ def test_partly_set_variables_of_processes_are_refused():
     for wrong in ("2", "-1", "one"):
         with pytest.raises(UserError, match=f"JAX_PROCESS_ID={wrong} must be a number below"):
             main.distributed_arguments(whole | {"JAX_PROCESS_ID": wrong})
+
+
+WHOLE = dict(zip(main.PROCESS_VARIABLES, ("host:1234", "2", "1"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variable", "values"),
+    [
+        (
+            "JAX_COORDINATOR_ADDRESS",
+            ("host", "host:", ":1", "host:0", "host:99999", "a b:1", "http://host:1", "::1:80", ""),
+        ),
+        ("JAX_NUM_PROCESSES", ("abc", "0", "-2", "1e3", "", "1.5", "9" * 5000)),
+        ("JAX_PROCESS_ID", ("abc", "-1", "2", "", "0x1", "9" * 5000)),
+    ],
+)
+def test_a_wrong_variable_of_processes_is_refused_before_jax(
+    job, capsys, monkeypatch, variable, values
+):
+    monkeypatch.setattr(main, "_run_job", lambda *arguments: job.calls.append(arguments))
+    for value in values:
+        for name, right in WHOLE.items():
+            monkeypatch.setenv(name, value if name == variable else right)
+        error = _refusal(capsys, "--config=configs/grpo.py", "--distributed")
+        assert error.startswith(f"error: {variable}=") and len(error) < 300
+    assert job.calls == []
+    for address in ("10.0.0.1:80", "[::1]:80", "a-b.c_d:65535"):
+        variables = WHOLE | {"JAX_COORDINATOR_ADDRESS": address}
+        assert main.distributed_arguments(variables)["coordinator_address"] == address
+
+
+def test_processes_that_jax_does_not_find_are_one_line(monkeypatch):
+    def initialize(**arguments):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="--distributed: coordinator.* set JAX_COORDINATOR_ADDRESS"):
+        distributed.initialize({})
+
+
+def test_a_process_does_not_wait_for_process_0_without_bound(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, "START_SECS", 0)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        arguments = dict(coordinator_address=address, num_processes=2, process_id=1)
+        distributed.initialize(arguments)
+    assert len(calls) == 1
+    with pytest.raises(UserError, match=f"{address}: process 0 cannot be reached"):
+        distributed.initialize(arguments)
+    assert len(calls) == 1
 
 
 def test_single_process_jobs_refuse_the_distributed_flag(job, capsys):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from zerosearch_jax import config_flags, main
+from zerosearch_jax.errors import UserError, error_line
+from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.training import inputs
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +52,96 @@ NUMBERS = [
     ("checkpoint_every=0", "at least 1"),
     ("eval.test_questions=0", "at least 1"),
     ("data.train_limit=0", "at least 1"),
+    ("rollout.temperature=1e-320", "0 or at least 1e-30"),
+    ("rollout.temperature=1e308", "finite"),
+    ("search.remote.timeout_secs=nan", "finite"),
+    ("search.remote.timeout_secs=inf", "finite"),
+    ("search.remote.timeout_secs=-0.0", "above 0"),
+    ("search.remote.timeout_secs=1e400", "finite"),
+    ("search.remote.attempts=2.5", "of type int"),
+    ("search.remote.attempts=True", "of type int"),
+    ("search.remote.attempts=None", "of type int"),
+    (f"rl.steps={'9' * 5000}", "of type int"),
+    (f"rl.steps={'9' * 4000}", "at most"),
+    ("rl=3", "is a section"),
+    ("policy.model=models/\udcff", "not UTF-8"),
+    ("policy.model=a\nb", "line break"),
 ]
 
 
 @pytest.mark.parametrize(("override", "part"), NUMBERS)
 def test_a_number_outside_its_range_is_refused_with_its_key(capsys, tmp_path, override, part):
     error = _refusal(capsys, tmp_path, "grpo.py", override)
-    assert override.partition("=")[0] in error and part in error
+    assert override.partition("=")[0] in error and part in error and len(error) < 600
+
+
+ADDRESSES = [
+    ("ftp://host", "http://"),
+    ("http://", "have a host"),
+    ("http:///path", "have a host"),
+    ("http://host:99999", "range"),
+    ("http://host:0", "no port 0"),
+    ("http://host:x", "http://HOST:PORT"),
+    ("http://[bad#x", "http://HOST:PORT"),
+    ("http://host name", "space"),
+    ("http://host\n", "line break"),
+    ("http://host?key=1", "query"),
+    ("http://host#part", "fragment"),
+    ("http://user:s3cr3t@host", "password"),
+    ("https://s3cr3t@host:1/path", "password"),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("grpo.py", "search.remote.url"),
+        ("grpo.py", "search.simulator.url"),
+        ("collect.py", "labeling.url"),
+    ],
+)
+def test_an_address_without_a_valid_host_or_with_a_password_is_refused(file, key):
+    section, _, name = key.rpartition(".")
+    config = config_flags.load(f"configs/{file}")
+    for address, part in ADDRESSES:
+        config.update_from_flattened_dict({key: address})
+        with pytest.raises(UserError) as refused:
+            config_flags.typed(main.config_class(config), config)
+        line = error_line(refused.value)
+        assert f"config.{section}" in line and name in line and part in line, address
+        assert "s3cr3t" not in line
+
+
+def test_a_password_is_hidden_wherever_a_value_is_shown(capsys, tmp_path):
+    for key in ("kl.coef", "policy.model", "lora", "search.engine"):
+        assert "s3cr3t" not in _refusal(capsys, tmp_path, "grpo.py", f"{key}=http://u:s3cr3t@host")
+    arguments = ["--config=configs/grpo.py", "--config.policy.model=http://u:s3cr3t@h"]
+    assert main.cli(["main", *arguments, "--describe"]) == 0
+    assert "s3cr3t" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "key", ["s3cr3té", "s3cr3t\n", " s3cr3t", "s3cr3t s3cr3t", "s3cr3t\udcff", ""]
+)
+def test_an_api_key_that_no_header_can_hold_is_refused_without_showing_it(
+    capsys, tmp_path, monkeypatch, key
+):
+    monkeypatch.setattr(JsonClient, "no_reply", lambda client: "")
+    monkeypatch.setenv("SERPER_API_KEY", key)
+    monkeypatch.setenv("LABEL_KEY", key)
+    server = ["labeling.kind=server", f"labeling.url={CLOSED}"]
+    for variable, file, overrides in (
+        ("SERPER_API_KEY", "grpo.py", ["search.engine=web"]),
+        ("LABEL_KEY", "collect.py", [*server, "labeling.server.key_variable=LABEL_KEY"]),
+    ):
+        error = _refusal(capsys, tmp_path, file, *overrides)
+        assert variable in error and "s3cr3t" not in error
+
+
+def test_an_api_key_in_place_of_its_variable_is_refused_without_showing_it(capsys, tmp_path):
+    error = _refusal(capsys, tmp_path, "collect.py", "labeling.server.key_variable=sk-s3cr3t")
+    assert "key_variable must be the name of an environment variable" in error
+    assert "s3cr3t" not in error
 
 
 @pytest.mark.parametrize(
@@ -84,6 +169,20 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(capsys, tmp_path, over
         ("grpo.py", ["data.test_split=tset"], ("data.test_split", "'tset'", "compositions")),
         ("grpo.py", ["data.eval_source=no/eval.jsonl"], ("data.eval_source=no/eval.jsonl",)),
         ("grpo.py", ["data.source=no/train.parquet"], ("data.source=no/train.parquet",)),
+        ("grpo.py", [f"data.source={'a/' * 5000}b.jsonl"], ("data.source", "no such file")),
+        ("grpo.py", ["data.source=nq"], ("data.source=nq", "synthetic:COUNT:SEED")),
+        ("grpo.py", ["data.source=synthetic:x:1"], ("data.source", "synthetic:COUNT:SEED")),
+        ("grpo.py", [f"data.source=synthetic:{'9' * 5000}:1"], ("data.source", "COUNT:SEED")),
+        ("grpo.py", ["eval.search.corpus=synthetic:0:1"], ("eval.search.corpus", "COUNT")),
+        (
+            "grpo.py",
+            ["data.source=synthetic:9:1", "data.train_split=x"],
+            ("train_split", "'train'"),
+        ),
+        ("grpo.py", ["search.simulator.form=promted"], ("form='promted'", "finetuned, prompted")),
+        ("sft_policy.py", ["model.num_attention_heads=-0.5"], ("model", "num_attention_heads")),
+        ("bench.py", ["long.prompt_words=(20, 130, 5)"], ("long.prompt_words", "2 values")),
+        ("bench.py", ["variants=('lockstp',)"], ("variants[0]='lockstp'", "without refill")),
         ("grpo.py", ["eval.search.corpus=no/corpus.jsonl"], ("eval.search.corpus=no/corpus",)),
         ("grpo.py", ["policy.model=no/model"], ("config.policy.model", "no config.json")),
         ("grpo.py", ["search.simulator.model=no/m"], ("config.search.simulator.model",)),
@@ -116,6 +215,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(capsys, tmp_path, over
         ),
         ("collect.py", ["search.corpus=no/c.jsonl"], ("search.corpus=no/c.jsonl",)),
         ("eval.py", ["methods=('rog',)"], ("'rog'", "direct, cot, rag")),
+        ("eval.py", ["methods=()"], ("methods", "must not be empty")),
         ("eval.py", ["data.sets=('world/tset',)"], ("data.sets", "'tset'")),
         ("eval.py", ["data.sets=('no/q.jsonl',)"], ("data.sets=no/q.jsonl",)),
         ("eval.py:retriever", [f"engines.retriever.remote.url={CLOSED}"], ("not answer",)),

@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import re
-import sys
 import textwrap
 import traceback
 import types
@@ -29,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tabulate import tabulate
 
 from zerosearch_jax.errors import UNPRINTABLE, UserError, one_line, reason, shown
-from zerosearch_jax.ranges import MAX_INT
+from zerosearch_jax.ranges import MAX_FLOAT, MAX_INT, MIN_FLOAT
 
 T = TypeVar("T")
 
@@ -63,7 +62,8 @@ RENAMED_NAMES = {"burst_tokens": "chunk_tokens"}
 
 # A suggestion that is less similar than this would confuse more than it helps.
 _NEAR_ENOUGH = 0.5
-_VALUE_WIDTH, _DOC_WIDTH = 32, 44  # columns of `describe`
+_WIDTHS = (32, 32, 44)  # columns of `describe`: type, value, documentation
+_VALUE_CHARACTERS = 2000
 _MESSAGE_WIDTH = 300  # of the flag library's messages, which repeat the user's value
 
 
@@ -110,6 +110,7 @@ def load(spec: str) -> ConfigDict:
         config = get_config(preset) if preset else get_config()
         if isinstance(config, ConfigDict):
             config.to_dict()  # fails for a required placeholder
+            str(config)  # the flag library does it, too; fails for an int of over 4,300 digits
             return config
     raise UserError(
         f"--config={spec}: get_config returned {type(config).__name__}; return a ConfigDict"
@@ -164,7 +165,7 @@ def _named_errors_of(path: str | Path, flag: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
-                 if frame.f_code.co_filename == str(path)]  # fmt: skip
+                 if frame.f_code.co_filename == os.path.abspath(path)]  # fmt: skip
         if isinstance(error, SyntaxError) and error.lineno:
             lines.append(error.lineno)
         at = f", line {lines[-1]}" if lines else ""
@@ -254,8 +255,8 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
 
     Nested dataclasses, `tuple[X, ...]`, `dict[str, X]` and `X | None` are converted, too. An int
     is accepted for a float; a bool is not an int. Only a key whose field has the default None may
-    be absent, so that a config file states every value. A float is finite, and a number with a
-    `ranges.Range` lies in it. A text has no line breaks.
+    be absent, so that a config file states every value. A float is finite in float32, a text has no
+    line breaks, and a value with a `ranges.Range` or `ranges.Choice` lies in it.
 
     Args:
       mapping: the section.
@@ -326,8 +327,10 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {name: _converted(arguments[1], one, f"{key}.{name}") for name, one in value.items()}
     if hint is float and type(value) in (int, float):
-        if not abs(value) <= sys.float_info.max:
-            raise UserError(f"{key}={shown(value)} must be a finite number")
+        if not abs(value) <= MAX_FLOAT:
+            raise UserError(f"{key}={shown(value)} must be a finite number up to {MAX_FLOAT}")
+        if 0 < abs(value) < MIN_FLOAT:
+            raise UserError(f"{key}={shown(value)} must be 0 or at least {MIN_FLOAT}")
         return float(value)
     if hint is str and type(value) is str and UNPRINTABLE.search(value):
         raise UserError(
@@ -390,8 +393,8 @@ def describe(section: Any, path: str = "config") -> str:
             nested += [(f"{name}.{key}", one) for key, one in value.items()]
         elif name in docs:
             # Wrapped here: tabulate's maxcolwidths shows the text "False" as True.
-            shown, doc = fill(repr(value), _VALUE_WIDTH), fill(docs[name], _DOC_WIDTH)
-            rows.append((name, _name_of(hint), shown, doc))
+            kind, text = _name_of(hint), shown(value, _VALUE_CHARACTERS)
+            rows.append((name, *map(fill, (kind, text, docs[name]), _WIDTHS)))
     table = tabulate(rows, tablefmt="plain", disable_numparse=True)
     title = f"{path}: {(type(section).__doc__ or '').partition(chr(10))[0]}"
     below = [describe(value, f"{path}.{name}") for name, value in nested]

@@ -19,7 +19,6 @@ _DISK_ERRORS = {
     errno.EPERM: "change the permissions, or give another --workdir",
     errno.ENOTDIR: "remove the file in the way, or give another --workdir",
     errno.EEXIST: "remove the file in the way, or give another --workdir",
-    errno.ENAMETOOLONG: "give a shorter --workdir",
     errno.ELOOP: "remove the link to itself, or give another --workdir",
     errno.EISDIR: "remove the directory in the way, or give another --workdir",
     errno.EIO: "check the disk",
@@ -94,6 +93,11 @@ def reason(error: Exception, limit: int = 300) -> str:
     return one_line(" ".join(str(text).split()), limit)
 
 
+def error_line(error: UserError) -> str:
+    """Returns the line that ends a run, at most 2,000 characters."""
+    return f"error: {one_line(str(error), 2000)}"
+
+
 def shown(value: Any, limit: int = 120) -> str:
     """Returns a value of the user's as a message shows it: `repr`, as `one_line` makes it."""
     try:
@@ -103,12 +107,13 @@ def shown(value: Any, limit: int = 120) -> str:
 
 
 def one_line(text: str, limit: int) -> str:
-    """Returns `text` as one printable line of at most `limit` characters.
+    """Returns `text` as one printable line of at most `limit` characters, cut in its middle.
 
     Passwords in addresses (`http://user:password@host`) are replaced by `***`.
     """
     line = _CREDENTIALS.sub(r"\1***@", UNPRINTABLE.sub(" ", text))
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+    half = (limit - 1) // 2
+    return line if len(line) <= limit else f"{line[:half]}…{line[-half:]}"
 
 
 def _os_error_number(error: Exception) -> int | None:

@@ -35,7 +35,15 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from zerosearch_jax import config_flags
-from zerosearch_jax.errors import Terminated, UserError, disk_error, one_line, shown
+from zerosearch_jax.errors import (
+    UNPRINTABLE,
+    Terminated,
+    UserError,
+    disk_error,
+    error_line,
+    one_line,
+    shown,
+)
 from zerosearch_jax.ranges import MAX_INT
 from zerosearch_jax.training.workdir import locked
 
@@ -69,7 +77,6 @@ CONFIGS = {
 """Job, or job/suite: the dataclass of its config."""
 CLOSED_OUTPUT = 128 + signal.SIGPIPE  # 141, as a shell reports for a process that it ended
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-MAX_ERROR_CHARACTERS = 2000
 
 
 def cli(argv: Sequence[str]) -> int:
@@ -98,7 +105,7 @@ def _exit_status(argv: Sequence[str]) -> int:
             _run(argv)
         print(end="", flush=True)
     except UserError as error:
-        _report(f"error: {one_line(str(error), MAX_ERROR_CHARACTERS)}")
+        _report(error_line(error))
         return 2
     except BrokenPipeError:
         return CLOSED_OUTPUT
@@ -145,8 +152,11 @@ def _run(argv: Sequence[str]) -> None:
     check_export(export.value)
     processes = distributed_arguments(os.environ) if multi_process.value else None
     directory = workdir.value or default_workdir(config_flags.split_config(argv)[0])
-    if not directory.isprintable():  # a byte that is not UTF-8, a NUL, a line break
-        raise UserError(f"--workdir={directory!r}: give a name of printable characters")
+    if UNPRINTABLE.search(directory):
+        raise UserError(
+            f"--workdir={shown(directory)} has a control character, a line break or a byte that is "
+            "not UTF-8; give another --workdir"
+        )
     if processes is None:  # a process that ends here would let the others wait
         from zerosearch_jax.training import inputs, validate
 
@@ -201,11 +211,14 @@ def _run_job(
 
 def config_class(config: ConfigDict) -> type:
     """Returns the dataclass of a job's config; UserError for an unknown suite."""
-    suite = config.get("suite")
-    name = f"bench/{suite}" if config.job == "bench" else config.job
-    if name not in CONFIGS:
+    name = config.job
+    if name == "bench":
         suites = [key.partition("/")[2] for key in CONFIGS if key.startswith("bench/")]
-        raise UserError(f"config.suite is {shown(suite)}; choose one of {', '.join(suites)}")
+        if config.get("suite") not in suites:
+            raise UserError(
+                f"config.suite is {shown(config.get('suite'))}; choose one of {', '.join(suites)}"
+            )
+        name = f"bench/{config.suite}"
     module, _, cls = CONFIGS[name].rpartition(".")
     return getattr(importlib.import_module(f"zerosearch_jax.{module}"), cls)
 

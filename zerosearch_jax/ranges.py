@@ -10,6 +10,8 @@ from typing import Annotated
 
 # An int beyond this bound is a typing error and would overflow int32.
 MAX_INT = 2**31 - 1
+# float32 holds numbers between them, and their products and quotients with a logit.
+MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
 
 
 @dataclass(frozen=True)

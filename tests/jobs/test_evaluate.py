@@ -286,8 +286,8 @@ def test_an_address_may_have_the_clients_path_but_no_password(section, url, refu
     ("change", "message"),
     [
         (dict(methods=("search", "ragg")), r"methods\[1\]='ragg' must be one of direct, cot"),
-        (dict(methods=()), "nothing to evaluate"),
-        (dict(data=dict(sets=())), "nothing to evaluate"),
+        (dict(methods=()), "must not be empty"),
+        (dict(data=dict(sets=())), "must not be empty"),
     ],
 )
 def test_an_unknown_method_or_empty_selection_is_refused(change, message, tmp_path):

@@ -1,13 +1,12 @@
 """Loads the passages of a corpus, which real engines search."""
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
 from zerosearch_jax.data.embedded.world import corpus, load_entities
 from zerosearch_jax.data.rows import as_text, read_rows
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.search.engine import Passage
 
 
@@ -37,9 +36,7 @@ def _passage(where: str, row: object) -> Passage:
         raise UserError(f'{where}: expected {{"id", "contents"}}; fix or delete the row')
     key, contents = as_text(row["id"]), row["contents"]
     if key is None:
-        raise UserError(
-            f"{where}: key 'id' is {reprlib.repr(row['id'])}; set it to a text or a number"
-        )
+        raise UserError(f"{where}: key 'id' is {shown(row['id'])}; set it to a text or a number")
     if not isinstance(contents, str) or not contents.strip():
         raise UserError(f"{where}: key 'contents' is empty; set it to a text")
     title, _, text = contents.strip().partition("\n")

@@ -8,7 +8,6 @@ In every format, gold answers are a list, one answer, or a text that holds a lis
 """
 
 import itertools
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_world
 from zerosearch_jax.data.embedded.world import Question, write_questions
 from zerosearch_jax.data.rows import as_list, as_text, read_rows
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.text.matching import score_tokens
 
 SUFFIXES = (".jsonl", ".parquet", ".tsv", ".csv")
@@ -90,7 +89,7 @@ def load_qa(
         raise UserError(f"{path}: the file has no rows; use a file with at least one question")
     if dropped:
         where, text = dropped[0]
-        text = reprlib.repr(text)
+        text = shown(text)
         print(f"{len(dropped)} gold answers without a word dropped, first in {where}: {text}")
     return loaded
 
@@ -108,12 +107,12 @@ def golden_answers(where: str, value: object) -> tuple[str, ...]:
     found = as_list(value)
     if found is None:
         raise UserError(
-            f"{where}: key 'golden_answers': {reprlib.repr(value)} is not a readable list; write a "
+            f"{where}: key 'golden_answers': {shown(value)} is not a readable list; write a "
             "list such as ['Paris', 'City of Light']"
         )
     texts = [as_text(answer) for answer in found]
     if None in texts and value is not None:
-        bad = reprlib.repr(found[texts.index(None)])
+        bad = shown(found[texts.index(None)])
         raise UserError(
             f"{where}: key 'golden_answers': {bad} is neither text nor a number; write it as a "
             "text or delete it"
@@ -131,7 +130,7 @@ def scored_answers(where: str, answers: tuple[str, ...]) -> tuple[str, ...]:
     kept = tuple(answer for answer in answers if score_tokens(answer))
     if not kept:
         raise UserError(
-            f"{where}: key 'golden_answers': {reprlib.repr(list(answers))}: only punctuation and "
+            f"{where}: key 'golden_answers': {shown(list(answers))}: only punctuation and "
             "articles, so no answer could score; add an answer or delete the row"
         )
     return kept
@@ -178,9 +177,7 @@ def _label(where: str, raw: Mapping, key: str) -> str:
     value = raw.get(key)
     text = "" if value is None else as_text(value)
     if text is None:
-        raise UserError(
-            f"{where}: key {key!r} is {reprlib.repr(value)}; set it to a text or delete it"
-        )
+        raise UserError(f"{where}: key {key!r} is {shown(value)}; set it to a text or delete it")
     return text
 
 

@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.experimental import multihost_utils
 
-from zerosearch_jax.errors import Terminated, UserError, disk_error, named_errors, reason
+from zerosearch_jax.errors import (
+    Terminated,
+    UserError,
+    disk_error,
+    error_line,
+    named_errors,
+    reason,
+)
 
 HEARTBEAT_SECS = 30  # after this silence a process counts as dead, and the others exit
 START_SECS = 300  # the longest wait for process 0, as in JAX
@@ -72,7 +79,7 @@ def run(job: Callable[[], None]) -> None:
         job()
         multihost_utils.sync_global_devices("process 0 has written all files")
     except UserError as error:
-        _exit(2, f"error: {error}")
+        _exit(2, error_line(error))
     except KeyboardInterrupt:
         _exit(130, "stopped; the same command resumes from the last checkpoint")
     except Terminated:

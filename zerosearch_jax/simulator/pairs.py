@@ -7,7 +7,6 @@ similar ones are chats: the simulator's prompt (fine-tuned form), then the docum
 import hashlib
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from zerosearch_jax.data.embedded.scripted_agent import Segment
 from zerosearch_jax.data.qa import golden_answers, scored_answers
 from zerosearch_jax.data.rows import read_rows
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import write_atomically
 from zerosearch_jax.text import prompts
 
@@ -224,9 +223,7 @@ def _own_pair(where: str, row: Mapping) -> Pair:
         if not isinstance(row.get(key), str) or not row[key]:
             raise UserError(f"{where}: key {key!r} is missing or empty; give a string")
     if row["label"] not in LABELS:
-        raise UserError(
-            f"{where}: key 'label' is {reprlib.repr(row['label'])}; use {' or '.join(LABELS)}"
-        )
+        raise UserError(f"{where}: key 'label' is {shown(row['label'])}; use {' or '.join(LABELS)}")
     documents = row["documents"]
     if not isinstance(documents, list) or not all(isinstance(text, str) for text in documents):
         raise UserError(f"{where}: key 'documents' must be a list of strings")
@@ -245,7 +242,7 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
     if key is None:
         raise UserError(
             f"{where}: needs one of the keys 'documents', 'messages', 'conversations' and "
-            f"'prompt', but has only {reprlib.repr(list(row))[1:-1]}"
+            f"'prompt', but has only {shown(list(row))[1:-1]}"
         )
     if key == "prompt":
         answer_key = next((name for name in ("response", "output") if name in row), None)

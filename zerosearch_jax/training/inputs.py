@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from zerosearch_jax.data.embedded import world
-from zerosearch_jax.data.embedded.synthetic import PREFIX
-from zerosearch_jax.errors import UserError
-from zerosearch_jax.models.config import read_config
+from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_numbers
+from zerosearch_jax.data.qa import SUFFIXES
+from zerosearch_jax.errors import UserError, reason
+from zerosearch_jax.models.config import from_hf, read_config
 from zerosearch_jax.search import web
 from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.server import authorization
@@ -84,6 +85,11 @@ def _check_sft(config: SFTConfig) -> None:
     data = config.data
     if config.init:
         check_model("init", config.init)
+    else:
+        try:
+            from_hf(config.model | {"vocab_size": config.vocab_size})
+        except (UserError, KeyError) as error:
+            raise UserError(f"config.model: {reason(error)}") from error
     if is_path(data.examples):
         check_file("data.examples", data.examples)
     elif data.examples == "answers":
@@ -123,7 +129,9 @@ def check_search(key: str, search: SearchConfig) -> None:
       UserError: something is missing, or the server does not answer.
     """
     if search.engine in ("bm25", "noisy_bm25"):
-        if search.corpus != "world" and not search.corpus.startswith(PREFIX):
+        if search.corpus.startswith(PREFIX):
+            check_synthetic(f"{key}.corpus", search.corpus)
+        elif search.corpus != "world":
             check_file(f"{key}.corpus", search.corpus)
     elif search.engine == "recorded_web":
         if search.web.recording != "world":
@@ -168,10 +176,10 @@ def check_model(key: str, directory: str, generator: GeneratorConfig | None = No
 
 
 def check_questions(source_key: str, source: str, split_key: str, split: str) -> None:
-    """Checks that a source of questions exists and that the embedded world has the split.
+    """Checks that a source of questions exists and that a source with splits has the split.
 
     Raises:
-      UserError: the file or the split does not exist.
+      UserError: the source or the split does not exist.
     """
     if source == "world":
         if split not in world.SPLITS:
@@ -179,8 +187,27 @@ def check_questions(source_key: str, source: str, split_key: str, split: str) ->
                 f"config.{split_key}: {source} has no split {split!r}; choose one of "
                 f"{', '.join(world.SPLITS)}"
             )
-    elif Path(source).suffix:  # other names are refused where the questions are loaded
+    elif source.startswith(PREFIX):
+        check_synthetic(source_key, source)
+        if split != "train":
+            raise UserError(
+                f"config.{split_key}: {source} has no split {split!r}; use split 'train'"
+            )
+    elif Path(source).suffix not in SUFFIXES:
+        raise UserError(
+            f"config.{source_key}={source} is not a source of questions; use world, "
+            f"{PREFIX}COUNT:SEED or a file that ends in {', '.join(SUFFIXES)}"
+        )
+    else:
         check_file(source_key, source)
+
+
+def check_synthetic(key: str, name: str) -> None:
+    """Raises UserError if `name` does not have the form "synthetic:COUNT:SEED"."""
+    try:
+        synthetic_numbers(name)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
 
 
 def check_file(key: str, path: str) -> None:

@@ -337,6 +337,8 @@ class EvaluateConfig:
     refine: RefineConfig
 
     def __post_init__(self):
+        if not self.methods or not self.data.sets:
+            raise UserError("methods and data.sets must not be empty; give at least one of each")
         for name, search in self.engines.items():
             if search.engine == "none":
                 raise UserError(

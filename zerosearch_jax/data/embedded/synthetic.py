@@ -5,16 +5,14 @@ tiny model to copy strings that it has never seen.
 """
 
 import re
-import reprlib
 from collections.abc import Sequence
 from random import Random
 
 from zerosearch_jax.data.embedded.world import ATTRIBUTES, Entity, load_entities
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 
 PREFIX = "synthetic:"
-MAX_COUNT = 1_000_000
-_NAME = re.compile(rf"{PREFIX}(\d{{1,18}}):(\d{{1,18}})")
+MAX_ENTITIES = 1_000_000
 
 _CLASSES = (
     "aeiou",
@@ -65,6 +63,21 @@ def synthetic_entities(models: Sequence[Entity], count: int, seed: int) -> list[
     return made
 
 
+def synthetic_numbers(name: str) -> tuple[int, int]:
+    """Returns COUNT and SEED of "synthetic:COUNT:SEED", numbers of at most 18 digits.
+
+    Raises:
+      UserError: `name` does not have that form, or COUNT is not in 1 to `MAX_ENTITIES`.
+    """
+    matched = re.fullmatch(rf"{PREFIX}([0-9]{{1,18}}):([0-9]{{1,18}})", name)
+    if not matched:
+        raise UserError(f"{shown(name)} is not a synthetic world; write {PREFIX}COUNT:SEED")
+    count, seed = map(int, matched.groups())
+    if not 1 <= count <= MAX_ENTITIES:
+        raise UserError(f"{name!r} has {count} entities; set COUNT to 1 up to {MAX_ENTITIES}")
+    return count, seed
+
+
 def synthetic_world(name: str) -> tuple[list[Entity], int]:
     """Returns the entities of the world "synthetic:COUNT:SEED", and its seed.
 
@@ -72,20 +85,9 @@ def synthetic_world(name: str) -> tuple[list[Entity], int]:
     out, so that every question has one answer.
 
     Raises:
-      UserError: `name` does not have that form with numbers of at most 18 digits, or COUNT is not
-        in [1, `MAX_COUNT`].
+      UserError: `name` does not have that form.
     """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"{reprlib.repr(name)} is not a synthetic world; write {PREFIX}COUNT:SEED with numbers "
-            "of at most 18 digits"
-        )
-    count, seed = map(int, match.groups())
-    if not 1 <= count <= MAX_COUNT:
-        raise UserError(
-            f"{name!r} has {count or 'no'} entities; set COUNT to a number from 1 to {MAX_COUNT:,}"
-        )
+    count, seed = synthetic_numbers(name)
     real = [entity for entity in load_entities() if entity.split == "train"]
     named = {entity.name: entity for entity in reversed(synthetic_entities(real, count, seed))}
     return list(reversed(named.values())), seed
