@@ -302,13 +302,14 @@ def _raise_damage(trouble: str) -> None:
 
 @contextmanager
 def _nothing_logged() -> Iterator[None]:
-    """Keeps Orbax from logging warnings, and the traceback of an error that it also raises."""
+    """Keeps Orbax from logging warnings, and the traceback of an error that it also raises.
+
+    After an error it stays silent, because Orbax's other threads may still log theirs.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+    yield
+    logging.set_verbosity(verbosity)
 
 
 def _files(folder: Path) -> set[str]:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -134,6 +135,7 @@ def _flock(file: TextIO, workdir: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        time.sleep(0.1)  # the other process writes its name right after it has locked the file
         file.seek(0)
         holder = " ".join(file.read(200).split()) or "another process"
         raise UserError(
