@@ -58,7 +58,7 @@ def test_end_ids_are_the_union_of_all_three_files(
         ({"eos_token_id": True}, {}, 3, "generation_config.json: .* True"),
         (None, {}, 12, "tokenizer_config.json: .* 12 "),
         ({"eos_token_id": []}, {}, None, "names no end-of-text token"),
-        ([3], {}, 3, "generation_config.json is not a JSON object"),
+        ([3], {}, 3, "generation_config.json: expected an object"),
     ],
 )
 def test_end_ids_outside_the_vocabulary_or_absent_are_refused(

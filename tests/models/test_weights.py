@@ -226,7 +226,7 @@ def test_missing_and_damaged_files_raise(tmp_path, monkeypatch):
     save_params(tmp_path, random_params(), CONFIG)
     file = sorted(tmp_path.glob("model-*"))[1]
     file.unlink()
-    with pytest.raises(UserError, match=f"names {file.name}, which is missing"):
+    with pytest.raises(UserError, match=f"names '{file.name}', which is missing"):
         load_params(tmp_path, CONFIG, make_mesh())
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="no readable weight_map"):

@@ -4,6 +4,7 @@ A thin layer over `transformers` and `tokenizers`.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -11,10 +12,11 @@ from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_errors
+from zerosearch_jax.files import read_json
 from zerosearch_jax.text import thoughts
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,24 +31,66 @@ _PLAIN = re.compile(r"[\w\s]+|.")
 _TAG = re.compile(r"</?(think|search|information|answer)>")
 
 
-def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face model directory or, if the hub is reachable, hub name.
+def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face model directory from its `tokenizer.json`.
+
+    No code of the directory is run: an `auto_map` and Python files have no effect.
+
+    Args:
+      vocab_size: number of the model's embedding rows; by default, the number of tokens.
 
     Raises:
-      UserError: there is no tokenizer, or its files cannot be read.
+      UserError: a file is missing or damaged, names a file outside the directory, or the tokenizer
+        has an id of `vocab_size` or more.
     """
-    # The model was trained with tokenizer.json. AutoTokenizer would follow config.json's model_type
-    # and, for Qwen2, replace the file's pre-tokenizer by its own.
-    in_file = (Path(directory_or_name) / "tokenizer.json").is_file()
-    loader = PreTrainedTokenizerFast if in_file else AutoTokenizer
-    try:
-        return loader.from_pretrained(str(directory_or_name))
-    except (OSError, ValueError, KeyError) as error:
+    path = Path(directory) / "tokenizer.json"
+    fix = (
+        "give a directory that holds the tokenizer.json and tokenizer_config.json of a Llama, "
+        "SmolLM2 or Qwen model"
+    )
+    if not os.path.isfile(path):
+        raise UserError(f"no tokenizer could be loaded from {directory}: no tokenizer.json; {fix}")
+    settings = Path(directory) / "tokenizer_config.json"
+    if os.path.lexists(settings) and "fast_tokenizer_files" in read_json(settings, dict, fix):
+        # transformers would load one of these, also from outside the directory.
+        raise UserError(f"{settings}: fast_tokenizer_files is not supported; remove the key")
+    # AutoTokenizer would follow config.json's model_type and, for Qwen2, replace the file's
+    # pre-tokenizer by its own.
+    with named_errors(f"no tokenizer could be loaded from {directory}", fix):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        # The first call applies the settings. A post-processor can add ids without a token.
+        added = tokenizer("", return_special_tokens_mask=True)["input_ids"]
+    check_ids(directory, tokenizer, added, vocab_size)
+    return tokenizer
+
+
+def check_ids(
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Sequence[int],
+    vocab_size: int | None,
+) -> None:
+    """Raises UserError if the tokenizer has an id without an embedding row.
+
+    A tokenizer with fewer ids than rows is normal: many models pad their vocabulary. Tables of all
+    ids are made only after this check.
+
+    Args:
+      added: ids that the post-processor adds to every text.
+      vocab_size: as for `load_tokenizer`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    largest = max([*vocabulary.values(), *added], default=0)
+    if vocab_size is None:
+        rows, size = "its vocabulary has", len(vocabulary)
+    else:
+        rows, size = "the model's embedding has", vocab_size
+    if largest >= size:
         raise UserError(
-            f"no tokenizer could be loaded from {directory_or_name} "
-            f"({str(error).splitlines()[0]}); give a directory that holds tokenizer.json "
-            "and tokenizer_config.json"
-        ) from error
+            f"{directory}: the tokenizer has ids up to {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {rows} {size} rows; use the "
+            "model's own tokenizer, or resize the embedding"
+        )
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -57,16 +101,24 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     SentencePiece vocabulary adds one space before the text.
 
     Raises:
-      UserError: the vocabulary is neither byte-level BPE nor SentencePiece.
+      UserError: the vocabulary is neither byte-level BPE nor SentencePiece, or one of its pieces
+        has no bytes.
     """
     vocabulary = tokenizer.get_vocab()
     added, special = tokenizer.added_tokens_decoder, _control_ids(tokenizer)
     piece_bytes = _piece_reader(tokenizer)
-    result = [b""] * (max(vocabulary.values()) + 1)
+    result = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for piece, token_id in vocabulary.items():
-        if token_id not in special:
-            is_added = token_id in added
-            result[token_id] = added[token_id].content.encode() if is_added else piece_bytes(piece)
+        if token_id in added and token_id not in special:
+            result[token_id] = added[token_id].content.encode()
+        elif token_id not in special:
+            try:
+                result[token_id] = piece_bytes(piece)
+            except (KeyError, ValueError) as error:
+                raise UserError(
+                    f"{tokenizer.name_or_path}: tokenizer.json has the piece {piece!r}, which has "
+                    "no bytes; fetch the model again"
+                ) from error
     return result
 
 
@@ -93,13 +145,16 @@ def encode_prompt(
     would append, such as an EOS token, are left out, because the model continues the prompt. A
     control token spelled out in `user_text` is ordinary text, so that a question cannot end its
     turn. `system` is trusted.
+
+    Raises:
+      UserError: the chat template refuses these turns, or leaves out the user turn.
     """
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
         return _added_in_front(tokenizer) + encode(tokenizer, text)
     backend, names = _unspellable(tokenizer)
     text = _render(tokenizer, user_text, system)
-    head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
+    head, tail = _around_user_text(tokenizer, system)
     user = text[len(head) : len(text) - len(tail)].replace(_MARK, "\ufffd")
     contents = sorted(names, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
@@ -114,7 +169,7 @@ def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None)
     """
     if tokenizer.chat_template is None:
         return False
-    tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)[2]
+    _, tail = _around_user_text(tokenizer, system)
     return tail.rfind(thoughts.OPEN) > tail.rfind(thoughts.CLOSE)
 
 
@@ -160,7 +215,23 @@ def _render(tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | No
     """Renders the chat template up to the point where the assistant continues."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": user_text})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    names = " and a ".join(turn["role"] for turn in turns)
+    with named_errors(
+        f"{tokenizer.name_or_path}: the chat template cannot render a {names} turn",
+        "fix chat_template, or use a model whose template can",
+    ):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _around_user_text(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
+    """Returns the text that the chat template renders before and after the user's text."""
+    head, found, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
+    if not found:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template leaves out the user turn; fix "
+            "chat_template, or use another model"
+        )
+    return head, tail
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
