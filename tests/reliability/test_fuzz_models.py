@@ -2,6 +2,11 @@
 
 import copy
 import json
+import resource
+import shutil
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
 
 import jax
@@ -157,9 +162,10 @@ def start(directory: Path) -> None:
         encode_prompt(files.tokenizer, "Who is it?", system=system)
 
 
-@pytest.mark.parametrize("tries", [30, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [20, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_damaged_model_directory_is_read_or_refused_by_name(model, tmp_path, tally, tries):
-    count = 0
+    numbers = count()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
         max_examples=tries,
@@ -168,23 +174,52 @@ def test_a_damaged_model_directory_is_read_or_refused_by_name(model, tmp_path, t
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        st.sampled_from(sorted(model)).flatmap(
-            lambda name: st.tuples(st.just(name), damages(name, model[name]))
-        )
-    )
-    def damage(file):
-        nonlocal count
-        count += 1
-        directory = tmp_path / f"{count}"
-        write(directory, model | dict([file]))
+    @given(st.data())
+    def damage(data):
+        name = data.draw(st.sampled_from(sorted(model)))
+        content = data.draw(damages(name, model[name]))
+        directory = tmp_path / str(next(numbers))
+        write(directory, model | {name: content})
+        failures = 1
         try:
             start(directory)
+            failures = 0
         except UserError as error:
             assert str(directory) in str(error) and "\n" not in str(error)
-        except BaseException:
-            tally("damaged model directory", 1, 1)
-            raise
-        tally("damaged model directory")
+            failures = 0
+        finally:
+            tally("damaged model directory", 1, failures)
+            shutil.rmtree(directory)
 
     damage()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # in KiB
+    assert grown < 2**20
+
+
+@pytest.mark.slow
+def test_one_huge_id_is_refused_within_one_gigabyte(model, tmp_path, tally):
+    content = json.loads(model["tokenizer.json"])
+    vocabulary = content["model"]["vocab"]
+    for piece in (max(vocabulary, key=vocabulary.get), "<new>"):
+        changed = copy.deepcopy(content)
+        changed["model"]["vocab"][piece] = 2**31
+        directory = tmp_path / str(len(piece))
+        write(directory, model | {"tokenizer.json": json.dumps(changed).encode()})
+        done = subprocess.run([sys.executable, "-c", LIMITED, str(directory)], capture_output=True)
+        tally("token id of 2^31", 1, int(done.returncode != 2))
+        assert done.returncode == 2 and b"ids up to 2147483648" in done.stdout, done.stderr
+
+
+LIMITED = """
+import resource, sys
+from zerosearch_jax.errors import UserError
+from zerosearch_jax.models.directory import read_model_files
+
+size = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
+try:
+    read_model_files(sys.argv[1])
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""

@@ -17,6 +17,7 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import Action, parse_action
 from zerosearch_jax.text.tokenizer import (
+    check_template,
     decode,
     encode,
     encode_prompt,
@@ -428,3 +429,24 @@ def test_a_template_that_cannot_render_the_prompt_is_refused(
     for use in (partial(encode_prompt, user_text="x"), opens_thought):
         with pytest.raises(UserError, match=f"{tmp_path}: the chat template {message}"):
             use(loaded, system=system)
+
+
+def test_a_template_that_takes_too_long_is_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("zerosearch_jax.text.tokenizer.TEMPLATE_SECS", 0.01)
+    tokenizer.save_pretrained(tmp_path)
+    loop = "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(loop + "{{ messages[-1].content }}")
+    with pytest.raises(UserError, match=f"{tmp_path}: the chat template takes more than"):
+        check_template(load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [None, 320, 2**20])
+def test_ids_are_bounded_before_a_table_of_them_is_made(tmp_path, tokenizer, rows):
+    """One id of 2^31 made tables of 8 GB in the library and of 17 GB here."""
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{tmp_path}: .*ids up to 2147483648"):
+        load_tokenizer(tmp_path, rows)

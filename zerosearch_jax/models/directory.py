@@ -15,7 +15,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, read_config
 from zerosearch_jax.models.generation_config import read_generation_config
 from zerosearch_jax.models.weights import check_headers
-from zerosearch_jax.text.tokenizer import load_tokenizer
+from zerosearch_jax.text.tokenizer import check_template, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def read_model_files(directory: str | Path) -> ModelFiles:
 
     Raises:
       UserError: a file is missing or unreadable, or two of them contradict each other: the weights'
-        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`; or the
-        directory holds LoRA adapters.
+        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`; or the chat
+        template cannot render a user turn; or the directory holds LoRA adapters.
     """
     if os.path.isfile(Path(directory) / "adapter_config.json"):
         raise UserError(
@@ -64,5 +64,6 @@ def _read_once(directory: str, config: ModelConfig, stamp: tuple) -> ModelFiles:
     """
     check_headers(directory, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)
+    check_template(tokenizer)
     generation = read_generation_config(directory, tokenizer.eos_token_id, config.vocab_size)
     return ModelFiles(config, tokenizer, generation)

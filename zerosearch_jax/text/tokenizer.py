@@ -7,9 +7,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,6 +22,7 @@ from zerosearch_jax.files import read_json
 from zerosearch_jax.text import thoughts
 
 END_OF_TEXT = "<|endoftext|>"
+TEMPLATE_SECS = 30.0  # for the first prompt of a chat template; others take milliseconds
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
 
@@ -160,6 +163,29 @@ def encode_prompt(
     control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
     head, tail = (control.sub(lambda match: names[match[0]], part) for part in (head, tail))
     return backend.encode(head + user + tail, add_special_tokens=False).ids
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the chat template renders no user turn within `TEMPLATE_SECS` seconds.
+
+    A template is code. Its sandbox limits what it may reach, but not its time.
+    """
+    if tokenizer.chat_template is None:
+        return
+
+    def render():
+        with suppress(Exception):  # raised again below
+            _render(tokenizer, _PLACEHOLDER, None)
+
+    thread = Thread(target=render, daemon=True)  # an endless one must not delay the exit
+    thread.start()
+    thread.join(TEMPLATE_SECS)
+    if thread.is_alive():
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template takes more than {TEMPLATE_SECS:g} s for "
+            "a user turn; fix chat_template, or use another model"
+        )
+    _around_user_text(tokenizer, None)
 
 
 def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> bool:
