@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models import weights
 from zerosearch_jax.models.directory import read_model_files
+from zerosearch_jax.models.generation_config import write_configs
 from zerosearch_jax.models.transformer import abstract_model
 from zerosearch_jax.models.weights import save_params
 from zerosearch_jax.text.tokenizer import encode_prompt
@@ -155,11 +156,13 @@ def write(directory: Path, files: dict[str, bytes | Path | None]) -> None:
 
 
 def start(directory: Path) -> None:
-    """Reads a model directory as a job does before it reads weights."""
+    """Uses all files of a model directory but the weights, as a job does until its export."""
     files = read_model_files(directory)
     stop_table(files, ("</search>",))
     for system in (None, ""):
         encode_prompt(files.tokenizer, "Who is it?", system=system)
+    files.tokenizer.save_pretrained(directory / "export")
+    write_configs(directory / "export", files.config, "float32", files.generation)
 
 
 @pytest.mark.parametrize("tries", [20, pytest.param(2000, marks=pytest.mark.slow)])
@@ -214,6 +217,7 @@ LIMITED = """
 import resource, sys
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.directory import read_model_files
+from zerosearch_jax.models.generation_config import write_configs
 
 size = 4096 * int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**30,) * 2)
