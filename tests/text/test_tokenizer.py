@@ -342,6 +342,12 @@ def test_missing_small_and_unsupported_tokenizers_are_refused(tmp_path):
         token_bytes(load_tokenizer(tmp_path))
 
 
+SECOND_TEXT = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}"
     "{% endif %}{{ m.content }}{% endfor %}"
@@ -363,6 +369,9 @@ def edit(path, **changes):
         ("tokenizer.json", {"model": None}),
         ("tokenizer.json", {"added_tokens": {"a": 1}}),
         ("tokenizer.json", {"version": 3}),
+        # The library panics, which Python sees as a BaseException.
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}),
+        ("tokenizer.json", {"post_processor": SECOND_TEXT}),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, tokenizer, file, changes):

@@ -61,8 +61,9 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreT
     # pre-tokenizer by its own.
     with named_errors(f"no tokenizer could be loaded from {directory}", fix):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
-        # The first call applies the settings. A post-processor can add ids without a token.
-        added = tokenizer("", return_special_tokens_mask=True)["input_ids"]
+        # Only calls apply some settings. A post-processor can add ids without a token.
+        tokenizer("Chad, 12 \u00e9t\u00e9s.\n", return_special_tokens_mask=True)
+        added = tokenizer("")["input_ids"]
     check_ids(directory, tokenizer, added, vocab_size)
     return tokenizer
 
