@@ -364,6 +364,7 @@ def edit(path, **changes):
     [
         ("tokenizer_config.json", {"model_max_length": [1]}),
         ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"other": "\ud800"}),  # an export could not write it
         ("tokenizer_config.json", {"added_tokens_decoder": {"a": 1}}),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.json"]}),
         ("tokenizer.json", {"model": None}),
@@ -427,6 +428,7 @@ def test_no_code_of_the_directory_is_run(tmp_path, tokenizer):
         ("{% for i in range(10**9) %}{% endfor %}", None, "cannot render a user turn"),
         (NO_SYSTEM, "", "cannot render a system and a user turn: no system turn"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "leaves out the user turn"),
+        ("{{ messages[-1].content }}{{ '\\ud800' }}", None, "writes .*surrogates"),
     ],
 )
 def test_a_template_that_cannot_render_the_prompt_is_refused(
@@ -446,6 +448,14 @@ def test_a_template_that_takes_too_long_is_refused(tmp_path, tokenizer, monkeypa
     loop = "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(loop + "{{ messages[-1].content }}")
     with pytest.raises(UserError, match=f"{tmp_path}: the chat template takes more than"):
+        check_template(load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("template", [5, {"default": "{{ messages[-1].content }}", "tool": 5}])
+def test_a_template_that_is_no_text_is_refused(tmp_path, tokenizer, template):
+    tokenizer.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(UserError, match=f"{tmp_path}: the chat template .* is not a text"):
         check_template(load_tokenizer(tmp_path))
 
 

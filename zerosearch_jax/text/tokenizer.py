@@ -64,6 +64,9 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreT
         # Only calls apply some settings. A post-processor can add ids without a token.
         tokenizer("Chad, 12 \u00e9t\u00e9s.\n", return_special_tokens_mask=True)
         added = tokenizer("")["input_ids"]
+        # An export writes the settings as UTF-8, which has no lone surrogates.
+        kept = [tokenizer.init_kwargs, tokenizer.chat_template]
+        json.dumps(kept, default=str, ensure_ascii=False).encode()
     check_ids(directory, tokenizer, added, vocab_size)
     return tokenizer
 
@@ -171,8 +174,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     A template is code. Its sandbox limits what it may reach, but not its time.
     """
-    if tokenizer.chat_template is None:
+    templates = tokenizer.chat_template
+    if templates is None:
         return
+    named = templates if isinstance(templates, dict) else {"chat_template": templates}
+    for name, template in named.items():
+        if not isinstance(template, str):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template {name!r} is not a text; fix "
+                "chat_template in tokenizer_config.json"
+            )
 
     def render():
         with suppress(Exception):  # raised again below
@@ -258,6 +269,10 @@ def _around_user_text(tokenizer: PreTrainedTokenizerBase, system: str | None) ->
             f"{tokenizer.name_or_path}: the chat template leaves out the user turn; fix "
             "chat_template, or use another model"
         )
+    with named_errors(
+        f"{tokenizer.name_or_path}: the chat template writes no UTF-8", "fix chat_template"
+    ):
+        (head + tail).encode()
     return head, tail
 
 
