@@ -74,6 +74,7 @@ def named_errors(where: str | Path, fix: str) -> Iterator[None]:
 
     Enclose only calls that read the user's input with a library. Libraries do not document which
     exceptions damaged input raises, and an exception of our own code must stay a program error.
+    A panic of a library in Rust is no `Exception`, but counts as one.
 
     Args:
       where: file, row or key that is read.
@@ -83,11 +84,13 @@ def named_errors(where: str | Path, fix: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{where}: {reason(error)}; {fix}") from error
 
 
-def reason(error: Exception, limit: int = 300) -> str:
+def reason(error: BaseException, limit: int = 300) -> str:
     """Returns an exception's message as one line of at most `limit` characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return one_line(" ".join(str(text).split()), limit)

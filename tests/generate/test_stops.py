@@ -1,5 +1,6 @@
 """Compares the stop automaton with a substring search in the joined bytes."""
 
+import tracemalloc
 from itertools import product
 
 import numpy as np
@@ -93,3 +94,13 @@ def test_tags_are_detected_with_a_real_tokenizer(tiny_tokenizer):
         assert decode(tiny_tokenizer, byte_by_byte) == text
         assert stopped_after(table, byte_by_byte) == [False] * (len(text) - 1) + [True]
     assert not any(stopped_after(table, encode(tiny_tokenizer, "< /search> </ answer>")))
+
+
+def test_one_long_token_makes_no_table_of_its_length_times_the_vocabulary():
+    vocabulary = [bytes([i % 256]) for i in range(20_000)] + [b"x" * 4000 + b"</search>"]
+    tracemalloc.start()
+    table = build_stop_table(vocabulary, ["</search>"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table[0, -1] == len(table) - 1
+    assert peak < 10_000_000

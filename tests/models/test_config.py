@@ -4,9 +4,18 @@ import copy
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.models.config import ModelConfig, RopeScaling, from_hf, read_config, to_hf
+from zerosearch_jax.models.config import (
+    SUPPORTED,
+    ModelConfig,
+    RopeScaling,
+    from_hf,
+    read_config,
+    to_hf,
+)
 
 LLAMA3 = {
     "model_type": "llama",
@@ -54,6 +63,7 @@ MINIMAL = {
     "num_attention_heads": 32,
     "max_position_embeddings": 1024,
 }
+OPTIONAL = ("head_dim", "layer_types", "rope_parameters", "tie_word_embeddings")
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LATER = {"rope_theta": 7e5}
 CHANGES = (
@@ -113,6 +123,20 @@ def test_keys_and_their_defaults_mean_what_they_mean_in_transformers(family, cha
         ({"hidden_size": 30}, "hidden_size=30"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2'"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"vocab_size": 128.0}, "vocab_size=128.0"),
+        ({"vocab_size": 2**31}, "vocab_size=2147483648"),
+        ({"head_dim": 7}, "head_dim=7"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rope_theta": 10**400}, "rope_theta=1000"),
+        ({"rope_theta": -1}, "rope_theta=-1"),
+        ({"rope_scaling": "llama3"}, "rope_scaling='llama3'"),
+        ({"rope_scaling": SCALING | {"factor": 0}}, "factor=0"),
+        ({"rope_scaling": SCALING | {"low_freq_factor": 4.0}}, "high_freq_factor=4.0"),
+        ({"layer_types": 2}, "layer_types=2"),
+        ({"layer_types": [["full_attention"]]}, "layer_types="),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
     ],
 )
@@ -127,11 +151,46 @@ def test_missing_and_damaged_files_raise(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="Expecting property name"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="lacks the key"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_a_file_that_is_no_object_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.json: "):
+        read_config(tmp_path)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from([*LLAMA3, *SUPPORTED, *OPTIONAL]), JSON_VALUES, min_size=1))
+def test_any_values_of_the_keys_are_read_or_refused(changes):
+    try:
+        config = from_hf(LLAMA3 | changes)
+    except UserError:
+        return
+    assert all(value > 0 for value in vars(config).values() if type(value) in (int, float))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from([*SCALING, "rope_theta", "type"]), JSON_VALUES, min_size=1))
+def test_any_values_of_the_rope_keys_are_read_or_refused(changes):
+    try:
+        config = from_hf(LLAMA3 | {"rope_scaling": SCALING | changes})
+    except UserError:
+        return
+    if scaling := config.rope_scaling:
+        assert scaling.high_freq_factor > scaling.low_freq_factor and scaling.factor > 0
 
 
 def test_an_unknown_family_raises():

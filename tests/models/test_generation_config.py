@@ -58,7 +58,12 @@ def test_end_ids_are_the_union_of_all_three_files(
         ({"eos_token_id": True}, {}, 3, "generation_config.json: .* True"),
         (None, {}, 12, "tokenizer_config.json: .* 12 "),
         ({"eos_token_id": []}, {}, None, "names no end-of-text token"),
-        ([3], {}, 3, "generation_config.json is not a JSON object"),
+        ([3], {}, 3, "generation_config.json: expected an object"),
+        ({"eos_token_id": [[3]]}, {}, 3, "generation_config.json: .*\\[3\\]"),
+        ({"eos_token_id": {"a": 3}}, {}, 3, "generation_config.json: .*'a'"),
+        ({"eos_token_id": 3.0}, {}, 3, "generation_config.json: .* 3.0 "),
+        ({"pad_token_id": "<pad>"}, {}, 3, "pad_token_id is '<pad>'"),
+        ({}, {"bos_token_id": [1]}, 3, "bos_token_id is \\[1\\]"),
     ],
 )
 def test_end_ids_outside_the_vocabulary_or_absent_are_refused(

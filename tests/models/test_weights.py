@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -226,8 +228,102 @@ def test_missing_and_damaged_files_raise(tmp_path, monkeypatch):
     save_params(tmp_path, random_params(), CONFIG)
     file = sorted(tmp_path.glob("model-*"))[1]
     file.unlink()
-    with pytest.raises(UserError, match=f"names {file.name}, which is missing"):
+    with pytest.raises(UserError, match=f"names '{file.name}', which is missing"):
         load_params(tmp_path, CONFIG, make_mesh())
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="no readable weight_map"):
         load_params(tmp_path, CONFIG, make_mesh())
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """A directory with several files of weights, and its index."""
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 40_000)
+    directory = tmp_path / "model"
+    save_params(directory, random_params(), CONFIG)
+    return directory, json.loads((directory / INDEX).read_text())
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "index",
+    [b"[]", b"\xff", b"{", b'{"weight_map": []}', b'{"weight_map": null}', b"[" * 100_000],
+)
+def test_a_damaged_index_is_refused_by_name(sharded, index):
+    directory, _ = sharded
+    (directory / INDEX).write_bytes(index)
+    with pytest.raises(UserError, match=f"^{directory}/{INDEX}"):
+        check_headers(directory, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../out.safetensors", "{parent}/out.safetensors", "sub/../../out.safetensors", "sub/x", ".."]
+    + ["", "\0", "x" * 300, 5, None, ["x"]],
+)
+def test_the_index_may_not_name_a_file_outside_its_directory(sharded, file):
+    directory, index = sharded
+    name = index["weight_map"][Q0]
+    (directory / "sub").mkdir()
+    shutil.copy(directory / name, directory / "sub" / "x")
+    shutil.move(directory / name, directory.parent / "out.safetensors")
+    if isinstance(file, str):
+        file = file.format(parent=directory.parent)
+    for tensor, kept in index["weight_map"].items():
+        index["weight_map"][tensor] = file if kept == name else kept
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"^{directory}/{INDEX}"):
+        check_headers(directory, CONFIG)
+
+
+def test_files_may_be_links_to_another_directory_as_in_the_hubs_cache(sharded, tmp_path):
+    directory, index = sharded
+    (tmp_path / "blobs").mkdir()
+    for name in (*set(index["weight_map"].values()), INDEX, "config.json"):
+        shutil.move(directory / name, tmp_path / "blobs" / name)
+        (directory / name).symlink_to(Path("..", "blobs", name))
+    assert_same(load_params(directory, read_config(directory), make_mesh()), random_params())
+
+
+def test_a_tensor_in_two_files_must_be_in_the_index(sharded):
+    directory, index = sharded
+    first, last = min(index["weight_map"].values()), max(index["weight_map"].values())
+    for file in (first, last):
+        tensors = load_file(directory / file)
+        save_file(tensors | {"extra": np.zeros(2, "f4")}, directory / file)
+    with pytest.raises(UserError, match=f"does not list extra, .* {first} .* {last}"):
+        check_headers(directory, CONFIG)
+
+
+@pytest.mark.parametrize("size", [10**10, 2**63, 10])
+def test_a_header_of_false_length_is_refused(tmp_path, size):
+    save_params(tmp_path, random_params(), CONFIG)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=f"^{path} is damaged"):
+        check_headers(tmp_path, CONFIG)
+
+
+def test_offsets_that_overlap_are_refused(tmp_path):
+    save_params(tmp_path, random_params(), CONFIG)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["model.norm.weight"]["data_offsets"] = header["lm_head.weight"]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(UserError, match=f"^{path} is damaged"):
+        check_headers(tmp_path, CONFIG)
+
+
+def test_absurd_sizes_are_refused_before_anything_of_that_size_is_made(tmp_path):
+    save_params(tmp_path, random_params(), CONFIG)
+    largest = 2**31 - 1
+    layers = dataclasses.replace(CONFIG, num_layers=largest)
+    sizes = dict(embed_dim=largest, mlp_dim=largest, vocab_size=largest, head_dim=largest - 1)
+    for config in (layers, dataclasses.replace(CONFIG, **sizes)):
+        with pytest.raises(UserError, match="config.json (gives|requires)"):
+            check_headers(tmp_path, config)

@@ -1,7 +1,9 @@
 """Tests of tokenizers and of the bytes of their tokens."""
 
 import json
+import shutil
 import unicodedata
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -15,6 +17,7 @@ from zerosearch_jax.generate.stops import build_stop_table
 from zerosearch_jax.text import prompts
 from zerosearch_jax.text.actions import Action, parse_action
 from zerosearch_jax.text.tokenizer import (
+    check_template,
     decode,
     encode,
     encode_prompt,
@@ -372,3 +375,132 @@ def test_missing_small_and_unsupported_tokenizers_are_refused(tmp_path):
     save_tokenizer(words, tmp_path, unk_token="[UNK]")
     with pytest.raises(UserError, match="neither byte-level"):
         token_bytes(load_tokenizer(tmp_path))
+
+
+SECOND_TEXT = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}"
+    "{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer_config.json", {"model_max_length": [1]}),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"other": "\ud800"}),  # an export could not write it
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": 1}}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.json"]}),
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer.json", {"added_tokens": {"a": 1}}),
+        ("tokenizer.json", {"version": 3}),
+        # The library panics, which Python sees as a BaseException.
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}),
+        ("tokenizer.json", {"post_processor": SECOND_TEXT}),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, tokenizer, file, changes):
+    tokenizer.save_pretrained(tmp_path)
+    edit(tmp_path / file, **changes)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+
+
+def test_a_piece_without_bytes_is_refused(tmp_path):
+    pieces = Tokenizer(models.BPE({"a": 0, "\u4e2d": 1}, []))
+    pieces.decoder = decoders.ByteLevel()
+    save_tokenizer(pieces, tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: .*\u4e2d"):
+        token_bytes(load_tokenizer(tmp_path))
+
+
+def test_no_file_outside_the_directory_is_read(tmp_path, tokenizer):
+    """The version in a file's name selects it, so a path can hide in front of the version."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    shutil.copy(tmp_path / "model" / "tokenizer.json", tmp_path / "tokenizer.4.0.json")
+    names = ["../tokenizer.4.0.json"]
+    edit(tmp_path / "model" / "tokenizer_config.json", fast_tokenizer_files=names)
+    with pytest.raises(UserError, match="fast_tokenizer_files"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_no_code_of_the_directory_is_run(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    for kind in ("tokenization", "modeling", "configuration"):
+        path = tmp_path / f"{kind}_own.py"
+        path.write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    auto_map = {
+        "AutoTokenizer": ["tokenization_own.Own"] * 2,
+        "AutoConfig": "configuration_own.Own",
+    }
+    own = {"auto_map": auto_map, "tokenizer_class": "Own", "trust_remote_code": True}
+    edit(tmp_path / "tokenizer_config.json", **own)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"} | own))
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "message"),
+    [
+        ("{% if %}", None, "cannot render a user turn"),
+        ("{{ raise_exception('no') }}", None, "cannot render a user turn: no"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", None, "cannot render a user turn"),
+        ("{% for i in range(10**9) %}{% endfor %}", None, "cannot render a user turn"),
+        (NO_SYSTEM, "", "cannot render a system and a user turn: no system turn"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "leaves out the user turn"),
+        ("{{ messages[-1].content }}{{ '\\ud800' }}", None, "writes .*surrogates"),
+    ],
+)
+def test_a_template_that_cannot_render_the_prompt_is_refused(
+    tmp_path, tokenizer, template, system, message
+):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    loaded = load_tokenizer(tmp_path)
+    for use in (partial(encode_prompt, user_text="x"), opens_thought):
+        with pytest.raises(UserError, match=f"{tmp_path}: the chat template {message}"):
+            use(loaded, system=system)
+
+
+def test_a_template_that_takes_too_long_is_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("zerosearch_jax.text.tokenizer.TEMPLATE_SECS", 0.01)
+    tokenizer.save_pretrained(tmp_path)
+    loop = "{% for i in range(2000) %}{% for j in range(2000) %}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(loop + "{{ messages[-1].content }}")
+    with pytest.raises(UserError, match=f"{tmp_path}: the chat template takes more than"):
+        check_template(load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("template", [5, {"default": "{{ messages[-1].content }}", "tool": 5}])
+def test_a_template_that_is_no_text_is_refused(tmp_path, tokenizer, template):
+    tokenizer.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(UserError, match=f"{tmp_path}: the chat template .* is not a text"):
+        check_template(load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [None, 320, 2**20])
+def test_ids_are_bounded_before_a_table_of_them_is_made(tmp_path, tokenizer, rows):
+    """One id of 2^31 made tables of 8 GB in the library and of 17 GB here."""
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 2**31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{tmp_path}: .*ids up to 2147483648"):
+        load_tokenizer(tmp_path, rows)

@@ -1,6 +1,7 @@
 """Tests that jobs refuse a model directory before they read weights or compile."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,3 +156,34 @@ def test_ids_that_only_the_post_processor_has_count(directory):
     assert PreTrainedTokenizerFast.from_pretrained(directory)("")["input_ids"] == [ROWS + 7]
     with pytest.raises(UserError, match=f"up to {ROWS + 7} "):
         read_model_files(directory)
+
+
+def test_the_files_are_read_again_only_after_a_change(directory):
+    first = read_model_files(directory)
+    assert read_model_files(str(directory)) is first
+    set_key(directory, "eos_token_id", [1, 2])
+    assert read_model_files(directory).generation["eos_token_id"] == [0, 1, 2]
+    (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert 3 in read_model_files(directory).generation["eos_token_id"]
+
+
+def test_a_simulator_whose_template_refuses_a_system_turn_is_refused(directory):
+    template = "{% if messages|length > 1 %}{{ raise_exception('no') }}{% endif %}"
+    (directory / "chat_template.jinja").write_text(template + "{{ messages[-1].content }}")
+    factory.check_model(str(directory), ())
+    with pytest.raises(UserError, match=f"{directory}: .* a system and a user turn: no"):
+        factory.check_model(str(directory), (), system="")
+
+
+def test_a_path_that_is_no_model_directory_is_refused(directory, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").symlink_to("missing")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(directory / name, tmp_path / "pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    for name in ("file", "broken", "loop", "empty", "pickled", "missing", "x" * 300, "nul\0"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            read_model_files(tmp_path / name)

@@ -46,6 +46,13 @@ def test_content_moved_between_files_changes_the_fingerprint(model):
     assert model_sha256(model) != before
 
 
+def test_directories_and_broken_links_have_no_content(model):
+    before = model_sha256(model)
+    (model / "original.json").mkdir()
+    (model / "gone.safetensors").symlink_to("missing")
+    assert model_sha256(model) == before
+
+
 def test_a_directory_without_weights_has_no_fingerprint(model):
     for path in model.glob("*.safetensors"):
         path.unlink()

@@ -11,15 +11,19 @@ from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.rollout.scheduler import Limits
 from zerosearch_jax.text import prompts
-from zerosearch_jax.text.tokenizer import encode, encode_prompt
+from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
 from zerosearch_jax.training.job_configs import RefineConfig
 from zerosearch_jax.training.prompt_limits import PromptLimit, fitting, prompt_limits
 
 
 @pytest.fixture(autouse=True)
-def _without_config_file(monkeypatch):
+def _only_tokenizers(monkeypatch):
     """The directory of the tiny tokenizer holds no model."""
-    monkeypatch.setattr("zerosearch_jax.training.prompt_limits.read_config", lambda directory: None)
+
+    def read(directory):
+        return SimpleNamespace(tokenizer=load_tokenizer(directory))
+
+    monkeypatch.setattr("zerosearch_jax.training.prompt_limits.read_model_files", read)
 
 
 def row(question: str, number: int = 0, answer: str = "Chad") -> QARow:

@@ -27,16 +27,18 @@ def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) 
       ValueError: a stop string is empty.
     """
     step = _byte_automaton([text.encode() for text in stop_strings])
-    longest = max((len(data) for data in token_bytes), default=0)
-    padded = np.full((longest, len(token_bytes)), -1, np.int16)
-    for token, data in enumerate(token_bytes):
-        padded[: len(data), token] = list(data)
     table = np.broadcast_to(
         np.arange(len(step), dtype=np.int16)[:, None], (len(step), len(token_bytes))
     ).copy()
-    for column in padded:
-        here = np.flatnonzero(column >= 0)
-        table[:, here] = step[table[:, here], column[here]]
+    # One long token must not make a table of its length times all tokens.
+    joined = np.frombuffer(b"".join(token_bytes), np.uint8)
+    sizes = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
+    starts = np.cumsum(sizes) - sizes
+    position, here = 0, np.flatnonzero(sizes)
+    while len(here):
+        table[:, here] = step[table[:, here], joined[starts[here] + position]]
+        position += 1
+        here = here[sizes[here] > position]
     return table
 
 

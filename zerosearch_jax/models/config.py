@@ -1,11 +1,14 @@
 """Model configuration: sizes and options of a decoder, from a Hugging Face `config.json`."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown  # at most about 30 characters of each value
 from typing import Any
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.files import read_json
+from zerosearch_jax.ranges import MAX_INT
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -21,6 +24,8 @@ SUPPORTED = {
     "quantization_config": None,
 }
 
+MAX_FLOAT = 1e38  # the forward pass uses float32
+
 # Sizes that transformers gives a model of the family if the key is missing.
 DEFAULT_KV_HEADS = {"qwen2": 32, "qwen3": 32}  # elsewhere: the query heads
 DEFAULT_HEAD_DIM = {"qwen3": 128}  # elsewhere: hidden_size / query heads
@@ -28,12 +33,23 @@ DEFAULT_HEAD_DIM = {"qwen3": 128}  # elsewhere: hidden_size / query heads
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency scaling, which stretches long wavelengths by `factor`."""
+    """Llama 3's frequency scaling, which stretches long wavelengths by `factor`.
+
+    Raises:
+      UserError: `high_freq_factor` is not above `low_freq_factor`.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_positions: int
+
+    def __post_init__(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                f"high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}; fetch the model again"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,8 @@ class ModelConfig:
       max_positions: longest sequence that the model supports, in tokens.
 
     Raises:
-      UserError: the family is unknown, or the query heads cannot share the key-value heads evenly.
+      UserError: the family is unknown, the query heads cannot share the key-value heads evenly, or
+        `head_dim` is odd.
     """
 
     family: str
@@ -67,15 +84,14 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise UserError(
-                f"model_type {self.family!r} is not supported; use one of {', '.join(FAMILIES)}"
-            )
+        _check_family(self.family)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"{self.num_heads} query heads are not divisible by {self.num_kv_heads} "
                 "key-value heads; fix num_attention_heads or num_key_value_heads"
             )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one")
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -86,18 +102,15 @@ def read_config(directory: str | Path) -> ModelConfig:
         an option such as sliding-window attention, is not supported.
     """
     path = Path(directory) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for names that no file system takes
         raise UserError(
             f"{directory} holds no config.json; give a Hugging Face model directory (the head of "
             "the config file names the command that makes one; `make smollm2` makes "
             "models/smollm2-135m)"
         )
+    hf = read_json(path, dict, "fetch the model again")
     try:
-        return from_hf(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch the model again") from error
-    except KeyError as error:
-        raise UserError(f"{path} lacks the key {error}; fetch the model again") from error
+        return from_hf(hf)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -108,14 +121,15 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     Missing keys have the defaults of transformers' config classes.
 
     Raises:
-      UserError: the architecture, one of its options or the type of a value is not supported.
-      KeyError: a key is missing that published models have.
+      UserError: the architecture or one of its options is not supported, a value has the wrong type
+        or size, or a key is missing that published models have.
     """
     family = hf.get("model_type", "(none)")
-    if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not supported; use one of {', '.join(FAMILIES)}")
+    _check_family(family)
     # As in transformers, rope_scaling replaces rope_parameters if a file has both.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_scaling={shown(rope)} must be an object; fetch the model again")
     _check_supported(family, hf | rope)
     heads, width = _value(hf, "num_attention_heads", int), _value(hf, "hidden_size", int)
     if "head_dim" not in hf and family not in DEFAULT_HEAD_DIM and width % heads:
@@ -144,28 +158,44 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
+def _check_family(family: Any) -> None:
+    if family not in list(FAMILIES):  # a dict would need a hashable value
+        raise UserError(
+            f"model_type {shown(family)} is not supported; use one of {', '.join(FAMILIES)}"
+        )
+
+
 def _check_supported(family: str, options: dict[str, Any]) -> None:
     for key, value in SUPPORTED.items():
         ignored = key == "attention_bias" and family == "qwen2"
         if not ignored and options.get(key) not in (value, None):
-            raise UserError(f"{key}={options[key]!r} is not supported; only {value!r} is")
-    layer_types = options.get("layer_types") or ()
-    if set(layer_types) - {"full_attention"}:
-        raise UserError(f"layer_types={layer_types!r} is not supported; only full_attention is")
+            raise UserError(f"{key}={shown(options[key])} is not supported; only {value!r} is")
+    types = options.get("layer_types") or []
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        raise UserError(f"layer_types={shown(types)} is not supported; only full_attention is")
     if "full_attention" in options:
         raise UserError("rope_parameters of each layer type are not supported; only one set is")
 
 
 def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """Returns `hf[key]`, or the default if it is missing or null; refuses another type."""
+    """Returns `hf[key]`, or the default if it is missing or null; refuses other types and sizes."""
     value = default if hf.get(key) is None else hf[key]
     if value is None:
-        raise KeyError(key)
-    kinds = (int, float) if kind is float else kind
-    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-    if not fits or (kind is int and value < 1):
-        wanted = {int: "a positive integer", float: "a number", bool: "true or false"}[kind]
-        raise UserError(f"{key}={value!r} must be {wanted}")
+        raise UserError(f"lacks the key {key!r}; fetch the model again")
+    is_bool = isinstance(value, bool)
+    wanted, fits = {
+        int: (
+            f"an integer from 1 to {MAX_INT}",
+            isinstance(value, int) and not is_bool and 1 <= value <= MAX_INT,
+        ),
+        float: (
+            f"a number above 0 and at most {MAX_FLOAT}",
+            isinstance(value, int | float) and not is_bool and 0 < value <= MAX_FLOAT,
+        ),
+        bool: ("true or false", is_bool),
+    }[kind]
+    if not fits:
+        raise UserError(f"{key}={shown(value)} must be {wanted}; fetch the model again")
     return kind(value)
 
 
@@ -174,7 +204,7 @@ def _rope_scaling(rope: dict[str, Any], hf: dict[str, Any]) -> RopeScaling | Non
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"rope scaling {kind!r} is not supported; only 'llama3' is")
+        raise UserError(f"rope scaling {shown(kind)} is not supported; only 'llama3' is")
     longest = hf["max_position_embeddings"]
     return RopeScaling(
         factor=_value(rope, "factor", float),

@@ -4,8 +4,10 @@ Only the small files and the headers of the weights are read, so a directory who
 together is refused in seconds.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import ModelConfig, read_config
 from zerosearch_jax.models.generation_config import read_generation_config
 from zerosearch_jax.models.weights import check_headers
-from zerosearch_jax.text.tokenizer import load_tokenizer
+from zerosearch_jax.text.tokenizer import check_template, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,35 @@ class ModelFiles:
 def read_model_files(directory: str | Path) -> ModelFiles:
     """Reads a model directory without its weights.
 
+    A directory is read again only if one of its files has changed. Callers share the result, so
+    they must not add tokens to the tokenizer.
+
     Raises:
       UserError: a file is missing or unreadable, or two of them contradict each other: the weights'
-        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`; or the
-        directory holds LoRA adapters.
+        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`; or the chat
+        template cannot render a user turn; or the directory holds LoRA adapters.
     """
-    if (Path(directory) / "adapter_config.json").is_file():
+    if os.path.isfile(Path(directory) / "adapter_config.json"):
         raise UserError(
             f"{directory} holds LoRA adapters (adapter_config.json), which would be ignored; give "
             "a directory of merged weights, such as `policy` next to an exported `adapters`"
         )
     config = read_config(directory)
+    files = (path for path in sorted(Path(directory).iterdir()) if os.path.isfile(path))
+    stats = ((path.name, path.stat()) for path in files)
+    stamp = tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
+    return _read_once(str(directory), config, stamp)
+
+
+@lru_cache(maxsize=4)  # policy, simulators and reader
+def _read_once(directory: str, config: ModelConfig, stamp: tuple) -> ModelFiles:
+    """Does `read_model_files` once for each state of a directory, because it takes seconds.
+
+    Args:
+      stamp: identifies the state of the directory's files.
+    """
     check_headers(directory, config)
-    tokenizer = load_tokenizer(directory)
-    check_ids(directory, tokenizer, config.vocab_size)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    check_template(tokenizer)
     generation = read_generation_config(directory, tokenizer.eos_token_id, config.vocab_size)
     return ModelFiles(config, tokenizer, generation)
-
-
-def check_ids(directory: str | Path, tokenizer, vocab_size: int) -> None:
-    """Raises UserError if the tokenizer has an id without an embedding row.
-
-    A tokenizer with fewer ids than rows is normal: many models pad their vocabulary.
-    """
-    # A post-processor can name ids that the vocabulary lacks.
-    largest = max([*tokenizer.get_vocab().values(), *tokenizer("")["input_ids"]])
-    if largest >= vocab_size:
-        raise UserError(
-            f"{directory}: the tokenizer has ids up to {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's embedding has "
-            f"{vocab_size} rows; use the model's own tokenizer, or resize the embedding"
-        )

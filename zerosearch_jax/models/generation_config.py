@@ -6,13 +6,14 @@ stops at the first file's ids, or at the second's if there is no first. Servers 
 tokenizer's. Here every id of the three counts.
 """
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import write_json
+from zerosearch_jax.files import read_json, write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
 
 GENERATION_CONFIG = "generation_config.json"
@@ -31,7 +32,8 @@ def read_generation_config(
       vocab_size: number of embedding rows.
 
     Raises:
-      UserError: a file is not a JSON object, an id is outside the vocabulary, or no file has one.
+      UserError: a file is not a JSON object, an id is no integer, an end-of-text id is outside the
+        vocabulary, or no file has one.
     """
     directory = Path(directory)
     settings, config = _read(directory / GENERATION_CONFIG), _read(directory / "config.json")
@@ -40,6 +42,11 @@ def read_generation_config(
     for key in ("bos_token_id", "pad_token_id"):
         if settings.get(key) is None and config.get(key) is not None:
             settings[key] = config[key]
+        if type(settings.get(key)) not in (int, type(None)):
+            raise UserError(
+                f"{directory}: {key} is {shown(settings[key])}, not a token id; fix it in "
+                f"{GENERATION_CONFIG} or config.json"
+            )
     end_ids = set()
     for file, value in (
         (GENERATION_CONFIG, settings.get("eos_token_id")),
@@ -49,7 +56,7 @@ def read_generation_config(
         for token_id in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise UserError(
-                    f"{directory / file}: the end-of-text id {token_id!r} is not one of the "
+                    f"{directory / file}: the end-of-text id {shown(token_id)} is not one of the "
                     f"model's {vocab_size} token ids; fix eos_token_id"
                 )
             end_ids.add(token_id)
@@ -80,12 +87,4 @@ def write_configs(
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; {} without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; fetch the model again")
-    return content
+    return read_json(path, dict, "fetch the model again") if os.path.lexists(path) else {}

@@ -4,23 +4,24 @@ Import streams each parameter from safetensors into its sharding. Export writes 
 `transformers`, vLLM and SGLang load.
 """
 
-import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from zerosearch_jax.errors import UserError
-from zerosearch_jax.files import atomic_path, write_json
+from zerosearch_jax.errors import UserError, named_errors
+from zerosearch_jax.files import atomic_path, read_json, write_json
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.generation_config import write_configs
 from zerosearch_jax.models.transformer import abstract_model, param_shardings
@@ -95,8 +96,8 @@ def check_headers(directory: str | Path, config: ModelConfig) -> None:
     """Checks the names, shapes and types of a directory's tensors without reading weights.
 
     Raises:
-      UserError: a file is missing or truncated; or a tensor is missing, has another shape than
-        `config` gives, is not of a float type or does not belong to the model.
+      UserError: a file is missing, truncated or outside the directory; or a tensor is missing, has
+        another shape than `config` gives, is not of a float type or does not belong to the model.
     """
     flat = dict(nnx.to_flat_state(abstract_model(config)[1]))
     with ExitStack() as stack:
@@ -178,25 +179,29 @@ def _hf_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
     """Returns a dict from each tensor's Hugging Face name to its file and open handle."""
-    if (directory / WEIGHTS).is_file():
+    if os.path.isfile(directory / WEIGHTS):
         return _open_file(directory / WEIGHTS, stack)
     index = directory / INDEX
-    if not index.is_file():
+    if not os.path.isfile(index):
         raise UserError(
             f"{directory} holds neither {WEIGHTS} nor {INDEX}; give a Hugging Face model "
             "directory with safetensors weights"
         )
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{index} has no readable weight_map; fetch the model again") from error
+    weight_map = _read_index(index)
     tensors = {}
     for file in sorted(set(weight_map.values())):
-        if not (directory / file).is_file():
-            raise UserError(f"{index} names {file}, which is missing; fetch the model again")
-        opened = _open_file(directory / file, stack)
-        # A file may still hold tensors that the index takes from another one.
-        tensors |= {name: at for name, at in opened.items() if weight_map.get(name, file) == file}
+        if not os.path.isfile(directory / file):
+            raise UserError(f"{index} names {file!r}, which is missing; fetch the model again")
+        for name, at in _open_file(directory / file, stack).items():
+            # A file may still hold tensors that the index takes from another one.
+            if weight_map.get(name, file) != file:
+                continue
+            if name in tensors:
+                raise UserError(
+                    f"{index} does not list {name}, which is in {tensors[name][0].name} and in "
+                    f"{file}; fetch the model again"
+                )
+            tensors[name] = at
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(
@@ -205,25 +210,44 @@ def _open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Path, An
     return tensors
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """Returns the names of the tensors and the name of the file that holds each one.
+
+    Raises:
+      UserError: there is no such mapping, or a file lies outside the directory. A file may be a
+        link to another directory, as in the cache of the Hugging Face hub.
+    """
+    weight_map = read_json(index, dict, "fetch the model again").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no readable weight_map; fetch the model again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise UserError(
+                f"{index}: the file of {name!r} is {shown(file)}, not a text; fetch the model again"
+            )
+        if file in ("", ".", "..") or Path(file).name != file:
+            raise UserError(
+                f"{index}: the file of {name!r} is {shown(file)}, but only the names of files in "
+                "the index's directory are allowed; fetch the model again"
+            )
+    return weight_map
+
+
 def _open_file(path: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
-    try:
+    with named_errors(f"{path} is damaged or truncated", "fetch the model again"):
         handle = stack.enter_context(safe_open(path, framework="numpy"))
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged or truncated ({error}); fetch the model again"
-        ) from error
-    return {name: (path, handle) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+        return {name: (path, handle) for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConfig) -> None:
     """Checks that all tensors exist with the right shape and type, and that none is unused."""
-    wanted = {name: _hf_shape(path, flat[path].shape) for name, path, _ in _entries(flat)}
-    layers = {int(i) for name in tensors for i in re.findall(r"^model\.layers\.(\d+)\.", name)}
-    if layers and len(layers) != config.num_layers:
+    layers = {i for name in tensors for i in re.findall(r"^model\.layers\.(\d+)\.", name)}
+    if len(layers) != config.num_layers:  # first, because `wanted` has a row for every layer
         raise UserError(
             f"{directory} has weights of {len(layers)} layers, but config.json gives "
             f"num_hidden_layers={config.num_layers}; fix config.json or fetch the model again"
         )
+    wanted = {name: _hf_shape(path, flat[path].shape) for name, path, _ in _entries(flat)}
     head = NAMES["unembed"][0]
     if config.tie_embeddings and head in tensors:
         wanted[head] = wanted[NAMES["embedding"][0]]

@@ -41,7 +41,7 @@ def check_labeler(config: LabelingConfig) -> None:
     if config.kind == "reader":
         factory.check_model(config.model, STOP_STRINGS)
     elif config.kind == "local":
-        factory.check_model(config.model, ())
+        factory.check_model(config.model, (), system="")
 
 
 def make_labeler(config: LabelingConfig, seed: int, mesh_config: MeshConfig) -> Labeler | None:

@@ -4,21 +4,26 @@ A thin layer over `transformers` and `tokenizers`.
 """
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, named_errors
+from zerosearch_jax.files import read_json
 from zerosearch_jax.text import thoughts
 
 END_OF_TEXT = "<|endoftext|>"
+TEMPLATE_SECS = 30.0  # for the first prompt of a chat template; others take milliseconds
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
 
@@ -32,24 +37,70 @@ _PLAIN = re.compile(r"[\w\s]+|.")
 _TAG = re.compile(r"</?(think|search|information|answer)>")
 
 
-def load_tokenizer(directory_or_name: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face model directory or, if the hub is reachable, hub name.
+def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face model directory from its `tokenizer.json`.
+
+    No code of the directory is run: an `auto_map` and Python files have no effect.
+
+    Args:
+      vocab_size: number of the model's embedding rows; by default, the number of tokens.
 
     Raises:
-      UserError: there is no tokenizer, or its files cannot be read.
+      UserError: a file is missing or damaged, names a file outside the directory, or the tokenizer
+        has an id of `vocab_size` or more.
     """
-    # The model was trained with tokenizer.json. AutoTokenizer would follow config.json's model_type
-    # and, for Qwen2, replace the file's pre-tokenizer by its own.
-    in_file = (Path(directory_or_name) / "tokenizer.json").is_file()
-    loader = PreTrainedTokenizerFast if in_file else AutoTokenizer
-    try:
-        return loader.from_pretrained(str(directory_or_name))
-    except (OSError, ValueError, KeyError) as error:
+    path = Path(directory) / "tokenizer.json"
+    fix = (
+        "give a directory that holds the tokenizer.json and tokenizer_config.json of a Llama, "
+        "SmolLM2 or Qwen model"
+    )
+    if not os.path.isfile(path):
+        raise UserError(f"no tokenizer could be loaded from {directory}: no tokenizer.json; {fix}")
+    settings = Path(directory) / "tokenizer_config.json"
+    if os.path.lexists(settings) and "fast_tokenizer_files" in read_json(settings, dict, fix):
+        # transformers would load one of these, also from outside the directory.
+        raise UserError(f"{settings}: fast_tokenizer_files is not supported; remove the key")
+    # AutoTokenizer would follow config.json's model_type and, for Qwen2, replace the file's
+    # pre-tokenizer by its own.
+    with named_errors(f"no tokenizer could be loaded from {directory}", fix):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        # Only calls apply some settings. A post-processor can add ids without a token.
+        tokenizer("Chad, 12 \u00e9t\u00e9s.\n", return_special_tokens_mask=True)
+        added = tokenizer("")["input_ids"]
+        # An export writes the settings as UTF-8, which has no lone surrogates.
+        kept = [tokenizer.init_kwargs, tokenizer.chat_template]
+        json.dumps(kept, default=str, ensure_ascii=False).encode()
+    check_ids(directory, tokenizer, added, vocab_size)
+    return tokenizer
+
+
+def check_ids(
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Sequence[int],
+    vocab_size: int | None,
+) -> None:
+    """Raises UserError if the tokenizer has an id without an embedding row.
+
+    A tokenizer with fewer ids than rows is normal: many models pad their vocabulary. Tables of all
+    ids are made only after this check.
+
+    Args:
+      added: ids that the post-processor adds to every text.
+      vocab_size: as for `load_tokenizer`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    largest = max([*vocabulary.values(), *added], default=0)
+    if vocab_size is None:
+        rows, size = "its vocabulary has", len(vocabulary)
+    else:
+        rows, size = "the model's embedding has", vocab_size
+    if largest >= size:
         raise UserError(
-            f"no tokenizer could be loaded from {directory_or_name} "
-            f"({str(error).splitlines()[0]}); give a directory that holds tokenizer.json "
-            "and tokenizer_config.json"
-        ) from error
+            f"{directory}: the tokenizer has ids up to {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {rows} {size} rows; use the "
+            "model's own tokenizer, or resize the embedding"
+        )
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
@@ -60,16 +111,24 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     SentencePiece vocabulary adds one space before the text.
 
     Raises:
-      UserError: the vocabulary is neither byte-level BPE nor SentencePiece.
+      UserError: the vocabulary is neither byte-level BPE nor SentencePiece, or one of its pieces
+        has no bytes.
     """
     vocabulary = tokenizer.get_vocab()
     added, special = tokenizer.added_tokens_decoder, _control_ids(tokenizer)
     piece_bytes = _piece_reader(tokenizer)
-    result = [b""] * (max(vocabulary.values()) + 1)
+    result = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for piece, token_id in vocabulary.items():
-        if token_id not in special:
-            is_added = token_id in added
-            result[token_id] = added[token_id].content.encode() if is_added else piece_bytes(piece)
+        if token_id in added and token_id not in special:
+            result[token_id] = added[token_id].content.encode()
+        elif token_id not in special:
+            try:
+                result[token_id] = piece_bytes(piece)
+            except (KeyError, ValueError) as error:
+                raise UserError(
+                    f"{tokenizer.name_or_path}: tokenizer.json has the piece {piece!r}, which has "
+                    "no bytes; fetch the model again"
+                ) from error
     return result
 
 
@@ -120,18 +179,52 @@ def encode_prompt(
     would append, such as an EOS token, are left out, because the model continues the prompt. A
     control token spelled out in `user_text` is ordinary text, so that a question cannot end its
     turn. `system` is trusted.
+
+    Raises:
+      UserError: the chat template refuses these turns, or leaves out the user turn.
     """
     if tokenizer.chat_template is None:
         text = f"{system}\n\n{user_text}" if system else user_text
         return _added_in_front(tokenizer) + encode(tokenizer, text)
     backend, names, replaced = _unspellable(tokenizer)
     text = _render(tokenizer, user_text, system)
-    head, _, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
+    head, tail = _around_user_text(tokenizer, system)
     user = replaced.sub("\ufffd", text[len(head) : len(text) - len(tail)])
     contents = sorted(names, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, contents)) or "(?!)")
     head, tail = (control.sub(lambda match: names[match[0]], part) for part in (head, tail))
     return backend.encode(head + user + tail, add_special_tokens=False).ids
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the chat template renders no user turn within `TEMPLATE_SECS` seconds.
+
+    A template is code. Its sandbox limits what it may reach, but not its time.
+    """
+    templates = tokenizer.chat_template
+    if templates is None:
+        return
+    named = templates if isinstance(templates, dict) else {"chat_template": templates}
+    for name, template in named.items():
+        if not isinstance(template, str):
+            raise UserError(
+                f"{tokenizer.name_or_path}: the chat template {name!r} is not a text; fix "
+                "chat_template in tokenizer_config.json"
+            )
+
+    def render():
+        with suppress(Exception):  # raised again below
+            _render(tokenizer, _PLACEHOLDER, None)
+
+    thread = Thread(target=render, daemon=True)  # an endless one must not delay the exit
+    thread.start()
+    thread.join(TEMPLATE_SECS)
+    if thread.is_alive():
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template takes more than {TEMPLATE_SECS:g} s for "
+            "a user turn; fix chat_template, or use another model"
+        )
+    _around_user_text(tokenizer, None)
 
 
 def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> bool:
@@ -141,7 +234,7 @@ def opens_thought(tokenizer: PreTrainedTokenizerBase, system: str | None = None)
     """
     if tokenizer.chat_template is None:
         return False
-    tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)[2]
+    _, tail = _around_user_text(tokenizer, system)
     return tail.rfind(thoughts.OPEN) > tail.rfind(thoughts.CLOSE)
 
 
@@ -205,7 +298,27 @@ def _render(tokenizer: PreTrainedTokenizerBase, user_text: str, system: str | No
     """Renders the chat template up to the point where the assistant continues."""
     turns = [] if system is None else [{"role": "system", "content": system}]
     turns.append({"role": "user", "content": user_text})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    names = " and a ".join(turn["role"] for turn in turns)
+    with named_errors(
+        f"{tokenizer.name_or_path}: the chat template cannot render a {names} turn",
+        "fix chat_template, or use a model whose template can",
+    ):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _around_user_text(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
+    """Returns the text that the chat template renders before and after the user's text."""
+    head, found, tail = _render(tokenizer, _PLACEHOLDER, system).partition(_PLACEHOLDER)
+    if not found:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template leaves out the user turn; fix "
+            "chat_template, or use another model"
+        )
+    with named_errors(
+        f"{tokenizer.name_or_path}: the chat template writes no UTF-8", "fix chat_template"
+    ):
+        (head + tail).encode()
+    return head, tail
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

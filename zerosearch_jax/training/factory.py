@@ -35,7 +35,7 @@ from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.server import authorization
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, api_key
-from zerosearch_jax.text.tokenizer import token_bytes
+from zerosearch_jax.text.tokenizer import encode_prompt, token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.job_configs import LabelingServerConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
@@ -69,22 +69,27 @@ def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
     return Model(files.config, params, files.tokenizer, files.generation)
 
 
-def check_model(directory: str, stop_strings: tuple[str, ...]) -> None:
-    """Checks that a directory's files fit together and can spell the stop strings.
+def check_model(directory: str, stop_strings: tuple[str, ...], system: str | None = None) -> None:
+    """Checks that a directory's files fit together, and can spell the stop strings and prompts.
 
     It reads no weights. `training.inputs` has already compared slots and positions.
+
+    Args:
+      system: the system turn of the model's prompts, see `encode_prompt`.
 
     Raises:
       UserError: they do not.
     """
-    stop_table(read_model_files(directory), stop_strings)
+    files = read_model_files(directory)
+    stop_table(files, stop_strings)
+    encode_prompt(files.tokenizer, "", system)
 
 
 def check_simulator_model(config: SearchConfig) -> None:
     """Does `check_model` for the model of a search engine that runs one here."""
     simulator = config.simulator
     if config.engine == "simulated" and not simulator.url:
-        check_model(simulator.model, simulator_stops(config.topk))
+        check_model(simulator.model, simulator_stops(config.topk), system="")
 
 
 def dtype_of(name: str) -> jax.typing.DTypeLike:

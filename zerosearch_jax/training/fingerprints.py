@@ -30,7 +30,11 @@ def model_sha256(directory: str | Path) -> str:
       UserError: the directory has no config.json or no .safetensors file.
     """
     read_config(directory)
-    files = sorted(path for path in Path(directory).iterdir() if path.suffix in _MODEL_SUFFIXES)
+    files = sorted(
+        path
+        for path in Path(directory).iterdir()
+        if path.suffix in _MODEL_SUFFIXES and path.is_file()
+    )
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(
             f"{directory} holds no .safetensors file, so its weights cannot be identified; give a "

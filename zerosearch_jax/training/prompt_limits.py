@@ -1,7 +1,6 @@
 """Measures the prompts of questions against the slots of the models, before anything is compiled.
 
-A question that is too long for a slot would otherwise end a run in the middle of a batch. Only
-tokenizers are needed here, no jax.
+A question that is too long for a slot would otherwise end a run in the middle of a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from zerosearch_jax.data.qa import QARow
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.models.config import read_config
+from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.text import prompts
-from zerosearch_jax.text.tokenizer import encode, encode_prompt, load_tokenizer
+from zerosearch_jax.text.tokenizer import encode, encode_prompt
 from zerosearch_jax.training.config import RolloutConfig
 from zerosearch_jax.training.job_configs import RefineConfig
 from zerosearch_jax.training.sections import (
@@ -84,9 +83,9 @@ def prompt_limits(
         as the query and without documents, which are cut to fit.
 
     Raises:
-      UserError: a directory holds no model or no tokenizer, or `observation_tokens` is too small.
+      UserError: as `read_model_files`, or `observation_tokens` is too small.
     """
-    tokenizer = _tokenizer(policy.model)
+    tokenizer = read_model_files(policy.model).tokenizer
     tags = len(encode(tokenizer, prompts.information_block("")))
     if episode.max_turns and episode.observation_tokens <= tags:
         raise UserError(
@@ -119,11 +118,6 @@ def prompt_limits(
     return limits + [_simulator_limit(search.simulator, search.topk) for search in local]
 
 
-def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    read_config(directory)  # names a missing model directory better than the tokenizer's loader
-    return load_tokenizer(directory)
-
-
 def _refiner_limit(
     tokenizer: PreTrainedTokenizerBase, size: int, refine: RefineConfig
 ) -> PromptLimit:
@@ -137,7 +131,7 @@ def _refiner_limit(
 
 
 def _simulator_limit(simulator: SimulatorConfig, topk: int) -> PromptLimit:
-    tokenizer = _tokenizer(simulator.model)
+    tokenizer = read_model_files(simulator.model).tokenizer
 
     def tokens(row: QARow) -> int:
         question, answer = row.question, row.golden_answers[0]
