@@ -361,6 +361,19 @@ def tokenizer_of(name: str):
     return load_tokenizer(directory)
 
 
+def whole_observation(tokenizer, result: SearchResult, limit: int) -> list[int]:
+    """The observation of a result, made from the tokens of its whole text."""
+    text = prompts.format_documents(result.documents)
+    if result.failure:
+        text = prompts.search_failed(result.failure)
+    block = encode(tokenizer, prompts.information_block(text))
+    if len(block) <= limit:
+        return block
+    tags = prompts.information_block("\0").split("\0")
+    opening, closing = (encode(tokenizer, tag) for tag in tags)
+    return opening + encode(tokenizer, text)[: limit - len(opening) - len(closing)] + closing
+
+
 def compare(policy, tokenizer, episodes, limits: Limits, seed: int) -> tuple[int, list[str]]:
     """Runs the episodes with hostile documents, and their turns again with harmless ones.
 
@@ -383,6 +396,13 @@ def compare(policy, tokenizer, episodes, limits: Limits, seed: int) -> tuple[int
         changed = [key for key in acted if acted[key] != harmless[key]]
         if changed:
             faults.append(f"{trajectory.episode} of seed {seed}: changed {changed}")
+        observed = observations(trajectory)
+        faults += [
+            f"{request.key} of seed {seed}: not the tokens of the whole text"
+            for request, result in trajectory.searches
+            if observed[request.turn + 1]
+            != whole_observation(tokenizer, result, limits.observation_tokens)
+        ]
         documents += sum(len(result.documents) for _, result in trajectory.searches)
     return documents, faults
 
