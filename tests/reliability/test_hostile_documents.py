@@ -438,29 +438,33 @@ def test_hostile_documents_change_only_the_inserted_tokens(name, documents, tall
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "documents", "first"),
-    [("embedded", 1500, ""), ("SmolLM2", 40, "<think> I look. </think> <search> x </search>")],
+    ("name", "documents", "slots", "limits", "first"),
+    [
+        ("embedded", 1500, 32, Limits(3, 64, 192), ""),
+        ("SmolLM2", 12, 4, Limits(1, 8, 96), "<think> I look. </think> <search> x </search>"),
+    ],
 )
-def test_hostile_documents_change_nothing_else_of_a_model(name, documents, first, tally):
+def test_hostile_documents_change_nothing_else_of_a_model(
+    name, documents, slots, limits, first, tally
+):
     """The turns that a model sampled after hostile documents act as after harmless ones."""
     tokenizer_of(name)
     mesh = make_mesh()
     model = factory.load_model(str(MODELS[name][0]), mesh, "float32")
-    slots = 32 if name == "embedded" else 8
+    tokens = 1152 if name == "embedded" else 512
     config = GeneratorConfig(
         slots=slots,
-        max_tokens=1152,
-        prefill_rows=8,
+        max_tokens=tokens,
+        prefill_rows=4,
         prefill_buckets=(192,),
         decode_rows=(),
-        chunk_tokens=16,
-        window_tokens=1152,
+        chunk_tokens=8,
+        window_tokens=tokens,
         dtype="float32",
         int8_weights=False,
     )
     generator = factory.make_generator(model, config, mesh, STOP_STRINGS)
     questions = load_qa("world", "validation")
-    limits = Limits(3, 64 if name == "embedded" else 16, 192)
 
     def batch(seed):
         rows = random.Random(seed).sample(questions, slots)
