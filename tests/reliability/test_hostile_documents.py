@@ -361,6 +361,19 @@ def tokenizer_of(name: str):
     return load_tokenizer(directory)
 
 
+def whole_observation(tokenizer, result: SearchResult, limit: int) -> list[int]:
+    """The observation of a result, made from the tokens of its whole text."""
+    text = prompts.format_documents(result.documents)
+    if result.failure:
+        text = prompts.search_failed(result.failure)
+    block = encode(tokenizer, prompts.information_block(text))
+    if len(block) <= limit:
+        return block
+    tags = prompts.information_block("\0").split("\0")
+    opening, closing = (encode(tokenizer, tag) for tag in tags)
+    return opening + encode(tokenizer, text)[: limit - len(opening) - len(closing)] + closing
+
+
 def compare(policy, tokenizer, episodes, limits: Limits, seed: int) -> tuple[int, list[str]]:
     """Runs the episodes with hostile documents, and their turns again with harmless ones.
 
@@ -383,6 +396,13 @@ def compare(policy, tokenizer, episodes, limits: Limits, seed: int) -> tuple[int
         changed = [key for key in acted if acted[key] != harmless[key]]
         if changed:
             faults.append(f"{trajectory.episode} of seed {seed}: changed {changed}")
+        observed = observations(trajectory)
+        faults += [
+            f"{request.key} of seed {seed}: not the tokens of the whole text"
+            for request, result in trajectory.searches
+            if observed[request.turn + 1]
+            != whole_observation(tokenizer, result, limits.observation_tokens)
+        ]
         documents += sum(len(result.documents) for _, result in trajectory.searches)
     return documents, faults
 
@@ -418,29 +438,33 @@ def test_hostile_documents_change_only_the_inserted_tokens(name, documents, tall
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "documents", "first"),
-    [("embedded", 1500, ""), ("SmolLM2", 40, "<think> I look. </think> <search> x </search>")],
+    ("name", "documents", "slots", "limits", "first"),
+    [
+        ("embedded", 1500, 32, Limits(3, 64, 192), ""),
+        ("SmolLM2", 12, 4, Limits(1, 8, 96), "<think> I look. </think> <search> x </search>"),
+    ],
 )
-def test_hostile_documents_change_nothing_else_of_a_model(name, documents, first, tally):
+def test_hostile_documents_change_nothing_else_of_a_model(
+    name, documents, slots, limits, first, tally
+):
     """The turns that a model sampled after hostile documents act as after harmless ones."""
     tokenizer_of(name)
     mesh = make_mesh()
     model = factory.load_model(str(MODELS[name][0]), mesh, "float32")
-    slots = 32 if name == "embedded" else 8
+    tokens = 1152 if name == "embedded" else 512
     config = GeneratorConfig(
         slots=slots,
-        max_tokens=1152,
-        prefill_rows=8,
+        max_tokens=tokens,
+        prefill_rows=4,
         prefill_buckets=(192,),
         decode_rows=(),
-        chunk_tokens=16,
-        window_tokens=1152,
+        chunk_tokens=8,
+        window_tokens=tokens,
         dtype="float32",
         int8_weights=False,
     )
     generator = factory.make_generator(model, config, mesh, STOP_STRINGS)
     questions = load_qa("world", "validation")
-    limits = Limits(3, 64 if name == "embedded" else 16, 192)
 
     def batch(seed):
         rows = random.Random(seed).sample(questions, slots)

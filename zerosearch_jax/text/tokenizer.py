@@ -107,8 +107,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """Returns the bytes of each vocabulary id, `[V]`.
 
     Special tokens other than tags such as `</search>`, and ids without a token, are `b""`, so they
-    never complete a stop string. The joined bytes of encoded text equal the text in UTF-8. A
-    SentencePiece vocabulary adds one space before the text.
+    never complete a stop string. The joined bytes of encoded text equal the text in UTF-8, except
+    for characters that `encode` replaces. A SentencePiece vocabulary adds a space before the text.
 
     Raises:
       UserError: the vocabulary is neither byte-level BPE nor SentencePiece, or one of its pieces
