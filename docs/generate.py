@@ -64,8 +64,10 @@ def metrics() -> str:
     for name, table in _literal_tables(path).items():
         heading = name.removesuffix("_METRICS").replace("_", " ")
         lines += ["", f"## {heading if len(heading) < 4 else heading.capitalize()}", ""]
-        if name == "EPISODE_METRICS":
+        if name in ("EPISODE_METRICS", "FAILURE_METRICS"):
             lines += ["Each of these also exists as `eval/NAME`: the metric at evaluation.", ""]
+        if name == "FAILURE_METRICS":
+            lines += ["Failed searches of the step by kind; a kind without any is not written.", ""]
         lines += ["| metric | meaning |", "|---|---|"]
         lines += [f"| `{metric}` | {_cell(meaning)} |" for metric, meaning in table.items()]
     return "\n".join(lines) + "\n"

@@ -263,7 +263,7 @@ def test_an_evaluation_with_failed_searches_writes_no_summary(rl_config, tmp_pat
     [
         (SearchResult((0, 0), ("a",)), True),
         (SearchResult((0, 0), (), "HTTP 401"), False),
-        (SearchResult((0, 0), (), "too long", too_long=True), True),
+        (SearchResult((0, 0), (), "too long", "too_long"), True),
     ],
 )
 def test_an_evaluation_with_failed_searches_has_no_scores(rl_config, monkeypatch, result, scored):

@@ -301,7 +301,7 @@ def test_a_query_that_is_too_long_never_stops_the_run(tiny_tokenizer, concurrent
     """The policy wrote the query, so the engine has not failed."""
     engine = EchoEngine(
         change=lambda results: [
-            SearchResult(r.key, (), "too long: 900 tokens", True) for r in results
+            SearchResult(r.key, (), "too long: 900 tokens", "too_long") for r in results
         ]
     )
     (trajectory,), _ = run(

@@ -373,14 +373,14 @@ def test_answer_all_keeps_the_order_and_runs_in_parallel():
     def ask(request):
         barrier.wait()
         if request.episode % 2:
-            raise SearchFailed(f"no {request.query}")
+            raise SearchFailed(f"no {request.query}", "timeout", "http://a/x")
         return [request.query, "b"]
 
     results = answer_all([request(n) for n in (8, 3, 5, 2)], ask, workers=4)
     assert results == [
         SearchResult((8, 1), ("q8", "b")),
-        SearchResult((3, 1), (), "no q3"),
-        SearchResult((5, 1), (), "no q5"),
+        SearchResult((3, 1), (), "no q3", "timeout", "http://a/x"),
+        SearchResult((5, 1), (), "no q5", "timeout", "http://a/x"),
         SearchResult((2, 1), ("q2", "b")),
     ]
     assert answer_all([], ask, workers=4) == []

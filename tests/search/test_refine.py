@@ -76,7 +76,7 @@ def test_documents_too_long_for_the_model_fail_only_their_search():
     texts = {(7, 0): TooLong("too long: 9 tokens, at most 5"), (3, 2): "Fe"}
     refining = RefiningEngine(Engine(), Reader(texts))
     results = {result.key: result for result in refining.search(REQUESTS[:2])}
-    assert results[7, 0] == SearchResult((7, 0), (), "too long: 9 tokens, at most 5", True)
+    assert results[7, 0] == SearchResult((7, 0), (), "too long: 9 tokens, at most 5", "too_long")
     assert results[3, 2].documents == ("Fe",)
 
 

@@ -55,7 +55,11 @@ def test_texts_are_cut_into_documents_of_their_request():
 
 
 def test_a_query_too_long_for_the_simulator_fails_only_its_search():
-    texts = ["Doc 1: a", TooLong("too long: 9 tokens, at most 5"), SearchFailed("HTTP 500")]
+    texts = [
+        "Doc 1: a",
+        TooLong("too long: 9 tokens, at most 5"),
+        SearchFailed("HTTP 500", "http_5xx"),
+    ]
     results = SimulatedEngine(Writer(texts), form="finetuned", topk=3).search(REQUESTS)
     assert [bool(result.failure) for result in results] == [False, True, True]
     assert [result.too_long for result in results] == [False, True, False]

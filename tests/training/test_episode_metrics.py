@@ -4,8 +4,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
-from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.telemetry.metrics import EPISODE_METRICS
+from zerosearch_jax.search.engine import (
+    FAILURE_KINDS,
+    SearchRequest,
+    SearchResult,
+    describe_failures,
+    failure_counts,
+)
+from zerosearch_jax.telemetry.metrics import EPISODE_METRICS, FAILURE_METRICS, METRICS
 from zerosearch_jax.text.actions import parse_action
 from zerosearch_jax.training.episode_metrics import answer_scores, episode_metrics, reward_of
 
@@ -45,14 +51,15 @@ def test_episode_metrics_by_hand():
         right.append_sampled([3, 4], [-1.0, -1.0])
         right.turns.append(Turn(text, parse_action(text)))
     request = SearchRequest(0, 0, "a", "q", episode.golden_answers, noisy=False)
-    right.searches.append((request, SearchResult(request.key, (), failure="timeout")))
+    right.searches.append((request, SearchResult(request.key, (), "Timeout", "timeout")))
     right.finish = "answer"
     wrong.append_sampled([5], [-1.0])
     wrong.turns.append(Turn("hm", parse_action("hm")))
     wrong.finish = "length"
     metrics = episode_metrics([right, wrong])
-    assert metrics.keys() == EPISODE_METRICS.keys()
+    assert metrics.keys() == {*EPISODE_METRICS, "failed_searches/timeout"}
     assert metrics == {
+        "failed_searches/timeout": 1.0,
         "em": 0.5,
         "f1": 0.5,
         "cover_em": 0.5,
@@ -64,3 +71,25 @@ def test_episode_metrics_by_hand():
         "policy_tokens_per_episode": 2.5,
         "tokens_per_episode": 3.5,
     }
+
+
+def test_each_kind_of_failed_search_has_a_metric():
+    """The recorder refuses other names."""
+    names = {f"failed_searches/{kind}" for kind in FAILURE_KINDS}
+    assert names == FAILURE_METRICS.keys()
+    assert all(f"eval/{name}" in METRICS for name in names)
+
+
+def test_failures_are_counted_by_kind_and_described_with_their_addresses():
+    url = "http://10.0.0.1:8000/retrieve"
+    results = [
+        SearchResult((0, 0), ("a",)),
+        SearchResult((0, 1), (), "POST /retrieve: HTTP 500", "http_5xx", url),
+        SearchResult((0, 2), (), "POST /retrieve: Timeout", "timeout", url),
+        SearchResult((0, 3), (), "POST /retrieve: Timeout", "timeout", url),
+        SearchResult((0, 4), (), "an engine of a user"),
+    ]
+    assert failure_counts(results) == {"timeout": 2, "http_5xx": 1, "other": 1}
+    text = describe_failures(results)
+    assert text.startswith("POST /retrieve: Timeout;") and text.count(url) == 1
+    assert "timeout 2, http_5xx 1, other 1" in text

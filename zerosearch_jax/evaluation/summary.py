@@ -1,19 +1,19 @@
 """Scores of evaluated episodes with 95% intervals, and the table that shows them."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
 from zerosearch_jax.evaluation.intervals import bootstrap_interval, wilson_interval
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.search.engine import describe_failures, failure_counts
 from zerosearch_jax.training.episode_metrics import answer_scores, episode_metrics
 
 _HEADERS = ("", "EM", "95% interval", "F1", "95% interval", "searches", "questions")
 _FLOAT_FORMATS = ("", ".3f", "", ".3f", "", ".2f", "")
 
 
-def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]]:
+def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float] | dict[str, int]]:
     """Returns the scores of one evaluation.
 
     Returns:
@@ -24,6 +24,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
       searches_per_episode: mean number of searches.
       failed_search_ratio: share of the searches that failed. The policy saw a "search failed"
         observation instead of documents, so the scores include its effect.
+      failed_searches: number of failed searches by kind, see `search.engine.FAILURE_KINDS`.
     """
     exact_matches = answer_scores(trajectories, "em")
     metrics = episode_metrics(trajectories)
@@ -35,6 +36,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float | list[float]
         "questions": len(exact_matches),
         "searches_per_episode": metrics["searches_per_episode"],
         "failed_search_ratio": metrics["failed_search_ratio"],
+        "failed_searches": failure_counts(result for t in trajectories for _, result in t.searches),
     }
 
 
@@ -49,11 +51,9 @@ def search_failures(trajectories: Sequence[Trajectory], accepted: float) -> str:
     """
     results = [result for t in trajectories for _, result in t.searches]
     failed = [result for result in results if result.failure and not result.too_long]
-    reasons = Counter(result.failure for result in failed)
-    if reasons.total() <= accepted * len(results):
+    if len(failed) <= accepted * len(results):
         return ""
-    ((reason, _),) = reasons.most_common(1)
-    return f"{reasons.total()} of {len(results)} searches failed, most of them with: {reason}"
+    return f"{len(failed)} of {len(results)} searches failed ({describe_failures(failed)})"
 
 
 def text_table(summaries: dict[str, dict], title: str) -> str:
@@ -77,11 +77,16 @@ def text_table(summaries: dict[str, dict], title: str) -> str:
         lines, _HEADERS, tablefmt="plain", floatfmt=_FLOAT_FORMATS, disable_numparse=[0, 2, 4]
     )
     failures = [
-        f"{name}: {row['failed_search_ratio']:.1%} of its searches failed"
+        f"{name}: {row['failed_search_ratio']:.1%} of its searches failed ({_kinds(row)})"
         for name, row in summaries.items()
         if row["failed_search_ratio"]
     ]
     return "\n".join([title, table, *failures]) + "\n"
+
+
+def _kinds(row: dict) -> str:
+    kinds = row.get("failed_searches", {})  # rows of older versions have none
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "kinds unknown"
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -272,7 +272,7 @@ def eval_metrics(
         evaluated = evaluate(config, parts, rows)
     metrics = episode_metrics(evaluated)
     if search_failures(evaluated, config.eval.max_failed_searches):
-        metrics = {"failed_search_ratio": metrics["failed_search_ratio"]}
+        metrics = {name: value for name, value in metrics.items() if "failed_search" in name}
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 

@@ -24,7 +24,7 @@ from zerosearch_jax.evaluation.intervals import wilson_interval
 from zerosearch_jax.files import write_atomically, write_json
 from zerosearch_jax.rl.rewards import exact_match
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS
-from zerosearch_jax.search.engine import SearchEngine, SearchRequest
+from zerosearch_jax.search.engine import SearchEngine, SearchRequest, describe_failures
 from zerosearch_jax.simulator.gate import simulator_identity
 from zerosearch_jax.simulator.pairs import LABELS, Pair, load_pairs
 from zerosearch_jax.simulator.reader import Reader, make_reader
@@ -119,9 +119,12 @@ def write_documents(
     results = {result.key: result for result in engine.search(requests)}
     if long := sum(result.too_long for result in results.values()):
         print(f"{long} of {len(requests)} searches have no documents: too long for the simulator")
-    failures = [r.failure for r in results.values() if r.failure and not r.too_long]
-    if failures:
-        raise UserError(f"{len(failures)} of {len(requests)} searches failed ({failures[0]})")
+    failed = [r for r in results.values() if r.failure and not r.too_long]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(requests)} searches failed ({describe_failures(failed)}); fix "
+            "the simulator or its server and repeat the command"
+        )
     return [results[request.key].documents for request in requests]
 
 

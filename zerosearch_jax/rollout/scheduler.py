@@ -24,7 +24,12 @@ from zerosearch_jax.generate.generator import (
 )
 from zerosearch_jax.generate.sampling import Sampling
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory, Turn
-from zerosearch_jax.search.engine import SearchEngine, SearchRequest, SearchResult
+from zerosearch_jax.search.engine import (
+    SearchEngine,
+    SearchRequest,
+    SearchResult,
+    describe_failures,
+)
 from zerosearch_jax.search.http_client import closed_on_interrupt
 from zerosearch_jax.text import prompts, thoughts
 from zerosearch_jax.text.actions import parse_action
@@ -324,8 +329,9 @@ class Rollouts:
         failed = [result for result in answered if result.failure and not result.too_long]
         if failed and self.stop_on_failure:
             raise UserError(
-                f"{len(failed)} of {len(requests)} searches failed ({failed[0].failure}); fix the "
-                "engine, or set config.rollout.stop_on_failure=False to continue without documents"
+                f"{len(failed)} of {len(requests)} searches failed ({describe_failures(failed)}); "
+                "fix the engine, or set config.rollout.stop_on_failure=False to continue without "
+                "documents"
             )
         return {result.key: result for result in answered}
 

@@ -74,7 +74,8 @@ class ChatClient:
         except (TypeError, KeyError, IndexError):
             text = None
         if not isinstance(text, str):
-            return SearchFailed(f'POST {_PATH}: the reply has no text "choices[0].message.content"')
+            trouble = 'the reply has no text "choices[0].message.content"'
+            return self.client.wrong_shape(_PATH, trouble)
         return text
 
 

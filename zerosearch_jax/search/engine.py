@@ -3,9 +3,26 @@
 A request carries its episode, and a result carries the key of its request.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+FAILURE_KINDS = (
+    "timeout",
+    "connection",
+    "http_3xx",
+    "http_4xx",
+    "http_429",
+    "http_5xx",
+    "too_large",
+    "not_json",
+    "wrong_shape",
+    "too_long",
+    "cancelled",
+    "other",
+)
+"""Kinds of failed searches. The metrics `failed_searches/KIND` define and count them."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +73,25 @@ class SearchResult:
     Attributes:
       key: the request's `(episode, turn)`.
       documents: documents, best first; empty if nothing was found or the search failed.
-      failure: reason of a search that failed after its retries, or "" for a successful one.
-      too_long: whether the search failed because its text was too long for the engine. Such a
-        failure never ends a run, because the policy wrote the query.
+      failure: reason of a search that failed after its retries, or "" for a successful one. It
+        becomes text of the episode, so it contains no address, key or text of a reply.
+      failure_kind: one of `FAILURE_KINDS`; "" for a successful search.
+      address: scheme, host, port and path that a failed search asked; "" if it asked no server.
     """
 
     key: tuple[int, int]
     documents: tuple[str, ...]
     failure: str = ""
-    too_long: bool = False
+    failure_kind: str = ""
+    address: str = ""
+
+    @property
+    def too_long(self) -> bool:
+        """Whether the search failed because its text was too long for the engine.
+
+        Such a failure never ends a run, because the policy wrote the query.
+        """
+        return self.failure_kind == "too_long"
 
 
 class SearchEngine(Protocol):
@@ -75,3 +102,29 @@ class SearchEngine(Protocol):
     def search(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         """Returns exactly one result per request, in any order."""
         ...
+
+
+def failure_counts(results: Iterable[SearchResult]) -> dict[str, int]:
+    """Returns the number of failed searches by kind, in the order of `FAILURE_KINDS`.
+
+    Kinds without a failure are absent. A failure without a kind counts as "other".
+    """
+    counts = Counter(
+        result.failure_kind if result.failure_kind in FAILURE_KINDS else "other"
+        for result in results
+        if result.failure
+    )
+    return {kind: counts[kind] for kind in FAILURE_KINDS if counts[kind]}
+
+
+def describe_failures(results: Sequence[SearchResult]) -> str:
+    """Describes failed searches for a person: reason, kinds and addresses.
+
+    For example "POST: Timeout; timeout 3, http_5xx 1; asked http://10.0.0.1:8000/retrieve".
+    """
+    failed = [result for result in results if result.failure]
+    ((reason, _),) = Counter(result.failure for result in failed).most_common(1)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in failure_counts(failed).items())
+    addresses = sorted({result.address for result in failed if result.address})
+    asked = f"; asked {' and '.join(addresses)}" if addresses else ""
+    return f"{reason}; {kinds}{asked}"

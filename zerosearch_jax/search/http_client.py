@@ -18,7 +18,7 @@ from typing import NamedTuple
 import httpx
 
 from zerosearch_jax.errors import Terminated, UserError
-from zerosearch_jax.search.engine import SearchRequest, SearchResult
+from zerosearch_jax.search.engine import FAILURE_KINDS, SearchRequest, SearchResult
 
 # Both libraries log whole addresses, and SerpAPI takes its key in the address.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -38,11 +38,24 @@ _TRANSIENT = (
 
 
 class SearchFailed(Exception):
-    """One search failed after its retries; the message is a short phrase."""
+    """One search failed after its retries; the message is a short phrase.
+
+    Attributes:
+      kind: one of `engine.FAILURE_KINDS`.
+      address: scheme, host, port and path that was asked; "" without a server.
+    """
+
+    def __init__(self, reason: str, kind: str, address: str = ""):
+        super().__init__(reason)
+        self.kind = kind
+        self.address = address
 
 
 class TooLong(SearchFailed):
     """A search that failed because its text is too long for the model or the server."""
+
+    def __init__(self, reason: str, address: str = ""):
+        super().__init__(reason, "too_long", address)
 
 
 # If a prompt is longer than the model's context, a server replies with status 400 or 422 and one of
@@ -58,16 +71,19 @@ class _Reply(NamedTuple):
     Attributes:
       content: body of a successful reply.
       trouble: what went wrong; "" after a success.
+      kind: one of `FAILURE_KINDS`; "" after a success.
       transient: another try may succeed.
-      too_long: the server refused the request because of its length.
       replied: the server sent a status.
     """
 
     content: bytes = b""
     trouble: str = ""
+    kind: str = ""
     transient: bool = False
-    too_long: bool = False
     replied: bool = False
+
+
+_CANCELLED = _Reply(trouble="cancelled", kind="cancelled")
 
 
 class JsonClient:
@@ -156,6 +172,10 @@ class JsonClient:
         """Returns the parsed JSON reply to a GET with query parameters. Raises as `post` does."""
         return self._request("GET", path, headers={}, params=dict(params))
 
+    def wrong_shape(self, path: str, trouble: str, method: str = "POST") -> SearchFailed:
+        """Returns the failure of a request whose JSON reply cannot be used."""
+        return self._failure(method, path, trouble, "wrong_shape")
+
     def no_reply(self) -> str:
         """Sends one GET and returns why the server did not reply; "" if it did, with any status."""
         reply = self._run("GET", "", {"headers": {}})
@@ -175,22 +195,28 @@ class JsonClient:
             if not reply.trouble:
                 try:
                     return json.loads(reply.content)
-                except ValueError as error:
-                    raise SearchFailed(f"{method} {path}: the reply is not JSON") from error
+                except ValueError:
+                    trouble = "the reply is not JSON"
+                    raise self._failure(method, path, trouble, "not_json") from None
             if not reply.transient:
                 break
         tries = f" in {attempt + 1} tries" if reply.transient else ""
-        kind = TooLong if reply.too_long else SearchFailed
-        raise kind(f"{method} {path}: {reply.trouble}{tries}")
+        raise self._failure(method, path, reply.trouble + tries, reply.kind)
+
+    def _failure(self, method: str, path: str, trouble: str, kind: str) -> SearchFailed:
+        reason, address = f"{method} {path}: {trouble}", self.base_url + path
+        if kind == "too_long":
+            return TooLong(reason, address)
+        return SearchFailed(reason, kind, address)
 
     def _run(self, method: str, path: str, arguments: dict[str, object]) -> _Reply:
         """Waits for one try, or for `close`."""
         if self._closed.done():
-            return _Reply(trouble="cancelled")
+            return _CANCELLED
         future = asyncio.run_coroutine_threadsafe(self._try(method, path, **arguments), self._loop)
         try:
             wait([future, self._closed], return_when=FIRST_COMPLETED)
-            return future.result() if future.done() else _Reply(trouble="cancelled")
+            return future.result() if future.done() else _CANCELLED
         finally:
             future.cancel()  # drops the connection after `close` or Ctrl-C
 
@@ -211,21 +237,28 @@ class JsonClient:
                     content += piece
                     if len(content) > self.max_reply_bytes:
                         trouble = f"the reply is larger than {self.max_reply_bytes} bytes"
-                        return _Reply(trouble=trouble, replied=True)
+                        return _Reply(trouble=trouble, kind="too_large", replied=True)
         except TimeoutError:
-            return _Reply(trouble="Timeout", transient=True)
+            return _Reply(trouble="Timeout", kind="timeout", transient=True)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            return _Reply(trouble=type(error).__name__, transient=isinstance(error, _TRANSIENT))
+            kind = "not_json" if isinstance(error, httpx.DecodingError) else "connection"
+            return _Reply(
+                trouble=type(error).__name__, kind=kind, transient=isinstance(error, _TRANSIENT)
+            )
         status = response.status_code
         if 200 <= status < 300:
             return _Reply(bytes(content), replied=True)
         too_long = status in (413, 414) or (
             status in (400, 422) and _CONTEXT_EXCEEDED.search(content) is not None
         )
-        transient = status == 429 or status >= 500
-        return _Reply(
-            trouble=f"HTTP {status}", transient=transient, too_long=too_long, replied=True
-        )
+        transient = status in (408, 429) or status >= 500
+        kind = "too_long" if too_long else _status_kind(status)
+        return _Reply(trouble=f"HTTP {status}", kind=kind, transient=transient, replied=True)
+
+
+def _status_kind(status: int) -> str:
+    kind = "http_429" if status == 429 else f"http_{status // 100}xx"
+    return kind if kind in FAILURE_KINDS else "other"
 
 
 _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()
@@ -267,7 +300,7 @@ def answer(request: SearchRequest, ask: Callable[[SearchRequest], Iterable[str]]
 
 def failed_result(key: tuple[int, int], failure: SearchFailed) -> SearchResult:
     """Returns the result of a failed search."""
-    return SearchResult(key, (), str(failure), isinstance(failure, TooLong))
+    return SearchResult(key, (), str(failure), failure.kind, failure.address)
 
 
 def answer_all(

@@ -14,6 +14,7 @@ from zerosearch_jax.search.http_client import (
     failed_result,
 )
 
+_PATH = "/retrieve"
 DIALECTS = ("search_r1", "zerosearch")
 _QUOTED_LINE = re.compile(r'\A[^\S\n]*"([^\n]+)"[^\S\n]*\n')
 
@@ -70,39 +71,39 @@ class RetrieverEngine:
         """Returns the server's hits of each query; their contents are not checked yet."""
         # Like Search-R1's own rollouts, request scores; they are not read.
         payload = {"queries": queries, "topk": self.topk, "return_scores": True}
-        reply = self.client.post("/retrieve", payload)
+        reply = self.client.post(_PATH, payload)
         found = reply.get("result") if isinstance(reply, dict) else None
         if not isinstance(found, list):
-            raise SearchFailed('POST /retrieve: the reply has no list "result"')
+            raise self._wrong_shape('the reply has no list "result"')
         if len(found) != len(queries):
-            raise SearchFailed(
-                f'POST /retrieve: "result" has {len(found)} lists for {len(queries)} queries'
-            )
+            raise self._wrong_shape(f'"result" has {len(found)} lists for {len(queries)} queries')
         return found
 
     def _batch_documents(self, hits: object) -> list[str]:
         """Returns the texts of one query's hits: `{"document": …, "score": …}` or bare passages."""
         if not isinstance(hits, list):
-            raise SearchFailed('POST /retrieve: "result" holds something that is not a list')
+            raise self._wrong_shape('"result" holds something that is not a list')
         passages = [
             hit["document"] if isinstance(hit, dict) and "document" in hit else hit for hit in hits
         ]
-        return [plain(contents) for contents in _strings(passages, "contents")[: self.topk]]
+        return [plain(contents) for contents in self._strings(passages, "contents")[: self.topk]]
 
     def _ask_one(self, request: SearchRequest) -> list[str]:
         payload = {"query": request.query, "top_k": self.topk}
-        reply = self.client.post("/retrieve", payload)
+        reply = self.client.post(_PATH, payload)
         if not isinstance(reply, list):
-            raise SearchFailed("POST /retrieve: the reply is not a list")
-        return _strings(reply, "text")[: self.topk]
+            raise self._wrong_shape("the reply is not a list")
+        return self._strings(reply, "text")[: self.topk]
 
+    def _strings(self, rows: list[object], key: str) -> list[str]:
+        """Returns the text under `key` of each row."""
+        texts = [row.get(key) if isinstance(row, dict) else None for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise self._wrong_shape(f'a result has no text "{key}"')
+        return texts
 
-def _strings(rows: list[object], key: str) -> list[str]:
-    """Returns the text under `key` of each row."""
-    texts = [row.get(key) if isinstance(row, dict) else None for row in rows]
-    if not all(isinstance(text, str) for text in texts):
-        raise SearchFailed(f'POST /retrieve: a result has no text "{key}"')
-    return texts
+    def _wrong_shape(self, trouble: str) -> SearchFailed:
+        return self.client.wrong_shape(_PATH, trouble)
 
 
 def plain(contents: str) -> str:

@@ -12,13 +12,14 @@ from urllib.parse import urldefrag, urlsplit
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import JsonClient, SearchFailed, answer_all
+from zerosearch_jax.search.http_client import JsonClient, answer_all
 
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 KEYS = ("title", "snippet", "link")
 """Keys of a result that are read; the values are texts."""
 _PAGE = 10  # results on one page of Google; the filter needs more than topk
 
+_PATH = "/search"
 SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.com"}
 """Server address of each provider, for the client of a `WebEngine`."""
 KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
@@ -135,22 +136,23 @@ class WebEngine:
         results = max(self.topk, _PAGE)
         if self.provider == "serper":
             payload, headers = {"q": query, "num": results}, {"X-API-KEY": self._api_key}
-            return _organic(self.client.post("/search", payload, headers), "organic")
+            reply = self.client.post(_PATH, payload, headers)
+            return self._results(reply, "organic", "POST")
         params = {"engine": "google", "q": query, "num": results, "api_key": self._api_key}
-        reply = self.client.get("/search", params)
+        reply = self.client.get(_PATH, params)
         # SerpAPI omits the list if Google found nothing; such a search is successful.
         if isinstance(reply, dict) and "organic_results" not in reply:
             metadata = reply.get("search_metadata")
             if isinstance(metadata, dict) and metadata.get("status") == "Success":
                 return []
-        return _organic(reply, "organic_results")
+        return self._results(reply, "organic_results", "GET")
 
-
-def _organic(reply: object, key: str) -> list[Organic]:
-    found = reply.get(key) if isinstance(reply, dict) else None
-    if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
-        raise SearchFailed(f'/search: the reply has no list of results "{key}"')
-    return found
+    def _results(self, reply: object, key: str, method: str) -> list[Organic]:
+        found = reply.get(key) if isinstance(reply, dict) else None
+        if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
+            trouble = f'the reply has no list of results "{key}"'
+            raise self.client.wrong_shape(_PATH, trouble, method)
+        return found
 
 
 class RecordedWeb:

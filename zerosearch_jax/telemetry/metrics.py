@@ -22,6 +22,23 @@ EPISODE_METRICS: dict[str, str] = {
     "tokens_per_episode": "mean number of tokens per episode, including prompt and documents",
 }
 
+FAILURE_METRICS: dict[str, str] = {
+    "failed_searches/timeout": "searches without a complete reply within the deadline",
+    "failed_searches/connection": (
+        "searches whose connection could not be made or broke, or whose reply is not HTTP"
+    ),
+    "failed_searches/http_3xx": "searches that were redirected; redirects are not followed",
+    "failed_searches/http_4xx": "searches refused with another HTTP status 4xx than 429",
+    "failed_searches/http_429": "searches refused with HTTP 429, too many requests",
+    "failed_searches/http_5xx": "searches whose server failed with an HTTP status 5xx",
+    "failed_searches/too_large": "searches whose reply was larger than the limit of bytes",
+    "failed_searches/not_json": "searches whose reply could not be decompressed or is not JSON",
+    "failed_searches/wrong_shape": "searches whose JSON reply is not in the server's format",
+    "failed_searches/too_long": "searches whose query was too long for the engine",
+    "failed_searches/cancelled": "searches cancelled by the end of the run",
+    "failed_searches/other": "searches that failed for another reason",
+}
+
 RL_METRICS: dict[str, str] = {
     "reward": "mean reward of the step's episodes under the configured reward function",
     "p_noisy": "probability that the curriculum makes a search of this step noisy, 0–1",
@@ -106,6 +123,8 @@ SPEED_METRICS: dict[str, str] = {
 METRICS: dict[str, str] = {
     **EPISODE_METRICS,
     **{f"eval/{name}": f"at evaluation: {text}" for name, text in EPISODE_METRICS.items()},
+    **FAILURE_METRICS,
+    **{f"eval/{name}": f"at evaluation: {text}" for name, text in FAILURE_METRICS.items()},
     **RL_METRICS,
     **CRITIC_METRICS,
     **COLLAPSE_METRICS,

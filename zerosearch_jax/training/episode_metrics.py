@@ -6,6 +6,7 @@ import numpy as np
 
 from zerosearch_jax.rl import rewards
 from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.search.engine import failure_counts
 from zerosearch_jax.training.config import RewardConfig
 
 
@@ -44,7 +45,10 @@ def answers(trajectories: Sequence[Trajectory]) -> list[dict]:
 
 
 def episode_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Returns the glossary's episode metrics, except "reward", which depends on the config."""
+    """Returns the glossary's episode metrics, except "reward", which depends on the config.
+
+    Kinds of failed searches that did not occur are absent.
+    """
     turns = [turn for t in trajectories for turn in t.turns]
     searches = [result for t in trajectories for _, result in t.searches]
     return {
@@ -56,6 +60,7 @@ def episode_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "invalid_ratio": _mean([turn.action.kind == "invalid" for turn in turns]),
         "truncated_ratio": _mean([t.finish == "length" for t in trajectories]),
         "failed_search_ratio": _mean([bool(result.failure) for result in searches]),
+        **{f"failed_searches/{kind}": float(n) for kind, n in failure_counts(searches).items()},
         "policy_tokens_per_episode": _mean([t.policy_tokens for t in trajectories]),
         "tokens_per_episode": _mean([len(t.tokens) for t in trajectories]),
     }
