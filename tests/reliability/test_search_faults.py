@@ -11,10 +11,12 @@ import json
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,16 +38,16 @@ from zerosearch_jax.search.web import WebEngine
 from zerosearch_jax.text.tokenizer import encode
 
 RATES = (0.01, 0.2, 1.0)
-EPISODES = {0.01: 50, 0.2: 16, 1.0: 6}  # of each of two runs; an episode searches twice
+EPISODES = {0.01: 25, 0.2: 8, 1.0: 4}  # of each of two runs; an episode searches twice
 
 ATTEMPTS = 2
 BACKOFF_SECS = 0.01
 # Timeout against faults that only the deadline ends; shorter where no healthy reply can be late.
 STALL_SECS = {0.01: 1.0, 0.2: 1.0, 1.0: 0.3}
-TIMEOUT_SECS = 5.0  # timeout otherwise, which a busy machine does not reach
+TIMEOUT_SECS = 20.0  # timeout otherwise, which a busy machine does not reach
 SLACK_SECS = 4.0  # of one batch, on a busy machine
-WATCHDOG_SECS = 90.0  # of one cell
-MAX_REPLY_BYTES = 2 * 2**20
+WATCHDOG_SECS = 180.0  # of one cell
+MAX_REPLY_BYTES = 1_200_000
 WORKERS = 8
 TOPK = 3
 
@@ -142,9 +144,9 @@ class FaultyServer:
 
     async def _connection(self, wire: Wire) -> None:
         self._connections += 1
-        if self.fault.at_accept and self._meets_fault(self._connections):
-            await self.fault.respond(wire, None)
         open_ = True
+        if self.fault.at_accept and self._meets_fault(self._connections):
+            open_ = await self.fault.respond(wire, None)
         while open_:
             request = await wire.read_request()
             items = list(dict.fromkeys(ITEM.findall(request)))
@@ -191,7 +193,6 @@ class Fault:
       tries: requests of a search that only meets this fault; 0 for any number.
       at_accept: the fault comes before the request is read, so it is drawn for connections.
       heavy: the fault sends much, so its cells run one by one and their memory is measured.
-      wait_secs: wait that the server asks for.
       engines: engines whose dialect can have this fault.
     """
 
@@ -201,7 +202,6 @@ class Fault:
     tries: int = 0
     at_accept: bool = False
     heavy: bool = False
-    wait_secs: float = 0.0
     engines: tuple[str, ...] = ("chat", "search_r1", "zerosearch", "serper", "serpapi")
 
     @property
@@ -228,8 +228,9 @@ async def refuse(wire: Wire, reply: object) -> None:
     await wire.server.pause(0.03)
 
 
-async def wait(wire: Wire, reply: object) -> None:
+async def wait(wire: Wire, reply: object) -> bool:
     await asyncio.sleep(0.05)
+    return True
 
 
 async def stall(wire: Wire, reply: object, start: bytes) -> None:
@@ -274,7 +275,9 @@ async def send_json(wire: Wire, reply: object, change: Callable[[str], str | byt
 @cache
 def bomb(times: int) -> bytes:
     """Returns 256 MiB of spaces, compressed `times` times."""
-    packed = gzip.compress(b" " * 2**20) * 256
+    packer = zlib.compressobj(1, wbits=zlib.MAX_WBITS | 16)
+    pieces = [packer.compress(b" " * 2**20) for _ in range(256)]
+    packed = b"".join([*pieces, packer.flush()])
     return packed if times == 1 else gzip.compress(packed)
 
 
@@ -320,6 +323,7 @@ for name, respond in {
 for name, respond in {
     "silence": partial(stall, start=b""),
     "silence after the headers": partial(stall, start=OK + b"Content-Length: 5\r\n\r\n"),
+    "HTTP/0.9 that is kept open": partial(stall, start=b'{"result": ['),
     "silence in the body": partial(stall, start=OK + b"Content-Length: 5\r\n\r\n[1"),
     "huge length": partial(stall, start=OK + b"Content-Length: 1000000000000000\r\n\r\n[1"),
     "status line drips": partial(drip, start=b"HTTP/1.1 200 ", rest=b"O" * 100),
@@ -357,7 +361,7 @@ for name, make in {
     "truncated gzip": lambda reply: gzipped(compressed(reply)[:-20]),
     "gzip that is not": lambda reply: gzipped(json.dumps(reply).encode()),
     "unknown content encoding": lambda reply: gzipped(b"\x1b\x02" * 40, "zz9"),
-    "HTTP/0.9": lambda reply: json.dumps(reply).encode(),
+    "HTTP/0.9": lambda reply: json.dumps(reply).encode() + b"\n",
     "HTTP/2 preface": lambda reply: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
     "TLS alert": lambda reply: b"\x15\x03\x01\x00\x02\x02\x46",
     "101 Switching Protocols": lambda reply: b"HTTP/1.1 101 S\r\nUpgrade: h2c\r\n\r\n\0\0",
@@ -395,12 +399,10 @@ FAULTS |= {
     "status 999": Fault(partial(status, line="999"), ("other", "http_5xx")),
 }
 for value in ("1", "1e9", "1000000000", "9" * 5000, "-5", "nan", "Fri, 31 Dec 2049 23:59:59 GMT"):
-    for line, kind in (("429", "http_429"), ("503", "http_5xx")):
-        FAULTS[f"status {line}, Retry-After {value[:30]}"] = Fault(
-            partial(status, line=line, header=f"Retry-After: {value}"),
-            (kind,),
-            wait_secs=float(value == "1"),
-        )
+    FAULTS[f"status 429, Retry-After: {value[:30]}"] = Fault(
+        partial(status, line="429", header=f"Retry-After: {value}"),
+        ("http_429",),
+    )
 # Bodies without documents. A second try would bring the same.
 for name, change in {
     "HTML": lambda text: f"<html><body>{LEAK}</body></html>",
@@ -639,14 +641,16 @@ class Cell:
         finally:
             client.close()
             asyncio.run_coroutine_threadsafe(self._server.stop(), loop).result(10)
-        budget_secs = ATTEMPTS * client.timeout_secs + BACKOFF_SECS + self.fault.wait_secs
-        if engine.longest_secs > budget_secs + SLACK_SECS:
-            self.problems.append(f"a batch takes {engine.longest_secs:.1f} s of {budget_secs} s")
+        if engine.longest_secs > client.budget_secs + SLACK_SECS:
+            self.problems.append(
+                f"a batch takes {engine.longest_secs:.1f} s of {client.budget_secs:.1f} s"
+            )
         if self._server.strays:
             self.problems.append(f"the client requests {self._server.strays[0]}")
-        tries = set(self._server.tries.values())
-        if self.rate == 1 and self.fault.tries and tries != {self.fault.tries}:
-            self.problems.append(f"{sorted(tries)} tries instead of {self.fault.tries}")
+        # The maximum: a server on a busy machine does not see a try that ends within milliseconds.
+        tries = max(self._server.tries.values(), default=0)
+        if self.rate == 1 and self.fault.tries not in (0, tries):
+            self.problems.append(f"{tries} tries instead of {self.fault.tries}")
         assert self._server.faults, "no request met the fault"
 
     def _check(self, trajectory: Trajectory, tokenizer) -> None:
@@ -738,8 +742,10 @@ SAMPLE = {
     ],
 )
 def test_a_faulty_server_neither_hangs_nor_mispairs_nor_hides_failures(
-    rates, tiny_tokenizer, loop, tally
+    rates, tiny_tokenizer, loop, tally, monkeypatch
 ):
+    # No cell uses TLS, but each client would load the certificates, which takes 50 ms.
+    monkeypatch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
     cells = [
         Cell(kind, engine, rate)
         for kind in rates
