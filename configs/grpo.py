@@ -43,6 +43,7 @@ WEB = dict(provider="serper", recording="world", blocked_domains=("huggingface.c
 REMOTE = dict(
     url="http://127.0.0.1:8000",
     dialect="search_r1",
+    key_variable="",
     timeout_secs=20.0,
     attempts=4,
     backoff_secs=0.5,

@@ -112,7 +112,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(capsys, tmp_path, over
         (
             "collect.py",
             ["labeling.kind=server", f"labeling.url={CLOSED}", "labeling.server.key_variable=NO_K"],
-            ("key_variable=NO_K",),
+            ("labeling.server.key_variable", "NO_K"),
         ),
         ("collect.py", ["search.corpus=no/c.jsonl"], ("search.corpus=no/c.jsonl",)),
         ("eval.py", ["methods=('rog',)"], ("'rog'", "direct, cot, rag")),

@@ -34,6 +34,7 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
+from zerosearch_jax.search.engine import SearchResult, failure_counts
 from zerosearch_jax.simulator.labeling import (
     agreement,
     check_labeler,
@@ -53,7 +54,7 @@ from zerosearch_jax.training.episode_metrics import episode_metrics
 from zerosearch_jax.training.fingerprints import engine_sha256, model_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import CollectConfig
-from zerosearch_jax.training.no_signal import Notices, unanswered
+from zerosearch_jax.training.no_signal import Notices, failed_searches, unanswered
 from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
@@ -139,6 +140,7 @@ def collect_episodes(config: CollectConfig, rows: Sequence[QARow], episodes: Rec
             )
             metrics = episode_metrics(trajectories)
             progress.update(done, metrics)
+            notices.show(f"batch {done}", failed_searches(trajectories))
             notices.show(f"batch {done}", unanswered(metrics, "limits"))
 
 
@@ -231,6 +233,8 @@ def episode_record(
                 "query": request.query,
                 "documents": list(result.documents),
                 "failure": result.failure,
+                "failure_kind": result.failure_kind,
+                "address": result.address,
             }
             for request, result in trajectory.searches
         ],
@@ -330,14 +334,27 @@ def label_searches(config: CollectConfig, episodes: Records, labels: Records) ->
 
 
 def episode_totals(episodes: Iterable[Mapping]) -> dict[str, object]:
-    """Returns the numbers of episodes and searches, mean scores, and counts by finish."""
-    rows = [(e["em"], e["f1"], len(e["searches"]), e["finish"]) for e in episodes]
+    """Returns the numbers of episodes and searches, mean scores, and counts by finish.
+
+    "failed_searches" has the number of failed searches by kind, and "failed_addresses" the servers
+    that failed. Episodes of older versions have no kinds, which count as "other".
+    """
+    rows, failed = [], []
+    for e in episodes:
+        rows.append((e["em"], e["f1"], len(e["searches"]), e["finish"]))
+        failed += [
+            SearchResult((0, 0), (), s["failure"], s.get("failure_kind", ""), s.get("address", ""))
+            for s in e["searches"]
+            if s["failure"]
+        ]
     return {
         "episodes": len(rows),
         "em": sum(row[0] for row in rows) / len(rows),
         "f1": sum(row[1] for row in rows) / len(rows),
         "searches": sum(row[2] for row in rows),
         "finish": dict(sorted(Counter(row[3] for row in rows).items())),
+        "failed_searches": failure_counts(failed),
+        "failed_addresses": sorted({result.address for result in failed if result.address}),
     }
 
 
@@ -347,6 +364,10 @@ def print_counts(totals: Mapping, counts: Mapping[str, Mapping[str, int]]) -> No
         f"\n{totals['episodes']} episodes, EM {totals['em']:.3f}, F1 {totals['f1']:.3f}; ended "
         + ", ".join(f"{count} by {name}" for name, count in totals["finish"].items())
     )
+    if failed := totals["failed_searches"]:
+        kinds = ", ".join(f"{count} by {kind}" for kind, count in failed.items())
+        asked = f" (asked {', '.join(totals['failed_addresses']) or 'no server'})"
+        print(f"failed searches: {kinds}{asked}")
     columns = (*LABELS, "all")
     rows = [[stage, *(row[column] for column in columns)] for stage, row in counts.items()]
     print(tabulate(rows, ["", *columns], tablefmt="plain"))

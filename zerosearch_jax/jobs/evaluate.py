@@ -24,7 +24,7 @@ from zerosearch_jax.training.episode_metrics import answer_scores, episode_metri
 from zerosearch_jax.training.fingerprints import engine_sha256, model_sha256, rows_sha256
 from zerosearch_jax.training.inputs import check_job
 from zerosearch_jax.training.job_configs import WITHOUT_ENGINE, EvaluateConfig
-from zerosearch_jax.training.no_signal import Notices, unanswered
+from zerosearch_jax.training.no_signal import Notices, failed_searches, unanswered
 from zerosearch_jax.training.probe import probe
 from zerosearch_jax.training.prompt_limits import fitting, prompt_limits
 from zerosearch_jax.training.step_rollouts import limits_of
@@ -32,7 +32,7 @@ from zerosearch_jax.training.step_rollouts import limits_of
 # Generator settings that change sampled tokens; the others change only speed and memory.
 OUTPUT_SETTINGS = ("dtype", "int8_weights", "max_tokens")
 # Client settings that decide whether a search fails, but not its documents.
-CLIENT_SETTINGS = ("timeout_secs", "attempts", "backoff_secs", "workers")
+CLIENT_SETTINGS = ("key_variable", "timeout_secs", "attempts", "backoff_secs", "workers")
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -72,6 +72,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     write_json(path, rows)
     notices, failed = Notices(), 0
     for case, trajectories in evaluate_cases(config, missing, question_sets):
+        notices.show(_name(case), failed_searches(trajectories))
         notices.show(_name(case), unanswered(episode_metrics(trajectories), "limits"))
         if trouble := search_failures(trajectories, config.max_failed_searches):
             failed += 1

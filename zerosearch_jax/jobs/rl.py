@@ -44,7 +44,7 @@ from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.episode_metrics import answers, episode_metrics
 from zerosearch_jax.training.fingerprints import check_base, model_sha256
 from zerosearch_jax.training.inputs import check_job
-from zerosearch_jax.training.no_signal import no_signal, unanswered
+from zerosearch_jax.training.no_signal import failed_searches, no_signal, unanswered
 from zerosearch_jax.training.parts import (
     Parts,
     build,
@@ -227,6 +227,7 @@ def collect(
             searching=partial(timer.section, "search"),
             stop=stop,
         )
+    parts.notices.show(f"step {step + 1}", failed_searches(rollouts.trajectories))
     reason = no_signal(config, episode_metrics(rollouts.trajectories), rollouts.selected()[1])
     parts.notices.show(f"step {step + 1} teaches nothing", reason)
     return rollouts
@@ -247,7 +248,7 @@ def evaluate(
     reason = unanswered(episode_metrics(trajectories), "rollout")
     if trouble := search_failures(trajectories, config.eval.max_failed_searches):
         reason = "failed searches", f"{trouble}; its scores are no result; fix config.eval.search"
-    parts.notices.show("evaluation", reason)
+    parts.notices.show("evaluation", reason or failed_searches(trajectories))
     return trajectories
 
 

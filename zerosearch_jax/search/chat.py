@@ -69,14 +69,27 @@ class ChatClient:
             reply = self.client.post(_PATH, payload)
         except SearchFailed as failure:
             return failure
-        try:
-            text = reply["choices"][0]["message"]["content"]
-        except (TypeError, KeyError, IndexError):
-            text = None
-        if not isinstance(text, str):
+        text = completion_text(reply)
+        if text is None:
             trouble = 'the reply has no text "choices[0].message.content"'
             return self.client.wrong_shape(_PATH, trouble)
         return text
+
+
+def completion_text(reply: object) -> str | None:
+    """Returns the text of a chat completion, or None if it has none.
+
+    The content is a text, or a list of parts whose texts are joined. It is null in a refusal, in a
+    call of a tool, and if the model's thoughts used up `max_tokens`. A text that was cut there
+    (`finish_reason` "length") is returned.
+    """
+    try:
+        content = reply["choices"][0]["message"]["content"]
+        if isinstance(content, list):
+            return "".join(part["text"] for part in content if part["type"] == "text")
+    except (TypeError, KeyError, IndexError):
+        return None
+    return content if isinstance(content, str) else None
 
 
 def request_seed(seed: int, key: tuple[int, int]) -> int:

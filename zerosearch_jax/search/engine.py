@@ -3,6 +3,7 @@
 A request carries its episode, and a result carries the key of its request.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ FAILURE_KINDS = (
     "other",
 )
 """Kinds of failed searches. The metrics `failed_searches/KIND` define and count them."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class SearchResult:
 
     Attributes:
       key: the request's `(episode, turn)`.
-      documents: documents, best first; empty if nothing was found or the search failed.
+      documents: documents, best first; empty if nothing was found or the search failed. Lone
+        surrogates, which neither UTF-8 nor a tokenizer can encode, become U+FFFD.
       failure: reason of a search that failed after its retries, or "" for a successful one. It
         becomes text of the episode, so it contains no address, key or text of a reply.
       failure_kind: one of `FAILURE_KINDS`; "" for a successful search.
@@ -84,6 +87,10 @@ class SearchResult:
     failure: str = ""
     failure_kind: str = ""
     address: str = ""
+
+    def __post_init__(self):
+        documents = tuple(_SURROGATE.sub("\ufffd", document) for document in self.documents)
+        object.__setattr__(self, "documents", documents)
 
     @property
     def too_long(self) -> bool:

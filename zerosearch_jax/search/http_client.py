@@ -7,24 +7,37 @@ import asyncio
 import functools
 import json
 import logging
+import math
 import re
+import socket
 import threading
+import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import NamedTuple
 
 import httpx
 
 from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.files import parse_json
 from zerosearch_jax.search.engine import FAILURE_KINDS, SearchRequest, SearchResult
+from zerosearch_jax.search.server import check_address, endpoint
 
 # Both libraries log whole addresses, and SerpAPI takes its key in the address.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 MAX_REPLY_BYTES = 32 * 2**20
+MAX_REPLY_VALUES = 2**20
+"""Limit of the commas and brackets of a reply, which bounds the memory of its values."""
+MAX_WAIT_SECS = 60.0
+"""Longest wait between two tries, unless the server asks for a longer one."""
+_GRACE_SECS = 1.0  # a loaded machine needs it in addition to the deadlines
 # uvicorn (vLLM, SGLang) closes idle connections after 5 seconds. Dropping them earlier avoids a
 # request on a connection that the server is about to close.
 _KEEP_ALIVE_SECS = 4.0
@@ -33,8 +46,9 @@ _TRANSIENT = (
     httpx.TimeoutException,
     httpx.RemoteProtocolError,
     httpx.ProxyError,
-    httpx.DecodingError,
 )
+# Timeout (RFC 9110 §15.5.9), too early (RFC 8470 §5.2), too many requests (RFC 6585 §4).
+_RETRIED_STATUSES = (408, 425, 429)
 
 
 class SearchFailed(Exception):
@@ -73,34 +87,46 @@ class _Reply(NamedTuple):
       trouble: what went wrong; "" after a success.
       kind: one of `FAILURE_KINDS`; "" after a success.
       transient: another try may succeed.
+      retry_after_secs: wait before the next try that the server asks for.
       replied: the server sent a status.
     """
 
-    content: bytes = b""
+    content: bytes | bytearray = b""
     trouble: str = ""
     kind: str = ""
     transient: bool = False
+    retry_after_secs: float = 0.0
     replied: bool = False
 
 
 _CANCELLED = _Reply(trouble="cancelled", kind="cancelled")
+_DAMAGED = _Reply(
+    trouble="the compression is damaged", kind="not_json", transient=True, replied=True
+)
+_TIMEOUT = _Reply(trouble="Timeout", kind="timeout", transient=True)
 
 
 class JsonClient:
     """Client of one server that keeps its connections alive; safe for use by many threads.
 
-    A request gets up to `attempts` tries, with a wait of `backoff_secs * 2**i` between try i and
-    the next. Connection errors, timeouts, HTTP 429 and HTTP 5xx are retried; any other error
-    fails at once. Redirects are not followed, so that an API key reaches no other server. Proxy
-    settings of the environment apply.
+    A request gets up to `attempts` tries. Connection errors, timeouts, damaged compression and the
+    statuses 408, 425, 429 and 5xx are retried; any other error fails at once. The wait between try
+    i and the next is `backoff_secs * 2**i`, at most `MAX_WAIT_SECS`. A longer Retry-After of the
+    server is respected if it fits into `budget_secs`, which bounds the request as a whole. If it
+    does not fit, the request fails at once.
+
+    Redirects are not followed, so that an API key reaches no other server. Cookies are not kept.
+    Proxy settings of the environment apply.
 
     Args:
-      base_url: "http://host:port" or "https://host", optionally followed by a path.
-      timeout_secs: total time of one try, from connecting to the end of the body.
+      base_url: "http://host:port" or "https://host", optionally followed by a path. It may end in
+        the path of the requests, or in a first part of it such as "/v1".
+      timeout_secs: total time of one try, from the look-up of the host to the end of the body.
       attempts: number of tries, at least 1.
       backoff_secs: wait after the first try, in seconds.
       headers: headers of every request, for example an API key. They are never logged.
-      max_reply_bytes: limit of a reply's decompressed body; a larger reply fails at once.
+      max_reply_bytes: limit of a reply's body, as received and decompressed; a larger reply fails
+        at once. The HTTP library limits its headers and trailers to 100 KB each.
       sleep: waits the given number of seconds; by default a wait that `close` ends.
     """
 
@@ -121,19 +147,17 @@ class JsonClient:
           UserError: the address is not HTTP, a number is out of range, or the environment names an
             unsupported proxy.
         """
-        if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"server address {base_url!r}: it must begin with http:// or https://")
-        if attempts < 1 or timeout_secs <= 0 or backoff_secs < 0:
+        self.base_url = check_address("server address", base_url)
+        if not (attempts >= 1 and 0 < timeout_secs < math.inf and 0 <= backoff_secs < math.inf):
             raise UserError(
                 f"server {base_url}: attempts={attempts}, timeout_secs={timeout_secs}, "
-                f"backoff_secs={backoff_secs}; they must be >= 1, > 0 and >= 0"
+                f"backoff_secs={backoff_secs}; they must be finite, and >= 1, > 0 and >= 0"
             )
-        self.base_url = base_url.rstrip("/")
         self.timeout_secs = timeout_secs
         self.attempts = attempts
         self.backoff_secs = backoff_secs
         self.max_reply_bytes = max_reply_bytes
-        self._headers = dict(headers or {})
+        self._headers = {"Accept-Encoding": "gzip", **(headers or {})}
         self._closed: Future[None] = Future()
         self._sleep = sleep or functools.partial(wait, [self._closed])
         self._loop = _event_loop()
@@ -141,8 +165,11 @@ class JsonClient:
         # of connections is bounded by the callers' threads; a limit here would make them queue
         # within their deadline. An explicit transport would switch the environment's proxies off.
         limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECS)
+        cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         try:
-            self._http = httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False)
+            self._http = httpx.AsyncClient(
+                timeout=None, limits=limits, cookies=cookies, follow_redirects=False
+            )
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"server {base_url}: the environment's proxy settings are not supported ({error}); "
@@ -152,6 +179,12 @@ class JsonClient:
         self._disconnect = weakref.finalize(self, _disconnect, self._http, self._loop)
         self._disconnect.atexit = False
         _CLIENTS.add(self)
+
+    @property
+    def budget_secs(self) -> float:
+        """Longest time of a request in seconds: the deadlines of all tries and their waits."""
+        waits = sum(self._backoff(attempt) for attempt in range(1, self.attempts))
+        return self.attempts * self.timeout_secs + waits
 
     def post(self, path: str, payload: object, headers: Mapping[str, str] | None = None) -> object:
         """Returns the parsed JSON reply to `payload`, which is sent as JSON.
@@ -178,7 +211,7 @@ class JsonClient:
 
     def no_reply(self) -> str:
         """Sends one GET and returns why the server did not reply; "" if it did, with any status."""
-        reply = self._run("GET", "", {"headers": {}})
+        reply = self._run("GET", self.base_url, self.timeout_secs, {"headers": {}})
         return "" if reply.replied else reply.trouble
 
     def close(self) -> None:
@@ -187,78 +220,156 @@ class JsonClient:
             self._closed.set_result(None)
         self._disconnect()
 
+    def _backoff(self, attempt: int) -> float:
+        """Returns the wait before a try, counted from 0, in seconds."""
+        return min(self.backoff_secs * 2 ** (attempt - 1), MAX_WAIT_SECS)
+
     def _request(self, method: str, path: str, **arguments: object) -> object:
-        for attempt in range(self.attempts):
-            if attempt:
-                self._sleep(self.backoff_secs * 2 ** (attempt - 1))
-            reply = self._run(method, path, arguments)
-            if not reply.trouble:
-                try:
-                    return json.loads(reply.content)
-                except ValueError:
-                    trouble = "the reply is not JSON"
-                    raise self._failure(method, path, trouble, "not_json") from None
-            if not reply.transient:
+        url = endpoint(self.base_url, path)
+        ends = time.monotonic() + self.budget_secs + _GRACE_SECS
+        reply = self._run(method, url, self.timeout_secs, arguments)
+        tries = 1
+        while reply.transient and tries < self.attempts:
+            secs = max(self._backoff(tries), reply.retry_after_secs)
+            left = ends - time.monotonic() - secs
+            if left <= 0:
                 break
-        tries = f" in {attempt + 1} tries" if reply.transient else ""
-        raise self._failure(method, path, reply.trouble + tries, reply.kind)
+            self._sleep(secs)
+            reply = self._run(method, url, min(self.timeout_secs, left), arguments)
+            tries += 1
+        if reply.trouble:
+            counted = f" in {tries} tries" if reply.transient else ""
+            raise self._failure(method, path, reply.trouble + counted, reply.kind)
+        values = sum(map(reply.content.count, (b",", b"[", b"{")))
+        if values > MAX_REPLY_VALUES:  # each takes up to 200 bytes of memory
+            trouble = f"the reply has more than {MAX_REPLY_VALUES} values"
+            raise self._failure(method, path, trouble, "too_large")
+        try:
+            return parse_json(reply.content)
+        except ValueError:  # its context would hold text of the reply
+            pass
+        raise self._failure(method, path, "the reply is not JSON", "not_json")
 
     def _failure(self, method: str, path: str, trouble: str, kind: str) -> SearchFailed:
-        reason, address = f"{method} {path}: {trouble}", self.base_url + path
+        reason, address = f"{method} {path}: {trouble}", endpoint(self.base_url, path)
         if kind == "too_long":
             return TooLong(reason, address)
         return SearchFailed(reason, kind, address)
 
-    def _run(self, method: str, path: str, arguments: dict[str, object]) -> _Reply:
-        """Waits for one try, or for `close`."""
+    def _run(self, method: str, url: str, secs: float, arguments: dict[str, object]) -> _Reply:
+        """Waits for one try of at most `secs` seconds, or for `close`."""
         if self._closed.done():
             return _CANCELLED
-        future = asyncio.run_coroutine_threadsafe(self._try(method, path, **arguments), self._loop)
+        future = asyncio.run_coroutine_threadsafe(
+            self._try(method, url, secs, **arguments), self._loop
+        )
         try:
-            wait([future, self._closed], return_when=FIRST_COMPLETED)
-            return future.result() if future.done() else _CANCELLED
+            # The try ends itself; the second bound holds even if the event loop is busy.
+            wait([future, self._closed], secs + _GRACE_SECS, FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+            return _CANCELLED if self._closed.done() else _TIMEOUT
         finally:
             future.cancel()  # drops the connection after `close` or Ctrl-C
 
     async def _try(
-        self, method: str, path: str, headers: Mapping[str, str], **arguments: object
+        self, method: str, url: str, secs: float, headers: Mapping[str, str], **arguments: object
     ) -> _Reply:
         # Only the class of an exception is kept: its message may contain the address or a header.
         try:
             headers = {**self._headers, **headers}
             async with (
-                asyncio.timeout(self.timeout_secs),
-                self._http.stream(
-                    method, self.base_url + path, headers=headers, **arguments
-                ) as response,
+                asyncio.timeout(secs),
+                self._http.stream(method, url, headers=headers, **arguments) as response,
             ):
-                content = bytearray()
-                async for piece in response.aiter_bytes():
-                    content += piece
-                    if len(content) > self.max_reply_bytes:
-                        trouble = f"the reply is larger than {self.max_reply_bytes} bytes"
-                        return _Reply(trouble=trouble, kind="too_large", replied=True)
+                reply = await _read(response, self.max_reply_bytes)
         except TimeoutError:
-            return _Reply(trouble="Timeout", kind="timeout", transient=True)
+            return _TIMEOUT
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            kind = "not_json" if isinstance(error, httpx.DecodingError) else "connection"
             return _Reply(
-                trouble=type(error).__name__, kind=kind, transient=isinstance(error, _TRANSIENT)
+                trouble=type(error).__name__,
+                kind="connection",
+                transient=isinstance(error, _TRANSIENT),
             )
         status = response.status_code
         if 200 <= status < 300:
-            return _Reply(bytes(content), replied=True)
+            return reply
         too_long = status in (413, 414) or (
-            status in (400, 422) and _CONTEXT_EXCEEDED.search(content) is not None
+            status in (400, 422) and _CONTEXT_EXCEEDED.search(reply.content) is not None
         )
-        transient = status in (408, 429) or status >= 500
-        kind = "too_long" if too_long else _status_kind(status)
-        return _Reply(trouble=f"HTTP {status}", kind=kind, transient=transient, replied=True)
+        return _Reply(
+            trouble=f"HTTP {status}",
+            kind="too_long" if too_long else _status_kind(status),
+            transient=status in _RETRIED_STATUSES or status >= 500,
+            retry_after_secs=retry_after_secs(response.headers.get("Retry-After", "")),
+            replied=True,
+        )
+
+
+async def _read(response: httpx.Response, limit: int) -> _Reply:
+    """Reads and decompresses a body of at most `limit` bytes, in steps that allocate no more.
+
+    httpx would decompress each received piece whole, to a thousand times its size.
+    """
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip"):
+        return _Reply(trouble="the compression is unknown", kind="not_json", replied=True)
+    inflate = zlib.decompressobj(zlib.MAX_WBITS | 16) if encoding.endswith("gzip") else None
+    content, received = bytearray(), 0
+    async for piece in response.aiter_raw():
+        received += len(piece)
+        try:
+            content += inflate.decompress(piece, limit + 1 - len(content)) if inflate else piece
+        except zlib.error:
+            return _DAMAGED
+        if max(received, len(content)) > limit:
+            return _Reply(
+                content, f"the reply is larger than {limit} bytes", "too_large", replied=True
+            )
+        if inflate and inflate.unused_data:
+            break
+    if inflate and (not inflate.eof or inflate.unused_data):
+        return _DAMAGED
+    return _Reply(content, replied=True)
+
+
+def retry_after_secs(header: str) -> float:
+    """Returns the wait of a Retry-After header (RFC 9110 §10.2.3), in seconds from now.
+
+    The header is a number of seconds or a date. Any other text, and a date in the past, give 0.
+    """
+    if re.fullmatch("[0-9]{1,18}", header):
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header[:64]).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0
 
 
 def _status_kind(status: int) -> str:
     kind = "http_429" if status == 429 else f"http_{status // 100}xx"
     return kind if kind in FAILURE_KINDS else "other"
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Event loop that looks hosts up in daemon threads.
+
+    A look-up cannot be cancelled, and the threads that asyncio uses for it delay the exit of the
+    process.
+    """
+
+    async def getaddrinfo(self, host, port, *, family=0, type=0, proto=0, flags=0):
+        found: Future[list] = Future()
+        found.set_running_or_notify_cancel()
+
+        def look_up() -> None:
+            try:
+                found.set_result(socket.getaddrinfo(host, port, family, type, proto, flags))
+            except (OSError, UnicodeError) as error:
+                found.set_exception(error)
+
+        threading.Thread(target=look_up, name="look_up", daemon=True).start()
+        return await asyncio.wrap_future(found, loop=self)
 
 
 _CLIENTS: weakref.WeakSet[JsonClient] = weakref.WeakSet()
@@ -281,7 +392,7 @@ def closed_on_interrupt() -> Iterator[None]:
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
     """Returns the event loop of all clients, which runs in a daemon thread."""
-    loop = asyncio.new_event_loop()
+    loop = _Loop()
     threading.Thread(target=loop.run_forever, name="http_client", daemon=True).start()
     return loop
 

@@ -5,7 +5,6 @@ answers would turn a test of searching into a test of finding that page. DeepRes
 (arXiv 2504.03160) trains on the live web.
 """
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from urllib.parse import urldefrag, urlsplit
 
@@ -13,6 +12,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, answer_all
+from zerosearch_jax.search.server import read_key
 
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 KEYS = ("title", "snippet", "link")
@@ -27,18 +27,8 @@ KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
 
 
 def api_key(provider: str) -> str:
-    """Returns the provider's API key. It is in the environment, never in a config or a log.
-
-    Raises:
-      UserError: the environment has no key.
-    """
-    key = os.environ.get(KEY_VARIABLES[provider])
-    if not key:
-        raise UserError(
-            f"web.provider={provider} needs an API key; set the environment variable "
-            f"{KEY_VARIABLES[provider]}"
-        )
-    return key
+    """Returns the provider's API key. Raises UserError as `read_key` does."""
+    return read_key(KEY_VARIABLES[provider])
 
 
 def filter_results(
@@ -128,7 +118,7 @@ class WebEngine:
         return [_document(result) for result in kept]
 
     def organic(self, query: str) -> list[Organic]:
-        """Returns the provider's unfiltered results; `record_of` converts them for a recording.
+        """Returns the provider's unfiltered results, reduced to the texts under `KEYS`.
 
         Raises:
           SearchFailed: no reply after the client's retries, or a reply of the wrong shape.
@@ -137,6 +127,9 @@ class WebEngine:
         if self.provider == "serper":
             payload, headers = {"q": query, "num": results}, {"X-API-KEY": self._api_key}
             reply = self.client.post(_PATH, payload, headers)
+            # A reply to a search has its parameters; without a result it may lack the list.
+            if isinstance(reply, dict) and isinstance(reply.get("searchParameters"), dict):
+                reply.setdefault("organic", [])
             return self._results(reply, "organic", "POST")
         params = {"engine": "google", "q": query, "num": results, "api_key": self._api_key}
         reply = self.client.get(_PATH, params)
@@ -152,7 +145,10 @@ class WebEngine:
         if not isinstance(found, list) or not all(isinstance(result, dict) for result in found):
             trouble = f'the reply has no list of results "{key}"'
             raise self.client.wrong_shape(_PATH, trouble, method)
-        return found
+        return [
+            {key: result[key] for key in KEYS if isinstance(result.get(key), str)}
+            for result in found
+        ]
 
 
 class RecordedWeb:

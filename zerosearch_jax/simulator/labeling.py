@@ -8,7 +8,6 @@ noisy. A labeler is a second opinion, one of two kinds:
   right, and noisy if they do not even mention a gold answer.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -102,8 +101,8 @@ def model_labels(complete: Complete, searches: Sequence[Search]) -> list[str | N
     for reply in replies:
         if isinstance(reply, SearchFailed) and not isinstance(reply, TooLong):
             raise UserError(
-                f"the labeler's server (config.labeling.url) failed: {reply}; fix it and "
-                "repeat the command, which keeps all earlier labels"
+                f"the labeler's server (config.labeling.url) failed ({reply}; asked "
+                f"{reply.address}); fix it and repeat the command, which keeps all earlier labels"
             )
     labels = {True: "useful", False: "noisy", None: None}
     return [labels[parse_verdict(r) if isinstance(r, str) else None] for r in replies]
@@ -171,11 +170,9 @@ def agreement(labels: Sequence[tuple[str, str | None]]) -> dict:
 
 
 def _chat_client(config: LabelingConfig, seed: int) -> ChatClient:
-    server, headers = config.server, {}
-    if server.key_variable:
-        headers["Authorization"] = f"Bearer {os.environ[server.key_variable]}"
+    server = config.server
     return ChatClient(
-        factory.json_client(server, config.url, headers),
+        factory.json_client(server, config.url, server.key_variable),
         model=config.model,
         temperature=0.0,
         top_p=1.0,

@@ -32,10 +32,12 @@ from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
+from zerosearch_jax.search.server import authorization
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, api_key
 from zerosearch_jax.text.tokenizer import token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
+from zerosearch_jax.training.job_configs import LabelingServerConfig
 from zerosearch_jax.training.sections import GeneratorConfig, MeshConfig, RemoteConfig, SearchConfig
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -157,7 +159,7 @@ def make_engine(
         return SimulatedEngine(texts, form=config.simulator.form, topk=config.topk)
     if config.engine == "retriever":
         return RetrieverEngine(
-            json_client(config.remote, config.remote.url),
+            json_client(config.remote, config.remote.url, config.remote.key_variable),
             topk=config.topk,
             dialect=config.remote.dialect,
             workers=config.remote.workers,
@@ -175,7 +177,7 @@ def web_engine(config: SearchConfig) -> WebEngine:
     """Builds a web search engine."""
     provider = config.web.provider
     return WebEngine(
-        json_client(config.remote, SERVERS[provider]),
+        json_client(config.remote, SERVERS[provider], ""),
         provider=provider,
         api_key=api_key(provider),
         topk=config.topk,
@@ -192,15 +194,19 @@ def recording(source: str) -> list[dict]:
 
 
 def json_client(
-    remote: RemoteConfig, url: str, headers: Mapping[str, str] | None = None
+    remote: RemoteConfig | LabelingServerConfig, url: str, key_variable: str
 ) -> JsonClient:
-    """Builds a client of the server at `url` with the deadlines and retries of `remote`."""
+    """Builds a client of the server at `url` with the deadlines and retries of `remote`.
+
+    Args:
+      key_variable: environment variable with the server's API key; "" for none.
+    """
     return JsonClient(
         url,
         timeout_secs=remote.timeout_secs,
         attempts=remote.attempts,
         backoff_secs=remote.backoff_secs,
-        headers=headers,
+        headers=authorization(key_variable),
     )
 
 
@@ -211,7 +217,7 @@ def make_texts(
     simulator = config.simulator
     if simulator.url:
         return ChatClient(
-            json_client(config.remote, simulator.url),
+            json_client(config.remote, simulator.url, config.remote.key_variable),
             model=simulator.model,
             temperature=simulator.temperature,
             top_p=simulator.top_p,

@@ -12,6 +12,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import read_config
 from zerosearch_jax.search import web
 from zerosearch_jax.search.http_client import JsonClient
+from zerosearch_jax.search.server import authorization
 from zerosearch_jax.training import validate
 from zerosearch_jax.training.config import RLConfig
 from zerosearch_jax.training.job_configs import (
@@ -106,12 +107,7 @@ def _check_evaluate(config: EvaluateConfig) -> None:
 
 def _check_labeling(config: LabelingConfig) -> None:
     if config.kind == "server":
-        variable = config.server.key_variable
-        if variable and variable not in os.environ:
-            raise UserError(
-                f"config.labeling.server.key_variable={variable}: the environment has no such "
-                "variable; set it to the server's API key"
-            )
+        check_key("labeling.server.key_variable", config.server.key_variable)
         check_server("labeling.url", config.url)
     elif config.kind != "none":
         check_model("labeling.model", config.model, config.generator)
@@ -133,13 +129,16 @@ def check_search(key: str, search: SearchConfig) -> None:
         if search.web.recording != "world":
             check_file(f"{key}.web.recording", search.web.recording)
     elif search.engine == "web":
-        web.api_key(search.web.provider)
+        provider = search.web.provider
+        check_key(f"{key}.web.provider={provider}", web.KEY_VARIABLES[provider])
         check_server(f"{key}.web.provider={search.web.provider}", web.SERVERS[search.web.provider])
     elif search.engine == "retriever":
+        check_key(f"{key}.remote.key_variable", search.remote.key_variable)
         check_server(f"{key}.remote.url", search.remote.url)
     elif search.engine == "simulated":
         simulator = search.simulator
         if simulator.url:
+            check_key(f"{key}.remote.key_variable", search.remote.key_variable)
             check_server(f"{key}.simulator.url", simulator.url)
         else:
             check_model(f"{key}.simulator.model", simulator.model, simulator.generator)
@@ -190,6 +189,14 @@ def check_file(key: str, path: str) -> None:
         raise UserError(f"config.{key}={path}: no such file; fix the path")
     if not os.access(path, os.R_OK):
         raise UserError(f"config.{key}={path}: not readable; change the file's permissions")
+
+
+def check_key(key: str, variable: str) -> None:
+    """Raises UserError if `variable` is set but the environment has no valid API key there."""
+    try:
+        authorization(variable)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from error
 
 
 def check_server(key: str, url: str) -> None:

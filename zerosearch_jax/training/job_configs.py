@@ -26,6 +26,7 @@ from zerosearch_jax.ranges import (
     Tokens,
 )
 from zerosearch_jax.rl.config import OptimizerConfig
+from zerosearch_jax.search.server import check_address
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
     OVERLONG_QUESTIONS,
@@ -34,7 +35,6 @@ from zerosearch_jax.training.sections import (
     MeshConfig,
     PolicyConfig,
     SearchConfig,
-    check_address,
 )
 
 EXAMPLE_KEYS = {
@@ -207,7 +207,7 @@ class LabelingServerConfig:
     attempts: Attempts
     """Attempts per request, the first included."""
     backoff_secs: Backoff
-    """Seconds before the second attempt. Each further wait is twice as long."""
+    """Seconds before the second attempt. Each further wait is twice as long, up to 60 seconds."""
     workers: Threads
     """Most requests in flight at once."""
 
@@ -222,7 +222,7 @@ class LabelingConfig:
     model: str
     """Hugging Face directory, or the name of the model on the server."""
     url: str
-    """Server with an OpenAI chat completions API. Read by `server`."""
+    """Server with an OpenAI chat completions API; the address may end in /v1. Read by `server`."""
     response_tokens: Tokens
     """Most tokens of a reply. 8 suffice for yes or no."""
     observation_tokens: Tokens
@@ -234,7 +234,8 @@ class LabelingConfig:
 
     def __post_init__(self):
         check_choice("labeling.kind", self.kind, LABELERS)
-        check_address("url", self.url, "/v1/chat/completions")
+        if self.url:
+            check_address("url", self.url)
         if self.kind != "none" and not self.model:
             raise UserError(
                 f"labeling.kind={self.kind} needs labeling.model: a model directory, or the name "

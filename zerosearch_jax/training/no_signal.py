@@ -4,10 +4,12 @@ A step has no signal if the rewards that its advantages compare are all equal. T
 holds only KL and entropy terms, and the progress line looks like any other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from zerosearch_jax.rollout.trajectory import Trajectory
+from zerosearch_jax.search.engine import describe_failures, failure_counts
 from zerosearch_jax.training.config import RLConfig
 
 Reason = tuple[str, str]
@@ -29,6 +31,20 @@ class Notices:
         if reason is not None and reason[0] not in self._shown:
             self._shown.add(reason[0])
             print(f"\nnote: {where}: {reason[1]}", flush=True)
+
+
+def failed_searches(trajectories: Sequence[Trajectory]) -> Reason | None:
+    """Returns how many searches failed, by kind and address; None if none did.
+
+    A new combination of kinds is a new cause. Queries that are too long for the engine are the
+    policy's failures and are not counted.
+    """
+    results = [result for t in trajectories for _, result in t.searches]
+    failed = [result for result in results if result.failure and not result.too_long]
+    if not failed:
+        return None
+    cause = f"failed searches, {', '.join(failure_counts(failed))}"
+    return cause, f"{len(failed)} of {len(results)} searches failed ({describe_failures(failed)})"
 
 
 def unanswered(metrics: Mapping[str, float], limits: str) -> Reason | None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from zerosearch_jax.errors import UserError
-from zerosearch_jax.search.engine import SearchRequest
+from zerosearch_jax.search.engine import SearchRequest, describe_failures
 from zerosearch_jax.training import factory
 from zerosearch_jax.training.sections import MeshConfig, SearchConfig
 
@@ -25,15 +25,14 @@ def probe(search: SearchConfig, key: str, seed: int, mesh: MeshConfig) -> None:
     Raises:
       UserError: the search failed.
     """
-    simulator = search.engine == "simulated" and search.simulator.url
-    if not simulator and search.engine not in ("retriever", "web"):
+    simulator_server = search.engine == "simulated" and search.simulator.url
+    if not simulator_server and search.engine not in ("retriever", "web"):
         return
     once = replace(search, remote=replace(search.remote, attempts=1))
     (result,) = factory.make_engine(once, seed, mesh).search([_REQUEST])
     if result.failure:
-        address = simulator or search.engine == "retriever" and search.remote.url
         raise UserError(
             f"config.{key}: the engine {search.engine} failed a first search "
-            f"({result.failure}); start the server or fix "
-            f"{f'its address {address}' if address else 'the API key and the network'}"
+            f"({describe_failures([result])}); start the server, or fix its address, the API key "
+            "or the network"
         )

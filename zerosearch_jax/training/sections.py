@@ -24,6 +24,7 @@ from zerosearch_jax.ranges import (
 )
 from zerosearch_jax.rl.config import DTYPES
 from zerosearch_jax.search.retriever import DIALECTS
+from zerosearch_jax.search.server import check_address
 from zerosearch_jax.search.web import SERVERS
 from zerosearch_jax.text.prompts import SIMULATOR_FORMS
 
@@ -38,25 +39,6 @@ ENGINES = {
     "none": (),
 }
 """Search engine: the keys of section `search` that it needs, in addition to `topk`."""
-
-
-def check_address(key: str, url: str, path: str) -> None:
-    """Raises UserError if a server's address is no http address or ends in a part of `path`.
-
-    Args:
-      url: the address; "" is accepted.
-      path: the path that the client appends, such as "/retrieve".
-    """
-    if not url:
-        return
-    if not url.startswith(("http://", "https://")):
-        raise UserError(f"{key}={url} must begin with http:// or https://, as in http://HOST:PORT")
-    parts = path.strip("/").split("/")
-    for end in range(len(parts), 0, -1):
-        appended = "/" + "/".join(parts[:end])
-        if url.rstrip("/").endswith(appended):
-            server = url.rstrip("/").removesuffix(appended)
-            raise UserError(f"{key}={url}: the client appends {path} itself; set it to {server}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +122,11 @@ class RemoteConfig:
     """HTTP client of a retriever, a web search service or a simulator on a server."""
 
     url: str
-    """Address of the retriever. Other servers have their own address."""
+    """Address of the retriever, such as http://HOST:PORT; it may end in /retrieve. Other servers
+    have their own address."""
+    key_variable: str
+    """Environment variable with the API key of the retriever or of the simulator's server. "" sends
+    none. A web search service has its own variable."""
     dialect: str
     """Protocol of the retriever: `search_r1` or `zerosearch`."""
     timeout_secs: Timeout
@@ -148,14 +134,17 @@ class RemoteConfig:
     attempts: Attempts
     """Attempts per request, the first included."""
     backoff_secs: Backoff
-    """Seconds before the second attempt. Each further wait is twice as long."""
+    """Seconds before the second attempt. Each further wait is twice as long, up to 60 seconds. A
+    longer Retry-After is respected if it fits into the budget of the request: the deadlines of all
+    attempts and these waits together."""
     workers: Threads
     """Most requests in flight per batch of searches. The dialect `search_r1` sends one request per
     batch."""
 
     def __post_init__(self):
         check_choice("dialect", self.dialect, DIALECTS)
-        check_address("url", self.url, "/retrieve")
+        if self.url:
+            check_address("url", self.url)
 
 
 @dataclass(frozen=True)
@@ -180,8 +169,8 @@ class SimulatorConfig:
     model: str
     """Hugging Face directory, or the name of the model on the server."""
     url: str
-    """Server with an OpenAI chat completions API that runs the simulator. "" runs the simulator in
-    this process."""
+    """Server with an OpenAI chat completions API that runs the simulator; the address may end in
+    /v1. "" runs the simulator in this process."""
     gate: GateConfig
     devices: DevicesOrZero
     """Devices of each process that only the simulator uses, a multiple of mesh.tensor. Above 0 it
@@ -204,7 +193,8 @@ class SimulatorConfig:
 
     def __post_init__(self):
         check_choice("form", self.form, SIMULATOR_FORMS)
-        check_address("url", self.url, "/v1/chat/completions")
+        if self.url:
+            check_address("url", self.url)
         if not self.url and self.max_new_tokens >= self.generator.max_tokens:
             raise UserError(
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in "
