@@ -68,6 +68,12 @@ def test_seed_depends_on_run_episode_and_turn(seed, episode, turn):
         (200, {"error": "?"}, "choices"),
         (200, [], "choices"),
         (200, completion(None), "choices"),
+        (200, completion(7), "choices"),
+        (200, completion([{"type": "text"}]), "choices"),
+        (200, completion([7]), "choices"),
+        (200, {"choices": [None]}, "choices"),
+        (200, {"choices": {"0": 1}}, "choices"),
+        (200, {"choices": [{"message": "text"}]}, "choices"),
     ],
 )
 def test_failed_request_fails_only_its_own_search(serve, status, body, reason):
@@ -107,6 +113,19 @@ def test_thoughts_of_the_simulator_are_no_documents(serve):
     engine = SimulatedEngine(chat(serve(lambda call: (200, reply))[0]), form="prompted", topk=2)
     (result,) = engine.search([SearchRequest(0, 0, "q", "Q?", ("a",))])
     assert result == SearchResult((0, 0), ("a", "b"))
+
+
+def test_parts_of_a_completion_are_joined_and_a_cut_text_counts(serve):
+    reply = completion([{"type": "text", "text": "Doc 1: a\n"}, {"type": "image", "url": "x"},
+                        {"type": "text", "text": "Doc 2: b"}])  # fmt: skip
+    reply["choices"][0]["finish_reason"] = "length"
+    assert chat(serve(lambda call: (200, reply))[0])(["a"], [(0, 0)]) == ["Doc 1: a\nDoc 2: b"]
+
+
+def test_the_address_may_end_in_v1(serve):
+    url, calls = serve(lambda call: (200, completion("t")))
+    assert chat(f"{url}/v1/")(["a"], [(0, 0)]) == ["t"]
+    assert calls[0].path == "/v1/chat/completions"
 
 
 def test_retry_sends_the_same_payload(serve):

@@ -4,17 +4,32 @@ import gzip
 import logging
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
-from functools import partial
+import tracemalloc
+import zlib
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 
 from zerosearch_jax.errors import UserError
+from zerosearch_jax.search import http_client
 from zerosearch_jax.search.chat import ChatClient
 from zerosearch_jax.search.engine import SearchRequest, SearchResult
-from zerosearch_jax.search.http_client import JsonClient, SearchFailed, TooLong, answer_all
+from zerosearch_jax.search.http_client import (
+    JsonClient,
+    SearchFailed,
+    TooLong,
+    answer_all,
+    retry_after_secs,
+)
 from zerosearch_jax.search.retriever import RetrieverEngine
 from zerosearch_jax.search.simulated import SimulatedEngine
 from zerosearch_jax.search.web import WebEngine
@@ -70,6 +85,18 @@ def raw_server():
         listener.close()
 
 
+@contextmanager
+def traced_memory():
+    """Yields an object whose `peak` is, after the block, its peak of Python's memory in bytes."""
+    memory = SimpleNamespace(peak=None)
+    tracemalloc.start()
+    try:
+        yield memory
+    finally:
+        memory.peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
 def hang(connection, stop):
     """Sends no reply."""
     stop.wait(30)
@@ -103,7 +130,7 @@ def test_requests_share_one_connection(serve):
     assert len({call.peer for call in calls}) == 1
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
 def test_transient_errors_are_retried(serve, status):
     statuses = iter([status, status, 200])
     url, calls = serve(lambda call: (next(statuses), {"ok": 1}))
@@ -120,6 +147,108 @@ def test_tries_are_bounded_and_backoff_doubles(serve):
         client.post("/x", {})
     assert len(calls) == 4
     assert client.waits == [0.25, 0.5, 1.0]
+
+
+def test_waits_have_a_limit_and_a_budget(serve):
+    """Doubled without a limit, the last of 100 waits would be 10²⁸ seconds."""
+    url, _ = serve(lambda call: (503, {}))
+    client = make_client(url, attempts=5, backoff_secs=25.0)
+    with pytest.raises(SearchFailed):
+        client.post("/x", {})
+    assert client.waits == [25.0, 50.0, 60.0, 60.0]
+    assert client.budget_secs == 5 * client.timeout_secs + sum(client.waits)
+    assert make_client(url, attempts=100, backoff_secs=600.0).budget_secs < 10_000
+
+
+def in_secs(secs):
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=secs), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        *((text, 0) for text in ("0", "-5", "+5", "1e9", "nan", "inf", "0.5", "soon", "", "٣")),
+        *((text, 0) for text in ("Mon, 99 Foo 2026 99:99:99 GMT", "9" * 5000)),
+        ("7", 7),
+        ("999999999999", 999999999999),
+        (-100, 0),
+        (1000, 1000),
+        (10**9, 10**9),
+    ],
+)
+def test_retry_after_is_a_number_of_seconds_or_a_date(header, expected):
+    header = in_secs(header) if isinstance(header, int) else header
+    assert retry_after_secs(header) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("header", "waits"), [("12", [12.0]), ("0", [0.5]), ("1000", []), (1000, [])]
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_respected_within_the_budget(raw_server, status, header, waits):
+    """The budget is 20.5 s. An earlier try than the server asks for would only be refused."""
+
+    def respond(connection, stop):
+        after = in_secs(header) if isinstance(header, int) else header
+        head = f"HTTP/1.1 {status} No\r\nRetry-After: {after}\r\nContent-Length: 0\r\n\r\n"
+        connection.sendall(head.encode())
+
+    client = make_client(raw_server(respond), attempts=2)
+    with pytest.raises(SearchFailed, match=f"HTTP {status} in {len(waits) + 1} tries"):
+        client.post("/x", {})
+    assert client.waits == waits
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (302, b"", "http_3xx"),
+        (404, b"", "http_4xx"),
+        (429, b"", "http_429"),
+        (500, b"", "http_5xx"),
+        (600, b"", "other"),
+        (413, b"", "too_long"),
+        (200, b"", "not_json"),
+        (200, b"\xff", "not_json"),
+        (200, b"[" * 100_000, "not_json"),
+        (200, b"1" * 5000, "not_json"),
+        (200, b" " * 200_000, "too_large"),
+    ],
+)
+def test_failures_have_a_kind_and_the_address_asked(serve, status, body, kind):
+    url, _ = serve(lambda call: (status, body))
+    client = make_client(f"{url}/a/v1/", attempts=1, max_reply_bytes=150_000)
+    with pytest.raises(SearchFailed) as raised:
+        client.post("/v1/x", {})
+    assert raised.value.kind == kind
+    assert raised.value.address == f"{url}/a/v1/x" and url not in str(raised.value)
+
+
+def test_a_reply_of_many_values_is_refused_before_it_is_parsed(serve):
+    """Each of its values would take 20 times its bytes."""
+    url, _ = serve(lambda call: (200, b"[" + b"[]," * 2**20 + b"1]"))
+    with traced_memory() as memory, pytest.raises(SearchFailed) as raised:
+        make_client(url).post("/x", {})
+    assert raised.value.kind == "too_large" and memory.peak < 20 * 10**6
+
+
+def test_a_connection_that_the_server_closed_is_replaced(raw_server):
+    """As after a restart of the server between two requests."""
+
+    def respond(connection, stop):
+        connection.sendall(OK + b"Content-Length: 2\r\n\r\n[]")
+
+    client = make_client(raw_server(respond), attempts=2)
+    assert [client.post("/x", {}) for _ in range(5)] == [[]] * 5
+
+
+def test_cookies_are_not_kept(raw_server):
+    def respond(connection, stop):
+        connection.sendall(OK + b"Content-Length: 2\r\nSet-Cookie: a=b\r\n\r\n[]")
+
+    client = make_client(raw_server(respond))
+    client.post("/x", {})
+    assert list(client._http.cookies.jar) == []
 
 
 @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404])
@@ -178,16 +307,23 @@ def test_silent_server_times_out(raw_server):
         make_client(raw_server(hang), timeout_secs=0.05, attempts=2).post("/x", {})
 
 
-@pytest.mark.parametrize(
-    ("start", "drop"),
-    [
-        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
-        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
-        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
-    ],
-    ids=["one header", "many headers", "body with a length", "body without a length"],
-)
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+# What a server sends first, and then again and again.
+ENDLESS = {
+    "status line": (b"HTTP/1.1 200 ", b"x"),
+    "one header": (OK + b"X-Long: ", b"x"),
+    "many headers": (OK, b"X: y\r\n"),
+    "interim replies": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "chunk size": (CHUNKED, b"0"),
+    "chunk extension": (CHUNKED + b"1;", b"x"),
+    "trailers": (CHUNKED + b"1\r\n1\r\n0\r\n", b"X: y\r\n"),
+    "body with a length": (OK + b"Content-Length: 1000000000\r\n\r\n", b" "),
+    "body without a length": (OK + b"\r\n", b" "),
+}
+
+
+@pytest.mark.parametrize(("start", "drop"), ENDLESS.values(), ids=ENDLESS)
 def test_deadline_covers_a_reply_that_drips(raw_server, start, drop):
     def drip(connection, stop):
         connection.sendall(start)
@@ -195,9 +331,83 @@ def test_deadline_covers_a_reply_that_drips(raw_server, start, drop):
             connection.sendall(drop)
 
     began = time.monotonic()
-    with pytest.raises(SearchFailed, match="^POST /x: Timeout in 2 tries$"):
-        make_client(raw_server(drip), timeout_secs=0.2, attempts=2).post("/x", {})
-    assert 0.4 <= time.monotonic() - began < 5
+    with pytest.raises(SearchFailed, match="^POST /x: Timeout in 2 tries$") as raised:
+        make_client(raw_server(drip), timeout_secs=0.1, attempts=2).post("/x", {})
+    assert raised.value.kind == "timeout" and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("start", "drop"), ENDLESS.values(), ids=ENDLESS)
+def test_a_reply_that_never_ends_takes_little_memory(raw_server, start, drop):
+    """Whatever is endless has a limit of bytes or ends at the deadline."""
+
+    def flood(connection, stop):
+        connection.sendall(start)
+        while not stop.is_set():
+            connection.sendall(flow)
+
+    flow = drop * (65_536 // len(drop))
+    client = make_client(raw_server(flood), timeout_secs=0.2, attempts=1, max_reply_bytes=10**6)
+    with traced_memory() as memory, pytest.raises(SearchFailed) as raised:
+        client.post("/x", {})
+    assert raised.value.kind in ("timeout", "connection", "too_large")
+    assert memory.peak < 8 * 10**6
+
+
+@pytest.mark.parametrize("where", ["connect", "TLS", "send", "look-up"])
+def test_deadline_covers_all_before_the_reply(raw_server, monkeypatch, where):
+    payload, filling = {}, []
+    url = raw_server(hang)
+    if where == "connect":  # a full queue of connections: further ones get no answer
+        listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+        filling = [listener, *(socket.socket() for _ in range(3))]
+        for connection in filling[1:]:
+            connection.setblocking(False)
+            connection.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    elif where == "TLS":
+        url = url.replace("http:", "https:")
+    elif where == "send":  # more than the buffers of both sockets hold
+        payload = {"q": "x" * 20_000_000}
+    else:
+        released = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: released.wait(10))
+        url = "http://search.invalid"
+    with pytest.raises(SearchFailed) as raised:
+        make_client(url, timeout_secs=0.2, attempts=1).post("/x", payload)
+    assert raised.value.kind == "timeout"
+    for connection in filling:
+        connection.close()
+    if where == "look-up":
+        released.set()
+
+
+def test_exit_does_not_wait_for_a_look_up():
+    script = """
+import socket, time
+from zerosearch_jax.search.http_client import JsonClient, SearchFailed
+socket.getaddrinfo = lambda *_: time.sleep(100)
+client = JsonClient("http://search.invalid", timeout_secs=0.1, attempts=1, backoff_secs=0)
+try:
+    client.post("/x", {})
+except SearchFailed as failure:
+    print(failure.kind)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "timeout\n" and done.stderr == ""
+
+
+def test_a_blocked_event_loop_does_not_block_the_caller(serve, monkeypatch):
+    monkeypatch.setattr(http_client, "_GRACE_SECS", 0.1)
+    client = make_client(serve(lambda call: (200, {}))[0], attempts=1)
+    client.post("/x", {})
+    client.timeout_secs, released = 0.1, threading.Event()
+    http_client._event_loop().call_soon_threadsafe(released.wait, 20)
+    with pytest.raises(SearchFailed) as raised:
+        client.post("/x", {})
+    assert raised.value.kind == "timeout" and not released.is_set()
+    released.set()
 
 
 def test_truncated_body_is_retried(raw_server):
@@ -237,12 +447,65 @@ def test_reply_over_the_byte_limit_fails_at_once(raw_server, encoding):
     assert len(tries) == 2
 
 
-def test_damaged_compression_is_retried(raw_server):
-    def respond(connection, stop):
-        head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n"
-        connection.sendall(head + b"[]")
+def encoded(encoding, body):
+    head = f"Content-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return OK + head.encode() + body
 
-    with pytest.raises(SearchFailed, match="^POST /x: DecodingError in 3 tries$"):
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", gzip.compress(b"[]")[:-4], gzip.compress(b"[]") * 2, b""],
+    ids=["no gzip", "cut", "two members", "empty"],
+)
+def test_damaged_compression_is_retried(raw_server, body):
+    def respond(connection, stop):
+        connection.sendall(encoded("gzip", body))
+
+    with pytest.raises(SearchFailed, match="damaged in 3 tries$") as raised:
+        make_client(raw_server(respond)).post("/x", {})
+    assert raised.value.kind == "not_json"
+
+
+@cache
+def bomb(layers):
+    compressed = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)
+    body = b"".join(compressed.compress(b" " * 10**6) for _ in range(30)) + compressed.flush()
+    for _ in range(layers - 1):
+        body = gzip.compress(body)
+    return body
+
+
+@pytest.mark.parametrize(
+    ("encoding", "layers", "kind"),
+    [
+        ("gzip", 1, "too_large"),
+        ("gzip, gzip, gzip", 3, "not_json"),
+        ("deflate", 1, "not_json"),
+        ("br", 1, "not_json"),
+        ("zstd", 1, "not_json"),
+    ],
+)
+def test_decompression_stops_at_the_byte_limit(raw_server, encoding, layers, kind):
+    """30 MB of spaces in 30 KB or less; only gzip is requested, and only once."""
+    reply, tries = encoded(encoding, bomb(layers)), []
+
+    def respond(connection, stop):
+        tries.append(1)
+        connection.sendall(reply)
+
+    client = make_client(raw_server(respond), max_reply_bytes=10**6)
+    with traced_memory() as memory, pytest.raises(SearchFailed) as raised:
+        client.post("/x", {})
+    assert raised.value.kind == kind and len(tries) == 1
+    assert memory.peak < 5 * 10**6
+
+
+def test_an_error_status_is_reported_whatever_its_body(raw_server):
+    def respond(connection, stop):
+        body = encoded("gzip", b"damaged").replace(b"200 OK", b"404 Not Found")
+        connection.sendall(body)
+
+    with pytest.raises(SearchFailed, match="^POST /x: HTTP 404$"):
         make_client(raw_server(respond)).post("/x", {})
 
 

@@ -84,6 +84,10 @@ def test_search_r1_reply_of_the_wrong_shape_fails_the_batch(serve, body, reason)
         ("text", "not a list"),
         ([{"document": {"text": "a"}}], '"contents"'),
         ([{"document": "a"}], '"contents"'),
+        ([{"document": None}], '"contents"'),
+        ([None], '"contents"'),
+        (None, "not a list"),
+        ({"0": hit("a")}, "not a list"),
         ([hit("a"), hit(7)], '"contents"'),
     ],
 )
@@ -124,6 +128,25 @@ def test_zerosearch_bad_reply_fails_only_its_request(serve, status, body, reason
     first, second = engine(serve(reply)[0], "zerosearch").search(REQUESTS)
     assert first == SearchResult((4, 0), ("good",))
     assert second.key == (9, 2) and second.documents == () and reason in second.failure
+
+
+@pytest.mark.parametrize("dialect", ["search_r1", "zerosearch"])
+def test_lone_surrogates_of_a_document_are_replaced(serve, dialect):
+    def reply(call):
+        text = "a\ud83d b \ud83d\ude00 \udc00"
+        return 200, {"result": [[hit(text)]]} if dialect == "search_r1" else [{"text": text}]
+
+    (found,) = engine(serve(reply)[0], dialect).search(REQUESTS[:1])
+    assert found.documents == ("a\ufffd b \U0001f600 \ufffd",)
+
+
+@pytest.mark.parametrize("dialect", ["search_r1", "zerosearch"])
+def test_scores_that_are_not_finite_are_accepted(serve, dialect):
+    """Python servers write NaN; scores are not read."""
+    body = {"search_r1": b'{"result": [[{"document": {"contents": "a"}, "score": NaN}]]}',
+            "zerosearch": b'[{"text": "a", "score": -Infinity}]'}[dialect]  # fmt: skip
+    (found,) = engine(serve(lambda call: (200, body))[0], dialect).search(REQUESTS[:1])
+    assert found.documents == ("a",)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,12 @@ def test_serpapi_request_and_documents(serve):
     ("provider", "body", "failure"),
     [
         ("serper", {"organic": []}, ""),
+        ("serper", {"searchParameters": {"q": "q"}, "credits": 1}, ""),
+        ("serper", {"searchParameters": {"q": "q"}, "organic": None}, "organic"),
+        ("serper", {"searchParameters": None, "message": "?"}, "organic"),
         ("serper", {"message": "?"}, "organic"),
+        ("serper", {"organic": [["a"]]}, "organic"),
+        ("serper", None, "organic"),
         ("serper", {"organic": ["a"]}, "organic"),
         ("serper", [], "organic"),
         ("serpapi", {"search_metadata": {"status": "Success"}, "error": "no results"}, ""),
@@ -171,7 +176,17 @@ def test_empty_result_is_a_success_and_a_wrong_shape_a_failure(serve, provider, 
     (found,) = web(url, provider).search([request("q")])
     assert found.documents == () and found.key == (0, 1)
     assert bool(found.failure) == bool(failure) and failure in found.failure
+    assert found.failure_kind == ("wrong_shape" if failure else "")
     assert "k3y" not in found.failure
+
+
+@pytest.mark.parametrize("provider", ["serper", "serpapi"])
+def test_results_of_wrong_types_are_dropped(serve, provider):
+    good = result("t\ud800", "s\udfff", "https://a.example/")
+    wrong = [good | {key: value} for key in good for value in (None, 7, True, ["x"], {"a": "b"})]
+    body = {"organic": [{}, *wrong, good], "organic_results": [{}, *wrong, good]}
+    (found,) = web(serve(lambda call: (200, body))[0], provider).search([request("q")])
+    assert found == SearchResult((0, 1), ("t\ufffd: s\ufffd",))
 
 
 def test_refused_key_fails_each_search(serve):

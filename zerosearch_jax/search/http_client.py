@@ -43,7 +43,6 @@ _GRACE_SECS = 1.0  # a loaded machine needs it in addition to the deadlines
 _KEEP_ALIVE_SECS = 4.0
 _TRANSIENT = (
     httpx.NetworkError,
-    httpx.TimeoutException,
     httpx.RemoteProtocolError,
     httpx.ProxyError,
 )
@@ -161,7 +160,7 @@ class JsonClient:
         self._closed: Future[None] = Future()
         self._sleep = sleep or functools.partial(wait, [self._closed])
         self._loop = _event_loop()
-        # httpx's timeouts bound each read, not their sum: `_try` has the one deadline. The number
+        # httpx's timeouts bound each read, not their sum: `_try` has the deadline. The number
         # of connections is bounded by the callers' threads; a limit here would make them queue
         # within their deadline. An explicit transport would switch the environment's proxies off.
         limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECS)
@@ -275,15 +274,19 @@ class JsonClient:
     async def _try(
         self, method: str, url: str, secs: float, headers: Mapping[str, str], **arguments: object
     ) -> _Reply:
+        # httpcore closes the socket of a TLS handshake only if its own timeout ends the handshake.
+        timeout = httpx.Timeout(None, connect=0.9 * secs)
         # Only the class of an exception is kept: its message may contain the address or a header.
         try:
             headers = {**self._headers, **headers}
             async with (
                 asyncio.timeout(secs),
-                self._http.stream(method, url, headers=headers, **arguments) as response,
+                self._http.stream(
+                    method, url, headers=headers, timeout=timeout, **arguments
+                ) as response,
             ):
                 reply = await _read(response, self.max_reply_bytes)
-        except TimeoutError:
+        except (TimeoutError, httpx.TimeoutException):
             return _TIMEOUT
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return _Reply(

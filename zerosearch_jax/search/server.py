@@ -38,7 +38,8 @@ def check_address(key: str, address: str) -> str:
         url = httpx.URL(address)
     except (httpx.InvalidURL, UnicodeError):
         url = None
-    if url is None or not re.fullmatch(r"[\w.:-]+", url.host) or not 0 < (url.port or 80) < 65_536:
+    valid = url is not None and re.fullmatch(r"[\w.:-]+", url.host)
+    if not valid or not 0 < (80 if url.port is None else url.port) < 65_536:
         raise UserError(f"{key}={address}: not an address; write it as http://HOST:PORT")
     return address.rstrip("/")
 
