@@ -361,7 +361,7 @@ for name, make in {
     "truncated gzip": lambda reply: gzipped(compressed(reply)[:-20]),
     "gzip that is not": lambda reply: gzipped(json.dumps(reply).encode()),
     "unknown content encoding": lambda reply: gzipped(b"\x1b\x02" * 40, "zz9"),
-    "HTTP/0.9": lambda reply: json.dumps(reply).encode() + b"\n",
+    "HTTP/0.9": lambda reply: json.dumps(reply).encode() + b"\r\n\r\n",
     "HTTP/2 preface": lambda reply: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
     "TLS alert": lambda reply: b"\x15\x03\x01\x00\x02\x02\x46",
     "101 Switching Protocols": lambda reply: b"HTTP/1.1 101 S\r\nUpgrade: h2c\r\n\r\n\0\0",
@@ -647,11 +647,14 @@ class Cell:
             )
         if self._server.strays:
             self.problems.append(f"the client requests {self._server.strays[0]}")
-        # The maximum: a server on a busy machine does not see a try that ends within milliseconds.
+        # Where only the deadline ends a try, it may end before a busy server reads the request.
+        if self.fault.stalls:
+            return
         tries = max(self._server.tries.values(), default=0)
         if self.rate == 1 and self.fault.tries not in (0, tries):
             self.problems.append(f"{tries} tries instead of {self.fault.tries}")
-        assert self._server.faults, "no request met the fault"
+        if not self._server.faults:
+            self.problems.append("no request met the fault")
 
     def _check(self, trajectory: Trajectory, tokenizer) -> None:
         """Compares each search of an episode, and the text inserted after it, with its query."""
@@ -684,7 +687,9 @@ class Cell:
             yield "has a document with a lone surrogate"
         if result.failure and result.failure_kind not in self.fault.kinds:
             yield f"failed with {result.failure_kind}: {result.failure}"
-        if item in self._server.unsure:
+        # On a busy machine, a healthy reply may come after the short deadline.
+        late = self.fault.stalls and result.failure_kind == "timeout"
+        if item in self._server.unsure or late:
             return
         if item in self._server.answered:
             if len(result.documents) != TOPK or not all(item in d for d in result.documents):
