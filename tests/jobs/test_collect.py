@@ -294,6 +294,20 @@ def _size(workdir: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.exists())
 
 
+def test_the_summary_counts_failed_searches_by_kind_and_names_their_servers(capsys):
+    def episode(*searches):
+        return {"em": 1.0, "f1": 1.0, "finish": "answer", "searches": searches}
+
+    url = "http://10.0.0.1/retrieve"
+    failed = {"failure": "Timeout", "failure_kind": "timeout", "address": url}
+    old = {"failure": "Timeout"}  # a record without a kind
+    totals = collect.episode_totals([episode(failed, {"failure": ""}), episode(failed, old)])
+    assert totals["failed_searches"] == {"timeout": 2, "other": 1}
+    assert totals["failed_addresses"] == [url] and totals["searches"] == 4
+    collect.print_counts(totals, {})
+    assert f"2 by timeout, 1 by other (asked {url})" in capsys.readouterr().out
+
+
 def test_episode_numbers_are_hashes_of_the_id(monkeypatch):
     ids = [f"q{i}#0" for i in range(200)]
     numbers = collect.episode_numbers(ids)

@@ -292,7 +292,11 @@ def test_a_failed_search_is_observed_or_stops_the_run(tiny_tokenizer):
         "\n\n<information>The search failed (no reply in (answer) 9 (/answer) s).</information>\n\n"
     ]
     assert trajectory.searches[0][1].failure
-    with pytest.raises(UserError, match="1 of 1 searches failed"):
+    url = "http://10.0.0.1/retrieve"
+    engine.change = lambda results: [
+        SearchResult(r.key, (), "POST /retrieve: HTTP 500", "http_5xx", url) for r in results
+    ]
+    with pytest.raises(UserError, match=f"1 of 1 searches failed.*http_5xx 1.*{url}"):
         run(tiny_tokenizer, script, engine, stop_on_failure=True)
 
 

@@ -4,6 +4,9 @@ import pytest
 
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.server import authorization, check_address, endpoint, read_key
+from zerosearch_jax.training.inputs import check_search
+from zerosearch_jax.training.probe import probe
+from zerosearch_jax.training.sections import RemoteConfig, SearchConfig
 
 CHAT = "/v1/chat/completions"
 
@@ -47,7 +50,7 @@ def test_an_address_may_end_in_a_first_part_of_the_path(address, path, asked):
         ("http://[bad", "not an address"),
         ("http://a%20b", "not an address"),
         ("http://\ud800", "not an address"),
-        ("http://h/a?key=1", "from '?' on"),
+        ("http://h/a?key=s3cr3t", "from '?' on"),
         ("http://h/a#b", "from '#' on"),
         ("http://h/a b", "from ' ' on"),
         ("http://h\n", "remove"),
@@ -81,3 +84,42 @@ def test_a_key_becomes_a_header_and_no_variable_none(monkeypatch):
     assert read_key("MY_KEY") == "sk-A_b.c~1+/="
     assert authorization("MY_KEY") == {"Authorization": "Bearer sk-A_b.c~1+/="}
     assert authorization("") == {}
+
+
+def retriever(url, key_variable=""):
+    remote = RemoteConfig(
+        url=url, dialect="search_r1", key_variable=key_variable,
+        timeout_secs=10.0, attempts=3, backoff_secs=0.0, workers=2,
+    )  # fmt: skip
+    return SearchConfig(engine="retriever", topk=1, remote=remote)
+
+
+def test_a_retriever_gets_the_key_that_its_config_names(serve, monkeypatch):
+    url, calls = serve(lambda call: (200, {"result": [[]]}))
+    monkeypatch.setenv("MY_KEY", "s3cr3t")
+    check_search("search", retriever(url, "MY_KEY"))
+    probe(retriever(f"{url}/retrieve/", "MY_KEY"), "search", 0, None)
+    probe(retriever(url), "search", 0, None)
+    posts = [call for call in calls if call.method == "POST"]
+    assert [c.headers.get("authorization") for c in posts] == ["Bearer s3cr3t", None]
+    assert [c.path for c in posts] == ["/retrieve"] * 2
+
+
+def test_a_missing_key_names_the_config_key_and_the_variable(monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(UserError, match="config.search.remote.key_variable: .*MY_KEY"):
+        check_search("search", retriever("http://127.0.0.1:9", "MY_KEY"))
+
+
+def test_a_refused_first_search_names_the_kind_and_the_address_asked(serve):
+    url, calls = serve(lambda call: (503, {"error": "s3cr3t"}))
+    with pytest.raises(UserError, match="config.engines.x") as error:
+        probe(retriever(f"{url}/a"), "engines.x", 0, None)
+    assert f"http_5xx 1; asked {url}/a/retrieve" in str(error.value)
+    assert "s3cr3t" not in str(error.value) and len(calls) == 1
+
+
+def test_a_password_in_a_config_is_refused_and_not_shown():
+    with pytest.raises(UserError) as error:
+        retriever("http://user:s3cr3t@h")
+    assert "s3cr3t" not in str(error.value)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from zerosearch_jax.training.no_signal import Notices, no_signal, unanswered
+from zerosearch_jax.search.engine import SearchResult
+from zerosearch_jax.training.no_signal import Notices, failed_searches, no_signal, unanswered
 
 ANSWERED = dict(finish_ratio=1.0, invalid_ratio=0.0, truncated_ratio=0.0, failed_search_ratio=0.0)
 SILENT = ANSWERED | dict(finish_ratio=0.0, em=0.0)
@@ -33,6 +34,24 @@ def test_episodes_without_an_answer_are_explained(metrics, cause):
     reason = unanswered(metrics, "limits")
     assert (reason is None) == (cause is None)
     assert cause is None or cause in reason[1]
+
+
+def test_the_first_failed_searches_of_each_kind_are_noted(capsys):
+    def episodes(*kinds):
+        results = [
+            SearchResult((0, 0), (), kind and "POST /x: no", kind, kind and "http://h/x")
+            for kind in kinds
+        ]
+        return [SimpleNamespace(searches=[(None, result) for result in results])]
+
+    assert failed_searches(episodes("", "too_long")) is None
+    notices = Notices()
+    for step, kinds in enumerate([("timeout", ""), ("timeout",), ("http_5xx", "timeout")]):
+        notices.show(f"step {step}", failed_searches(episodes(*kinds)))
+    lines = capsys.readouterr().out.split("note: ")[1:]
+    assert [line[:7] for line in lines] == ["step 0:", "step 2:"]
+    assert "1 of 2 searches failed" in lines[0] and "http://h/x" in lines[0]
+    assert "timeout 1, http_5xx 1" in lines[1]
 
 
 EQUAL, MIXED = [[0.5, 0.5], [0.5, 0.5]], [[1.0, 1.0], [0.0, 0.0]]

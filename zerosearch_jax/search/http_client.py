@@ -290,7 +290,7 @@ class JsonClient:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             return _Reply(
                 trouble=type(error).__name__,
-                kind="connection",
+                kind="connection" if isinstance(error, httpx.TransportError) else "other",
                 transient=isinstance(error, _TRANSIENT),
             )
         status = response.status_code

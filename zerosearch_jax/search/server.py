@@ -31,8 +31,8 @@ def check_address(key: str, address: str) -> str:
         )
     if found := re.search(r"[?#\s]", address):
         raise UserError(
-            f"{key}={address}: remove the part from {found[0]!r} on; an address is a host, a port "
-            "and a path"
+            f"{key}={address[: found.start()]}…: remove the part from {found[0]!r} on; an address "
+            "is a host, a port and a path"
         )
     try:
         url = httpx.URL(address)
