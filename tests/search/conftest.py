@@ -18,7 +18,6 @@ class Call:
     params: dict[str, str]
     headers: dict[str, str]  # names in lower case
     payload: object
-    peer: tuple[str, int]  # address and port of the client; one port per connection
 
 
 @pytest.fixture
@@ -46,7 +45,6 @@ def serve():
                     dict(parse_qsl(url.query)),
                     {name.lower(): value for name, value in self.headers.items()},
                     json.loads(sent) if sent else None,
-                    self.client_address,
                 )
                 calls.append(call)
                 status, body = reply(call)

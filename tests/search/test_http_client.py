@@ -123,12 +123,17 @@ def test_post_and_get_send_payload_params_and_headers(serve):
     assert client.waits == []
 
 
-def test_requests_share_one_connection(serve):
-    url, calls = serve(lambda call: (200, {}))
-    client = make_client(url)
-    for _ in range(3):
-        client.post("/x", {})
-    assert len({call.peer for call in calls}) == 1
+def test_a_second_reply_does_not_answer_the_next_request(raw_server):
+    """It would pair a query with the documents of another one."""
+
+    def send_two(connection, stop):
+        replies = (f"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{n}" for n in (1, 2))
+        connection.sendall("".join(replies).encode())
+        connection.settimeout(1.0)
+        connection.recv(65_536)  # until the client closes the connection or uses it again
+
+    client = make_client(raw_server(send_two), attempts=1)
+    assert [client.get("/x", {}) for _ in range(3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])

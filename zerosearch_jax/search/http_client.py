@@ -38,9 +38,6 @@ MAX_REPLY_VALUES = 2**20
 MAX_WAIT_SECS = 60.0
 """Longest wait between two tries, unless the server asks for a longer one."""
 _GRACE_SECS = 1.0  # a loaded machine needs it in addition to the deadlines
-# uvicorn (vLLM, SGLang) closes idle connections after 5 seconds. Dropping them earlier avoids a
-# request on a connection that the server is about to close.
-_KEEP_ALIVE_SECS = 4.0
 _TRANSIENT = (
     httpx.NetworkError,
     httpx.RemoteProtocolError,
@@ -106,7 +103,7 @@ _TIMEOUT = _Reply(trouble="Timeout", kind="timeout", transient=True)
 
 
 class JsonClient:
-    """Client of one server that keeps its connections alive; safe for use by many threads.
+    """Client of one server; safe for use by many threads.
 
     A request gets up to `attempts` tries. Connection errors, timeouts, damaged compression and the
     statuses 408, 425, 429 and 5xx are retried; any other error fails at once. The wait between try
@@ -163,7 +160,9 @@ class JsonClient:
         # httpx's timeouts bound each read, not their sum: `_try` has the deadline. The number
         # of connections is bounded by the callers' threads; a limit here would make them queue
         # within their deadline. An explicit transport would switch the environment's proxies off.
-        limits = httpx.Limits(keepalive_expiry=_KEEP_ALIVE_SECS)
+        # Each request has its own connection. On a connection that is kept alive, a second reply to
+        # the last request would become the documents of the next query.
+        limits = httpx.Limits(max_keepalive_connections=0)
         cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         try:
             self._http = httpx.AsyncClient(
