@@ -12,7 +12,7 @@ from typing import Any
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
-    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENAMETOOLONG: "give a shorter path or --workdir",
     errno.EFBIG: "raise the limit (ulimit -f)",
     errno.EROFS: "give another --workdir",
     errno.EACCES: "change the permissions, or give another --workdir",
