@@ -161,8 +161,20 @@ def test_the_rest_of_a_deleted_checkpoint_is_removed(tmp_path):
     (tmp_path / "1" / "metadata" / "metadata").unlink()  # killed while it deletes the first
     with Checkpoints(tmp_path, read_only=True):
         assert (tmp_path / "1").exists()
-    with Checkpoints(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(None, W)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_the_only_good_checkpoint_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:  # a third one, as after a kill
+        for step in (1, 2, 3):
+            checkpoints.save(step, W, {})
+    for step in (2, 3):
+        _flip(_array_file(tmp_path / str(step)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(None, W)
+        assert checkpoints.latest_step() == 1
 
 
 def test_a_checkpoint_without_checksums_gets_them_when_it_is_restored(two_checkpoints, tmp_path):

@@ -44,7 +44,7 @@ class Checkpoints(AbstractContextManager):
     them. Such a checkpoint is restored unchecked, and then gets its checksums.
 
     A run that is killed while it writes or deletes a checkpoint leaves parts of it. The next run
-    removes them.
+    removes them: partial writes at once, partial deletions after it has restored a newer one.
 
     Args:
       metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
@@ -81,9 +81,6 @@ class Checkpoints(AbstractContextManager):
             )
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
-        if not read_only:
-            gather([None])  # every process has listed the steps
-            self._delete_old()
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
@@ -163,6 +160,8 @@ class Checkpoints(AbstractContextManager):
                 damaged[candidate] = f"checkpoint {where} is damaged: {damage}"
                 continue
             self._set_all_aside(damaged)
+            if not self._read_only:
+                self._delete_old()  # here, so that none goes before another one is known to be good
             return restored
         raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
 

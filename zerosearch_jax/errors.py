@@ -45,7 +45,9 @@ class Terminated(BaseException):
 
 def disk_error(error: Exception) -> str | None:
     """Returns the line for an error of the disk that the user can fix; None for other errors."""
-    number, name = _os_error_number(error), getattr(error, "filename", None)
+    number = _os_error_number(error)
+    # A rename names its target second.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number not in _DISK_ERRORS:
         return None
     where = "" if name is None else f"{name}: "

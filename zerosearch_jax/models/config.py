@@ -3,10 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shown  # at most about 30 characters of each value
 from typing import Any
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import read_json
 from zerosearch_jax.ranges import MAX_INT
 
@@ -132,7 +131,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
         raise UserError(f"rope_scaling={shown(rope)} must be an object; fetch the model again")
     _check_supported(family, hf | rope)
     heads, width = _value(hf, "num_attention_heads", int), _value(hf, "hidden_size", int)
-    if "head_dim" not in hf and family not in DEFAULT_HEAD_DIM and width % heads:
+    if hf.get("head_dim") is None and family not in DEFAULT_HEAD_DIM and width % heads:
         raise UserError(
             f"hidden_size={width} is not divisible by num_attention_heads={heads}; add head_dim"
         )

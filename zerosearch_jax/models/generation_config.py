@@ -9,10 +9,9 @@ tokenizer's. Here every id of the three counts.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import read_json, write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
 

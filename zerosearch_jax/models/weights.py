@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from zerosearch_jax.errors import UserError, named_errors
+from zerosearch_jax.errors import UserError, named_errors, shown
 from zerosearch_jax.files import atomic_path, read_json, write_json
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.generation_config import write_configs
