@@ -191,7 +191,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
             first += len(rows)
             with named_errors(f"{path}: row {first} or later: not readable", fix):
                 batch = next(batches, None)
-                rows = batch and batch.to_pylist()
+                rows = None if batch is None else batch.to_pylist()
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str]]]:
