@@ -176,9 +176,9 @@ class Checkpoints(AbstractContextManager):
             self._compare_checksums(folder)
         saved = self._read_metadata(folder)
         self._check_same(step, saved["leaves"], _shapes(abstract_like))
+        abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
         trouble, result = "", None
         try:
-            abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             ).state

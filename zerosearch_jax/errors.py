@@ -127,9 +127,3 @@ def _os_error_number(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d{1,9})", str(error))
     return int(found[1]) if found else None
-
-
-def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises UserError if `value` is not one of `known`."""
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import read_json
-from zerosearch_jax.ranges import MAX_INT
+from zerosearch_jax.ranges import MAX_FLOAT, MAX_INT
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -22,8 +22,6 @@ SUPPORTED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-
-MAX_FLOAT = 1e38  # the forward pass uses float32
 
 # Sizes that transformers gives a model of the family if the key is missing.
 DEFAULT_KV_HEADS = {"qwen2": 32, "qwen3": 32}  # elsewhere: the query heads
