@@ -45,7 +45,7 @@ class RopeScaling:
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 f"high_freq_factor={self.high_freq_factor} must be above "
-                f"low_freq_factor={self.low_freq_factor}; fetch the model again"
+                f"low_freq_factor={self.low_freq_factor}; fix it or fetch the model again"
             )
 
 
@@ -126,7 +126,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     # As in transformers, rope_scaling replaces rope_parameters if a file has both.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"rope_scaling={shown(rope)} must be an object; fetch the model again")
+        raise UserError(f"rope_scaling={shown(rope)} must be an object; fix it")
     _check_supported(family, hf | rope)
     heads, width = _value(hf, "num_attention_heads", int), _value(hf, "hidden_size", int)
     if hf.get("head_dim") is None and family not in DEFAULT_HEAD_DIM and width % heads:
@@ -178,7 +178,7 @@ def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any
     """Returns `hf[key]`, or the default if it is missing or null; refuses other types and sizes."""
     value = default if hf.get(key) is None else hf[key]
     if value is None:
-        raise UserError(f"lacks the key {key!r}; fetch the model again")
+        raise UserError(f"lacks the key {key!r}; add it or fetch the model again")
     is_bool = isinstance(value, bool)
     wanted, fits = {
         int: (
@@ -192,7 +192,7 @@ def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any
         bool: ("true or false", is_bool),
     }[kind]
     if not fits:
-        raise UserError(f"{key}={shown(value)} must be {wanted}; fetch the model again")
+        raise UserError(f"{key}={shown(value)} must be {wanted}; fix it or fetch the model again")
     return kind(value)
 
 
