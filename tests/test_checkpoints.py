@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -164,6 +165,31 @@ def test_the_rest_of_a_deleted_checkpoint_is_removed(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.restore(None, W)
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_an_old_checkpoint_may_be_deleted_while_another_process_lists_them(
+    two_checkpoints, tmp_path, monkeypatch
+):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    find, manager = ocp.path.step.standard_name_format, ocp.CheckpointManager
+    calls = []
+
+    def found_and_then_deleted():
+        found = list(find().find_all(tmp_path))
+        shutil.rmtree(tmp_path / "1", ignore_errors=True)
+        return SimpleNamespace(find_all=lambda _: found)
+
+    def deleted_during_the_listing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise FileNotFoundError
+        monkeypatch.undo()
+        return manager(*arguments, **options)
+
+    monkeypatch.setattr(ocp.path.step, "standard_name_format", found_and_then_deleted)
+    monkeypatch.setattr(ocp, "CheckpointManager", deleted_during_the_listing)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 2
 
 
 def test_the_only_good_checkpoint_is_kept(tmp_path):

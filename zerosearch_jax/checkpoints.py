@@ -27,6 +27,8 @@ _CHECKSUMS = "checksums.json"
 _REMEDY = "restore it from a copy, use another checkpoint, or start over with another --workdir"
 _METADATA = "metadata/metadata"  # where Orbax's JsonSave puts it
 
+_LISTINGS = 10  # tries to list a directory from which another process deletes
+
 
 class _DamagedError(Exception):
     """The files of a checkpoint differ from the saved ones; the message names a file."""
@@ -69,16 +71,7 @@ class Checkpoints(AbstractContextManager):
         self._manager: ocp.CheckpointManager | None = None
         self._scores: dict[int, float] = {}
         with _nothing_logged():  # `read_only` gives warnings
-            self._check_listing()
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=not read_only,
-                    read_only=read_only,
-                    cleanup_tmp_directories=not read_only,
-                    enable_async_checkpointing=False,
-                ),
-            )
+            self._manager = self._listed()
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
 
@@ -235,6 +228,22 @@ class Checkpoints(AbstractContextManager):
         self._scores.pop(step, None)
         return aside
 
+    def _listed(self) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, which lists the steps in the directory once."""
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            enable_async_checkpointing=False,
+        )
+        for left in reversed(range(_LISTINGS)):
+            try:
+                self._check_listing()
+                return ocp.CheckpointManager(self._directory, options=options)
+            except FileNotFoundError:  # another process has deleted an old checkpoint
+                if not left:
+                    raise
+
     def _check_listing(self) -> None:
         """Sets checkpoints aside whose files stop Orbax from listing the directory.
 
@@ -249,6 +258,8 @@ class Checkpoints(AbstractContextManager):
             try:
                 one.commit_timestamp  # noqa: B018 (reads the file)
             except Exception as error:  # Orbax does not document its exceptions of damaged files.
+                if not one.path.exists():
+                    raise FileNotFoundError(one.path) from error
                 name = type(error).__name__
                 damaged[one.step] = f"checkpoint {one.path} is damaged: {name} when it was listed"
         if damaged and (self._read_only or len(damaged) == len(found)):
