@@ -154,6 +154,7 @@ class Checkpoints(AbstractContextManager):
                 continue
             self._set_all_aside(damaged)
             if not self._read_only:
+                gather([None])  # every process has listed the steps
                 self._delete_old()  # here, so that none goes before another one is known to be good
             return restored
         raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")

@@ -74,7 +74,9 @@ def synthetic_numbers(name: str) -> tuple[int, int]:
         raise UserError(f"{shown(name)} is not a synthetic world; write {PREFIX}COUNT:SEED")
     count, seed = map(int, matched.groups())
     if not 1 <= count <= MAX_ENTITIES:
-        raise UserError(f"{name!r} has {count} entities; set COUNT to 1 up to {MAX_ENTITIES}")
+        raise UserError(
+            f"{name!r} has {count} entities; set COUNT to a number from 1 to {MAX_ENTITIES}"
+        )
     return count, seed
 
 
