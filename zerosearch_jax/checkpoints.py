@@ -47,8 +47,7 @@ class Checkpoints(AbstractContextManager):
     removes them.
 
     Args:
-      metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
-        is damaged.
+      metadata: shape of the metadata (see `files`). A checkpoint with another shape is damaged.
       keep: number of newest checkpoints to keep.
       read_only: changes nothing in the directory, so that another process may use it.
     """
@@ -187,9 +186,9 @@ class Checkpoints(AbstractContextManager):
             result = jax.tree.unflatten(jax.tree.structure(abstract_like), leaves), saved["user"]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax does not document its exceptions of damaged files.
+        except Exception as error:  # Orbax does not document its exceptions for damaged files.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # too many open files, or an error of the disk
+                raise  # too many open files, or a disk error
             trouble = f"{type(error).__name__} when it was read"
         _raise_damage(trouble)
         if not checked and not self._read_only:
@@ -237,10 +236,10 @@ class Checkpoints(AbstractContextManager):
         return aside
 
     def _check_listing(self) -> None:
-        """Sets checkpoints aside whose files stop Orbax from listing the directory.
+        """Sets aside checkpoints that are too damaged for Orbax to list the directory.
 
         Raises:
-          UserError: there is no other checkpoint, or the directory is read only.
+          UserError: every checkpoint is, or one is and `read_only` is set.
         """
         if not self._directory.exists():
             return
@@ -249,7 +248,7 @@ class Checkpoints(AbstractContextManager):
         for one in found:
             try:
                 one.commit_timestamp  # noqa: B018 (reads the file)
-            except Exception as error:  # Orbax does not document its exceptions of damaged files.
+            except Exception as error:  # Orbax does not document its exceptions for damaged files.
                 name = type(error).__name__
                 damaged[one.step] = f"checkpoint {one.path} is damaged: {name} when it was listed"
         if damaged and (self._read_only or len(damaged) == len(found)):
@@ -304,7 +303,7 @@ def _raise_damage(trouble: str) -> None:
 def _nothing_logged() -> Iterator[None]:
     """Keeps Orbax from logging warnings, and the traceback of an error that it also raises.
 
-    After an error it stays silent, because Orbax's other threads may still log theirs.
+    After an error, logging stays off, because other threads of Orbax may still log that error.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
