@@ -155,7 +155,7 @@ def test_empty_directory_is_refused(tmp_path):
 W, SHAPE = {"w": jnp.zeros((64,))}, {"step": int}
 
 
-def test_the_rest_of_a_deleted_checkpoint_is_removed(tmp_path):
+def test_the_remains_of_a_deleted_checkpoint_are_removed(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, W, {})
@@ -320,7 +320,7 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
 
     damage(directory / "1")
     damage(directory / "2")
-    for _ in range(2):  # a run never starts over because nothing is left
+    for _ in range(2):  # the refusal leaves the checkpoints, so a second run is refused, too
         with (
             pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"),
             Checkpoints(directory, SHAPE) as checkpoints,

@@ -451,7 +451,7 @@ WHOLE = dict(zip(main.PROCESS_VARIABLES, ("host:1234", "2", "1"), strict=True))
         ("JAX_PROCESS_ID", ("abc", "-1", "2", "", "0x1", "9" * 5000)),
     ],
 )
-def test_a_wrong_variable_of_processes_is_refused_before_jax(
+def test_a_wrong_jax_process_variable_is_refused_before_jax_is_imported(
     job, capsys, monkeypatch, variable, values
 ):
     monkeypatch.setattr(main, "_run_job", lambda *arguments: job.calls.append(arguments))
@@ -466,7 +466,7 @@ def test_a_wrong_variable_of_processes_is_refused_before_jax(
         assert main.distributed_arguments(variables)["coordinator_address"] == address
 
 
-def test_processes_that_jax_does_not_find_are_one_line(monkeypatch):
+def test_processes_that_jax_does_not_detect_are_one_line(monkeypatch):
     def initialize(**arguments):
         raise ValueError("coordinator_address should be defined.")
 

@@ -49,8 +49,7 @@ class Checkpoints(AbstractContextManager):
     removes them: partial writes at once, partial deletions after it has restored a newer one.
 
     Args:
-      metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
-        is damaged.
+      metadata: shape of the metadata (see `files`). A checkpoint with another shape is damaged.
       keep: number of newest checkpoints to keep.
       read_only: changes nothing in the directory, so that another process may use it.
     """
@@ -155,7 +154,7 @@ class Checkpoints(AbstractContextManager):
             self._set_all_aside(damaged)
             if not self._read_only:
                 gather([None])  # every process has listed the steps
-                self._delete_old()  # here, so that none goes before another one is known to be good
+                self._delete_old()  # only now, because a newer checkpoint is known to be undamaged
             return restored
         raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
 
@@ -180,9 +179,9 @@ class Checkpoints(AbstractContextManager):
             result = jax.tree.unflatten(jax.tree.structure(abstract_like), leaves), saved["user"]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax does not document its exceptions of damaged files.
+        except Exception as error:  # Orbax does not document its exceptions for damaged files.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # too many open files, or an error of the disk
+                raise  # too many open files, or a disk error
             trouble = f"{type(error).__name__} when it was read"
         _raise_damage(trouble)
         if not checked and not self._read_only:
@@ -246,10 +245,10 @@ class Checkpoints(AbstractContextManager):
                     raise
 
     def _check_listing(self) -> None:
-        """Sets checkpoints aside whose files stop Orbax from listing the directory.
+        """Sets aside checkpoints that are too damaged for Orbax to list the directory.
 
         Raises:
-          UserError: there is no other checkpoint, or the directory is read only.
+          UserError: every checkpoint is, or one is and `read_only` is set.
         """
         if not self._directory.exists():
             return
@@ -258,7 +257,7 @@ class Checkpoints(AbstractContextManager):
         for one in found:
             try:
                 one.commit_timestamp  # noqa: B018 (reads the file)
-            except Exception as error:  # Orbax does not document its exceptions of damaged files.
+            except Exception as error:  # Orbax does not document its exceptions for damaged files.
                 if not one.path.exists():
                     raise FileNotFoundError(one.path) from error
                 name = type(error).__name__
@@ -315,7 +314,7 @@ def _raise_damage(trouble: str) -> None:
 def _nothing_logged() -> Iterator[None]:
     """Keeps Orbax from logging warnings, and the traceback of an error that it also raises.
 
-    After an error it stays silent, because Orbax's other threads may still log theirs.
+    After an error, logging stays off, because other threads of Orbax may still log that error.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)

@@ -160,7 +160,7 @@ def test_missing_and_damaged_files_raise(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"[" * 100_000, b"9" * 5000])
-def test_a_file_that_is_no_object_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_object_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path}/config.json: "):
         read_config(tmp_path)

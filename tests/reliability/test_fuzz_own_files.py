@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_skipped_or_refused_in_one_line(
     def attempt(damage: bytes) -> None:
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(two_checkpoints, run)
-        if name != "checksums.json":  # else the checksum of the file would show every damage
+        if name != "checksums.json":  # a valid checksum would reveal any other damage
             (run / "2" / "checksums.json").unlink()
         (run / "2" / name).write_bytes(damage)
         tally("damaged checkpoints")

@@ -99,7 +99,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         an option such as sliding-window attention, is not supported.
     """
     path = Path(directory) / "config.json"
-    if not os.path.isfile(path):  # False also for names that no file system takes
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise UserError(
             f"{directory} holds no config.json; give a Hugging Face model directory (the head of "
             "the config file names the command that makes one; `make smollm2` makes "
@@ -156,7 +156,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _check_family(family: Any) -> None:
-    if family not in list(FAMILIES):  # a dict would need a hashable value
+    if family not in list(FAMILIES):  # not `in FAMILIES`: a list is not hashable
         raise UserError(
             f"model_type {shown(family)} is not supported; use one of {', '.join(FAMILIES)}"
         )

@@ -31,8 +31,8 @@ def read_generation_config(
       vocab_size: number of embedding rows.
 
     Raises:
-      UserError: a file is not a JSON object, an id is no integer, an end-of-text id is outside the
-        vocabulary, or no file has one.
+      UserError: a file is not a JSON object, an id is not an integer, an end-of-text id is outside
+        the vocabulary, or no file has one.
     """
     directory = Path(directory)
     settings, config = _read(directory / GENERATION_CONFIG), _read(directory / "config.json")

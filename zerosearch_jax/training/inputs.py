@@ -219,7 +219,7 @@ def check_file(key: str, path: str) -> None:
 
 
 def check_key(key: str, variable: str) -> None:
-    """Raises UserError if `variable` is set but the environment has no valid API key there."""
+    """Raises UserError if the environment variable `variable`, unless "", has no valid API key."""
     try:
         authorization(variable)
     except UserError as error:

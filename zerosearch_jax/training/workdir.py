@@ -16,7 +16,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import FORMAT, check_format, read_json, write_json
 
 RESTORE = "restore it from a copy, or use another --workdir"
-"""The fix of a damaged config.json. Without the file, nothing would compare the base model."""
+"""The fix of a damaged config.json. Deleting the file would skip the check of the base model."""
 
 _ATTEMPTS = 100  # to lock a file that other runs create and remove
 
