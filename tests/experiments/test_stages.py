@@ -87,7 +87,7 @@ def test_a_stage_has_its_share_of_the_cores_and_the_shared_compilation_cache(tmp
         f"out = pathlib.Path({str(tmp_path)!r})\n"
         "text = [sorted(os.sched_getaffinity(0)), os.environ['JAX_COMPILATION_CACHE_DIR']]\n"
         "(out / 'seen').write_text(repr(text))\n"
-        "raise SystemExit(0)\n"
+        "os._exit(0)\n"
     )
     workers = min(2, len(own_cores))
     stage = Stage("show", (f"--config={config}",), "log.txt")

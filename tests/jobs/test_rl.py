@@ -40,6 +40,8 @@ from zerosearch_jax.training.validate import check
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("compiled_once")
+FAILURES = {name for name in METRICS if "failed_searches/" in name}
+"""Metrics that only a step with a failed search writes."""
 CLOCKS = ("seconds/", "tokens_per_sec", "host_share")
 
 
@@ -122,7 +124,7 @@ def test_summary_holds_the_documented_keys(finished):
 def test_every_step_writes_every_metric_of_the_glossary(finished):
     rows = _rows(finished[0])
     assert [row["step"] for row in rows] == [1, 2, 3]
-    with_options = {"loss/llds", "importance_capped"}
+    with_options = {"loss/llds", "importance_capped", *FAILURES}
     wanted = METRICS.keys() - SFT_METRICS.keys() - CRITIC_METRICS.keys() - with_options | {"step"}
     for row in rows:
         assert row.keys() | {"correct_loglik", "seconds/checkpoint"} == wanted
@@ -477,7 +479,7 @@ def test_every_algorithm_writes_its_metrics_and_compiles_only_in_the_first_step(
     assert len(counts) == 2 and counts[1] == counts[0] > 0
     # If an episode is correct; written in the step after a checkpoint.
     at_times = {"correct_loglik", "seconds/checkpoint"}
-    others = SFT_METRICS.keys() | at_times
+    others = SFT_METRICS.keys() | at_times | FAILURES
     if name not in ("ppo", "ppo_shared", "everything"):
         others |= CRITIC_METRICS.keys()
     if name != "everything":
