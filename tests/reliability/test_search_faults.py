@@ -38,12 +38,12 @@ from zerosearch_jax.search.web import WebEngine
 from zerosearch_jax.text.tokenizer import encode
 
 RATES = (0.01, 0.2, 1.0)
-EPISODES = {0.01: 25, 0.2: 8, 1.0: 4}  # of each of two runs; an episode searches twice
+EPISODES = {0.01: 25, 0.2: 8, 1.0: 3}  # of each of two runs; an episode searches twice
 
 ATTEMPTS = 2
 BACKOFF_SECS = 0.01
 # Timeout against faults that only the deadline ends; shorter where no healthy reply can be late.
-STALL_SECS = {0.01: 1.0, 0.2: 1.0, 1.0: 0.3}
+STALL_SECS = {0.01: 2.0, 0.2: 2.0, 1.0: 0.2}
 TIMEOUT_SECS = 20.0  # timeout otherwise, which a busy machine does not reach
 SLACK_SECS = 4.0  # of one batch, on a busy machine
 WATCHDOG_SECS = 180.0  # of one cell
@@ -242,7 +242,7 @@ async def stall(wire: Wire, reply: object, start: bytes) -> None:
 async def drip(wire: Wire, reply: object, start: bytes, rest: bytes) -> None:
     """Sends the bytes of `rest` one by one, for longer than the deadline."""
     await wire.send(start)
-    await wire.send(*(bytes([byte]) for byte in rest), pause=3.0 / len(rest))
+    await wire.send(*(bytes([byte]) for byte in rest), pause=4.0 / len(rest))
 
 
 async def endless(wire: Wire, reply: object, start: bytes, piece: bytes, pause=0.0) -> None:
@@ -647,9 +647,6 @@ class Cell:
             )
         if self._server.strays:
             self.problems.append(f"the client requests {self._server.strays[0]}")
-        # Where only the deadline ends a try, it may end before a busy server reads the request.
-        if self.fault.stalls:
-            return
         tries = max(self._server.tries.values(), default=0)
         if self.rate == 1 and self.fault.tries not in (0, tries):
             self.problems.append(f"{tries} tries instead of {self.fault.tries}")
@@ -687,9 +684,7 @@ class Cell:
             yield "has a document with a lone surrogate"
         if result.failure and result.failure_kind not in self.fault.kinds:
             yield f"failed with {result.failure_kind}: {result.failure}"
-        # On a busy machine, a healthy reply may come after the short deadline.
-        late = self.fault.stalls and result.failure_kind == "timeout"
-        if item in self._server.unsure or late:
+        if item in self._server.unsure:
             return
         if item in self._server.answered:
             if len(result.documents) != TOPK or not all(item in d for d in result.documents):
@@ -733,9 +728,7 @@ SAMPLE = {
     "reset in the body": (0.2,),
     "headers drip": (1.0,),
     "two replies at once": (0.2,),
-    "status 503": (0.2,),
     "deep nesting": (0.2,),
-    "lone surrogates": (0.2,),
 }
 
 
