@@ -9,20 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-FAILURE_KINDS = (
-    "timeout",
-    "connection",
-    "http_3xx",
-    "http_4xx",
-    "http_429",
-    "http_5xx",
-    "too_large",
-    "not_json",
-    "wrong_shape",
-    "too_long",
-    "other",
-)
-"""Kinds of failed searches. The metrics `failed_searches/KIND` define and count them."""
+from zerosearch_jax.telemetry.metrics import FAILURE_METRICS
+
+FAILURE_KINDS = tuple(name.removeprefix("failed_searches/") for name in FAILURE_METRICS)
+"""Kinds of failed searches, which the metrics `failed_searches/KIND` define and count."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
