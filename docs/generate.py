@@ -67,7 +67,7 @@ def metrics() -> str:
         if name in ("EPISODE_METRICS", "FAILURE_METRICS"):
             lines += ["Each of these also exists as `eval/NAME`: the metric at evaluation.", ""]
         if name == "FAILURE_METRICS":
-            lines += ["Failed searches of the step by kind; a kind without any is not written.", ""]
+            lines += ["Failed searches of a step by kind. Kinds without failures are absent.", ""]
         lines += ["| metric | meaning |", "|---|---|"]
         lines += [f"| `{metric}` | {_cell(meaning)} |" for metric, meaning in table.items()]
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -154,15 +155,52 @@ def test_empty_directory_is_refused(tmp_path):
 W, SHAPE = {"w": jnp.zeros((64,))}, {"step": int}
 
 
-def test_the_rest_of_a_deleted_checkpoint_is_removed(tmp_path):
+def test_the_remains_of_a_deleted_checkpoint_are_removed(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, W, {})
     (tmp_path / "1" / "metadata" / "metadata").unlink()  # killed while it deletes the first
     with Checkpoints(tmp_path, read_only=True):
         assert (tmp_path / "1").exists()
-    with Checkpoints(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(None, W)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
+def test_an_old_checkpoint_may_be_deleted_while_another_process_lists_them(
+    two_checkpoints, tmp_path, monkeypatch
+):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    find, manager = ocp.path.step.standard_name_format, ocp.CheckpointManager
+    calls = []
+
+    def found_and_then_deleted():
+        found = list(find().find_all(tmp_path))
+        shutil.rmtree(tmp_path / "1", ignore_errors=True)
+        return SimpleNamespace(find_all=lambda _: found)
+
+    def deleted_during_the_listing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise FileNotFoundError
+        monkeypatch.undo()
+        return manager(*arguments, **options)
+
+    monkeypatch.setattr(ocp.path.step, "standard_name_format", found_and_then_deleted)
+    monkeypatch.setattr(ocp, "CheckpointManager", deleted_during_the_listing)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == 2
+
+
+def test_the_only_good_checkpoint_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:  # a third one, as after a kill
+        for step in (1, 2, 3):
+            checkpoints.save(step, W, {})
+    for step in (2, 3):
+        _flip(_array_file(tmp_path / str(step)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(None, W)
+        assert checkpoints.latest_step() == 1
 
 
 def test_a_checkpoint_without_checksums_gets_them_when_it_is_restored(two_checkpoints, tmp_path):
@@ -282,7 +320,7 @@ def test_damaged_newest_checkpoint_is_set_aside(two_checkpoints, tmp_path, damag
 
     damage(directory / "1")
     damage(directory / "2")
-    for _ in range(2):  # a run never starts over because nothing is left
+    for _ in range(2):  # the refusal leaves the checkpoints, so a second run is refused, too
         with (
             pytest.raises(UserError, match="checkpoint .*/1 is damaged.*--workdir"),
             Checkpoints(directory, SHAPE) as checkpoints,

@@ -17,6 +17,7 @@ import pytest
 
 from zerosearch_jax import config_flags, main
 from zerosearch_jax.errors import Terminated, UserError
+from zerosearch_jax.files import write_json
 from zerosearch_jax.parallel import distributed
 from zerosearch_jax.training.workdir import locked
 
@@ -313,19 +314,20 @@ def test_a_workdir_without_a_usable_name_is_one_line(job, capsys, name):
     assert job.calls == [] and os.listdir() == ["configs"]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "lock"])
-def test_a_directory_in_place_of_a_file_is_one_line(job, capsys, name):
-    Path("w", name).mkdir(parents=True)
-    assert f"w/{name}" in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
+def test_a_directory_in_place_of_the_lock_is_one_line(job, capsys):
+    Path("w", "lock").mkdir(parents=True)
+    assert "error: w/lock: " in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
     assert job.calls == []
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "compiled"])
-def test_a_file_in_place_of_a_directory_is_one_line(job, capsys, name):
-    Path("w").mkdir()
-    Path("w", name).write_text("mine")
-    assert f"w/{name}" in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
-    assert job.calls == [] and Path("w", name).read_text() == "mine"
+def test_a_directory_in_place_of_a_result_is_named(job, capsys):
+    def run(config, workdir):
+        path = Path(workdir, "summary.json")
+        path.mkdir()
+        write_json(path, {})
+
+    job.run = run
+    assert "error: w/summary.json: " in _refusal(capsys, "--config=configs/grpo.py", "--workdir=w")
 
 
 def test_a_damaged_lock_file_of_a_running_job_is_one_line(job, capsys):
@@ -449,7 +451,7 @@ WHOLE = dict(zip(main.PROCESS_VARIABLES, ("host:1234", "2", "1"), strict=True))
         ("JAX_PROCESS_ID", ("abc", "-1", "2", "", "0x1", "9" * 5000)),
     ],
 )
-def test_a_wrong_variable_of_processes_is_refused_before_jax(
+def test_a_wrong_jax_process_variable_is_refused_before_jax_is_imported(
     job, capsys, monkeypatch, variable, values
 ):
     monkeypatch.setattr(main, "_run_job", lambda *arguments: job.calls.append(arguments))
@@ -464,7 +466,7 @@ def test_a_wrong_variable_of_processes_is_refused_before_jax(
         assert main.distributed_arguments(variables)["coordinator_address"] == address
 
 
-def test_processes_that_jax_does_not_find_are_one_line(monkeypatch):
+def test_processes_that_jax_does_not_detect_are_one_line(monkeypatch):
     def initialize(**arguments):
         raise ValueError("coordinator_address should be defined.")
 

@@ -125,7 +125,7 @@ FREE_TEXTS = {
     *("arms", "baselines", "noise_arms", "start_policies", "configs", "torch_device", "topology"),
     *("programs", "tunix_python", "llamacpp_python", "trl_python"),
 }
-"""Fields whose texts are names or paths of the user's, not members of a fixed set."""
+"""Fields whose texts are the user's names or paths, not members of a fixed set."""
 
 
 def _texts(hint: Any, wrap=lambda value: value) -> Iterator[tuple[Choice | None, Any]]:

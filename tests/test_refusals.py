@@ -128,9 +128,14 @@ def test_an_api_key_that_no_header_can_hold_is_refused_without_showing_it(
         assert variable in error and "s3cr3t" not in error
 
 
-def test_an_api_key_in_place_of_its_variable_is_refused_without_showing_it(capsys, tmp_path):
-    error = _refusal(capsys, tmp_path, "collect.py", "labeling.server.key_variable=sk-s3cr3t")
-    assert "key_variable must be the name of an environment variable" in error
+@pytest.mark.parametrize(
+    ("name", "section"), [("collect.py", "labeling.server"), ("grpo.py", "search.remote")]
+)
+def test_an_api_key_in_place_of_its_variable_is_refused_without_showing_it(
+    capsys, tmp_path, name, section
+):
+    error = _refusal(capsys, tmp_path, name, f"{section}.key_variable=sk-s3cr3t")
+    assert f"config.{section}: key_variable" in error
     assert "s3cr3t" not in error
 
 

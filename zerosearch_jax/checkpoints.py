@@ -27,6 +27,8 @@ _CHECKSUMS = "checksums.json"
 _REMEDY = "restore it from a copy, use another checkpoint, or start over with another --workdir"
 _METADATA = "metadata/metadata"  # where Orbax's JsonSave puts it
 
+_LISTINGS = 10  # tries to list a directory from which another process deletes
+
 
 class _DamagedError(Exception):
     """The files of a checkpoint differ from the saved ones; the message names a file."""
@@ -44,11 +46,10 @@ class Checkpoints(AbstractContextManager):
     them. Such a checkpoint is restored unchecked, and then gets its checksums.
 
     A run that is killed while it writes or deletes a checkpoint leaves parts of it. The next run
-    removes them.
+    removes them: partial writes at once, partial deletions after it has restored a newer one.
 
     Args:
-      metadata: shape of the metadata (see `files`). A checkpoint whose metadata have another one
-        is damaged.
+      metadata: shape of the metadata (see `files`). A checkpoint with another shape is damaged.
       keep: number of newest checkpoints to keep.
       read_only: changes nothing in the directory, so that another process may use it.
     """
@@ -69,21 +70,9 @@ class Checkpoints(AbstractContextManager):
         self._manager: ocp.CheckpointManager | None = None
         self._scores: dict[int, float] = {}
         with _nothing_logged():  # `read_only` gives warnings
-            self._check_listing()
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    create=not read_only,
-                    read_only=read_only,
-                    cleanup_tmp_directories=not read_only,
-                    enable_async_checkpointing=False,
-                ),
-            )
+            self._manager = self._listed()
         scores = {step: self._saved_score(step) for step in sorted(self._manager.all_steps())}
         self._scores = {step: score for step, score in scores.items() if score is not None}
-        if not read_only:
-            gather([None])  # every process has listed the steps
-            self._delete_old()
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
@@ -163,6 +152,9 @@ class Checkpoints(AbstractContextManager):
                 damaged[candidate] = f"checkpoint {where} is damaged: {damage}"
                 continue
             self._set_all_aside(damaged)
+            if not self._read_only:
+                gather([None])  # every process has listed the steps
+                self._delete_old()  # only now, because a newer checkpoint is known to be undamaged
             return restored
         raise UserError(f"{'; '.join(damaged.values())}; {_REMEDY}")
 
@@ -177,9 +169,9 @@ class Checkpoints(AbstractContextManager):
             self._compare_checksums(folder)
         saved = self._read_metadata(folder)
         self._check_same(step, saved["leaves"], _shapes(abstract_like))
+        abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
         trouble, result = "", None
         try:
-            abstract = {name: _abstract(leaf) for name, leaf in _flat(abstract_like).items()}
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             ).state
@@ -187,9 +179,9 @@ class Checkpoints(AbstractContextManager):
             result = jax.tree.unflatten(jax.tree.structure(abstract_like), leaves), saved["user"]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax does not document its exceptions of damaged files.
+        except Exception as error:  # Orbax does not document its exceptions for damaged files.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # too many open files, or an error of the disk
+                raise  # too many open files, or a disk error
             trouble = f"{type(error).__name__} when it was read"
         _raise_damage(trouble)
         if not checked and not self._read_only:
@@ -236,11 +228,27 @@ class Checkpoints(AbstractContextManager):
         self._scores.pop(step, None)
         return aside
 
+    def _listed(self) -> ocp.CheckpointManager:
+        """Returns Orbax's manager, which lists the steps in the directory once."""
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            enable_async_checkpointing=False,
+        )
+        for left in reversed(range(_LISTINGS)):
+            try:
+                self._check_listing()
+                return ocp.CheckpointManager(self._directory, options=options)
+            except FileNotFoundError:  # another process has deleted an old checkpoint
+                if not left:
+                    raise
+
     def _check_listing(self) -> None:
-        """Sets checkpoints aside whose files stop Orbax from listing the directory.
+        """Sets aside checkpoints that are too damaged for Orbax to list the directory.
 
         Raises:
-          UserError: there is no other checkpoint, or the directory is read only.
+          UserError: every checkpoint is, or one is and `read_only` is set.
         """
         if not self._directory.exists():
             return
@@ -249,7 +257,9 @@ class Checkpoints(AbstractContextManager):
         for one in found:
             try:
                 one.commit_timestamp  # noqa: B018 (reads the file)
-            except Exception as error:  # Orbax does not document its exceptions of damaged files.
+            except Exception as error:  # Orbax does not document its exceptions for damaged files.
+                if not one.path.exists():
+                    raise FileNotFoundError(one.path) from error
                 name = type(error).__name__
                 damaged[one.step] = f"checkpoint {one.path} is damaged: {name} when it was listed"
         if damaged and (self._read_only or len(damaged) == len(found)):
@@ -304,7 +314,7 @@ def _raise_damage(trouble: str) -> None:
 def _nothing_logged() -> Iterator[None]:
     """Keeps Orbax from logging warnings, and the traceback of an error that it also raises.
 
-    After an error it stays silent, because Orbax's other threads may still log theirs.
+    After an error, logging stays off, because other threads of Orbax may still log that error.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)

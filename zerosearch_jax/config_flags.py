@@ -110,7 +110,7 @@ def load(spec: str) -> ConfigDict:
         config = get_config(preset) if preset else get_config()
         if isinstance(config, ConfigDict):
             config.to_dict()  # fails for a required placeholder
-            str(config)  # the flag library does it, too; fails for an int of over 4,300 digits
+            str(config)  # fails for an int of more than 4,300 digits, as in the flag library
             return config
     raise UserError(
         f"--config={spec}: get_config returned {type(config).__name__}; return a ConfigDict"
@@ -157,7 +157,7 @@ def load_module(path: str | Path) -> types.ModuleType:
 def _named_errors_of(path: str | Path, flag: str) -> Iterator[None]:
     """Raises an exception of a config file's code as a UserError with the file's line.
 
-    A config file is the user's code, so its errors are the user's to fix, `sys.exit` included.
+    A config file is the user's code, so the user must fix its errors, `sys.exit` included.
     """
     try:
         yield
@@ -255,8 +255,8 @@ def typed(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, path: str = "co
 
     Nested dataclasses, `tuple[X, ...]`, `dict[str, X]` and `X | None` are converted, too. An int
     is accepted for a float; a bool is not an int. Only a key whose field has the default None may
-    be absent, so that a config file states every value. A float is finite in float32, a text has no
-    line breaks, and a value with a `ranges.Range` or `ranges.Choice` lies in it.
+    be absent, so that a config file states every value. A float must be finite in float32. A text
+    must have no control characters. A value must be in its `ranges.Range` or `ranges.Choice`.
 
     Args:
       mapping: the section.
@@ -345,7 +345,7 @@ def _converted(hint: Any, value: Any, key: str) -> Any:
 
 
 def _converted_any(value: Any, key: str) -> Any:
-    """Checks a value without a declared type, such as a size of a new model."""
+    """Checks and returns a value without a declared type, such as a size of a new model."""
     if isinstance(value, Mapping):
         return {name: _converted_any(one, f"{key}.{name}") for name, one in value.items()}
     if isinstance(value, tuple | list):
@@ -427,7 +427,7 @@ def _files_next_to(path: str | Path) -> str:
 
 
 def _one_line(error: flags.Error, known: Mapping[str, Any]) -> str:
-    """The flag library's message on one line; for a value of a key, the type that it must have."""
+    """Returns the flag library's message as one line; for a wrong value, names the right type."""
     message = one_line(" ".join(str(error).split()).removeprefix("flag "), _MESSAGE_WIDTH)
     match = re.match(r"--config\.([^=]+)=", message)
     value = dict(_entries(known)).get(match[1]) if match else None

@@ -19,7 +19,7 @@ _DISK_ERRORS = {
     errno.EPERM: "change the permissions, or give another --workdir",
     errno.ENOTDIR: "remove the file in the way, or give another --workdir",
     errno.EEXIST: "remove the file in the way, or give another --workdir",
-    errno.ELOOP: "remove the link to itself, or give another --workdir",
+    errno.ELOOP: "remove the circular link, or give another --workdir",
     errno.EISDIR: "remove the directory in the way, or give another --workdir",
     errno.EIO: "check the disk",
 }
@@ -45,7 +45,9 @@ class Terminated(BaseException):
 
 def disk_error(error: Exception) -> str | None:
     """Returns the line for an error of the disk that the user can fix; None for other errors."""
-    number, name = _os_error_number(error), getattr(error, "filename", None)
+    number = _os_error_number(error)
+    # A rename names its target second.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number not in _DISK_ERRORS:
         return None
     where = "" if name is None else f"{name}: "
@@ -74,7 +76,7 @@ def named_errors(where: str | Path, fix: str) -> Iterator[None]:
 
     Enclose only calls that read the user's input with a library. Libraries do not document which
     exceptions damaged input raises, and an exception of our own code must stay a program error.
-    A panic of a library in Rust is no `Exception`, but counts as one.
+    A panic of a Rust library derives from BaseException and is translated, too.
 
     Args:
       where: file, row or key that is read.
@@ -97,12 +99,12 @@ def reason(error: BaseException, limit: int = 300) -> str:
 
 
 def error_line(error: UserError) -> str:
-    """Returns the line that ends a run, at most 2,000 characters."""
+    """Returns the printed line of an error that ends a run."""
     return f"error: {one_line(str(error), 2000)}"
 
 
 def shown(value: Any, limit: int = 120) -> str:
-    """Returns a value of the user's as a message shows it: `repr`, as `one_line` makes it."""
+    """Returns `repr(value)` for a message, shortened by `one_line`."""
     try:
         return one_line(repr(value), limit)
     except (ValueError, RecursionError):  # an int of more than 4,300 digits; deep nesting
@@ -125,9 +127,3 @@ def _os_error_number(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"\bos[ _]error(?:_code=)?[ ']*(\d{1,9})", str(error))
     return int(found[1]) if found else None
-
-
-def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises UserError if `value` is not one of `known`."""
-    if value not in known:
-        raise UserError(f"{key} is {value!r}; choose one of {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Atomic file writes, checked reads, and the format version of the files in a workdir.
 
-A reader finds the old file or the new one, never a partial one. A file that cannot be read, or
-whose content has another shape, raises a UserError that names it.
+A reader finds the old file or the new one, never a partial one. Reading a file that is damaged or
+has another shape raises a UserError that names it.
 
 A shape describes JSON:
 
@@ -11,7 +11,7 @@ A shape describes JSON:
 | `int`, `float`           | a whole number, any number; both of at most 64 bits                  |
 | `float | None`           | one of these                                                         |
 | `{"a", "b", None}`       | one of these values                                                  |
-| `{"a": X, "b?": Y}`      | an object with the key a and possibly the key b; other keys are free |
+| `{"a": X, "b?": Y}`      | an object with key a and possibly key b; other keys are ignored      |
 | `{str: X}`               | an object with any keys                                              |
 | `[X]`, `[X, ...]`        | a list of X, a list with at least one element                        |
 | `(X, Y)`                 | a list of exactly these elements                                     |
@@ -70,16 +70,16 @@ def write_json(path: str | Path, content: Any, indent: int = 1) -> None:
 
 
 def read_text(path: str | Path, fix: str) -> str:
-    """Returns a UTF-8 text without its byte order mark; `fix` ends the UserError of a bad file."""
+    """Returns a UTF-8 text without its byte order mark; a UserError of a bad file ends in `fix`."""
     with named_errors(path, fix):
         return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: str | Path, shape: Any, fix: str) -> Any:
-    """Returns the content of a JSON file, which has `shape`.
+    """Returns the content of a JSON file and checks that it has `shape`.
 
     Raises:
-      UserError: the file is missing, is no JSON, or has another shape; `fix` ends the message.
+      UserError: the file is missing, is not JSON, or has another shape. The message ends in `fix`.
     """
     with named_errors(path, fix):
         content = Path(path).read_bytes()
@@ -87,14 +87,14 @@ def read_json(path: str | Path, shape: Any, fix: str) -> Any:
 
 
 def parse_row(line: bytes, shape: Any, where: str | Path, fix: str) -> Any:
-    """Returns the content of one JSON text, which has `shape`.
+    """Returns the content of one JSON text and checks that it has `shape`.
 
     Args:
-      where: file and row, which begin the message.
+      where: file and row, for the message.
 
     Raises:
-      UserError: the text is not UTF-8 or no JSON, is nested too deeply, contains half of a
-        surrogate pair, or has another shape; `fix` ends the message.
+      UserError: the text is not UTF-8, is not JSON, is nested too deeply, contains a lone surrogate
+        or has another shape. The message ends in `fix`.
     """
     with named_errors(where, fix):
         text = line.decode("utf-8-sig")
@@ -104,7 +104,7 @@ def parse_row(line: bytes, shape: Any, where: str | Path, fix: str) -> Any:
             raise ValueError(f"not JSON ({error})") from error
         if text.count("[") + text.count("{") > _MAX_DEPTH:
             _check_depth(content)
-        if re.search(r"\\u[dD][89abAB]", text):  # the text cannot be printed, hashed or encoded
+        if re.search(r"\\u[dD][89abAB]", text):  # raises for a lone surrogate
             json.dumps(content, ensure_ascii=False).encode()
     check_shape(content, shape, where, fix)
     return content

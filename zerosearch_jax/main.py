@@ -75,7 +75,7 @@ CONFIGS = {
     "bench/mfu": "benchmarks.config.MFUBenchConfig",
 }
 """Job, or job/suite: the dataclass of its config."""
-CLOSED_OUTPUT = 128 + signal.SIGPIPE  # 141, as a shell reports for a process that it ended
+CLOSED_OUTPUT = 128 + signal.SIGPIPE  # 141, the status that a shell reports
 PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -92,7 +92,7 @@ def cli(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Python would flush the stream once more when it exits, and then exit 120
+        except OSError:  # Python flushes again at its exit, and would then exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
@@ -124,7 +124,7 @@ def _exit_status(argv: Sequence[str]) -> int:
 
 
 def _report(line: str) -> None:
-    with suppress(OSError):  # the exit status still tells
+    with suppress(OSError):  # the exit status still reports the error
         print(line, file=sys.stderr, flush=True)
 
 
@@ -138,7 +138,7 @@ def _run(argv: Sequence[str]) -> None:
     export = flags.DEFINE_string("export", "", "checkpoint to export", flag_values=values)
     config = config_flags.parse(values, argv)
     job = config.get("job")
-    if job not in tuple(JOBS):  # not `in JOBS`: a list has no hash
+    if job not in tuple(JOBS):  # not `in JOBS`: a list is not hashable
         raise UserError(f"config.job is {shown(job)}; the jobs are {', '.join(JOBS)}")
     typed = config_flags.typed(config_class(config), config)
     if describe.value:
@@ -228,7 +228,7 @@ def profile_steps(value: str) -> tuple[int, ...]:
     steps = value.split(",")
     if not all(map(_is_step, steps)):
         raise UserError(
-            f"--profile={one_line(value, 80)}: give steps from 1 with commas, such as 3,4"
+            f"--profile={one_line(value, 80)}: give steps from 1, separated by commas, such as 3,4"
         )
     return tuple(map(int, steps))
 
@@ -291,10 +291,10 @@ def _list_configs(directory: Path) -> str:
 
 
 def _prepare_output() -> None:
-    """Opens the standard streams that are closed, and lets them print any text.
+    """Opens closed standard streams, and lets them print text that they cannot encode.
 
-    A file that a job writes would otherwise get the descriptor of a closed stream, and libraries
-    would log into it.
+    Otherwise a job's file would get the descriptor of a closed stream, and libraries would log into
+    that file.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

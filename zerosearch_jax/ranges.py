@@ -1,7 +1,7 @@
-"""Types of config fields: a type and the interval or the set that its values must lie in.
+"""Types of config fields, with the interval or the set of the allowed values.
 
 A field `learning_rate: LearningRate` is documented and checked by its type.
-`config_flags.typed` refuses a value outside the interval or the set with the full key.
+`config_flags.typed` refuses any other value and names the full key.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Annotated
 
 # An int beyond this bound is a typing error and would overflow int32.
 MAX_INT = 2**31 - 1
-# float32 holds numbers between them, and their products and quotients with a logit.
+# Within these bounds, products and quotients of a number and a logit fit float32.
 MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30
 
 

@@ -78,7 +78,7 @@ def test_passages_of_a_synthetic_world_answer_its_questions():
     "synthetic:99999999999:1",
 ])  # fmt: skip
 def test_a_misspelt_synthetic_world_is_refused(name):
-    with pytest.raises(UserError, match="synthetic:COUNT:SEED|set COUNT to"):
+    with pytest.raises(UserError, match="synthetic:COUNT:SEED|set COUNT from"):
         load_passages(name)
 
 

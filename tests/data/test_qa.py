@@ -237,7 +237,7 @@ def test_hostile_rows_are_refused_by_number_in_one_short_line(tmp_path, name, ro
     assert len(str(error.value)) < 300 + len(str(path)) and "\n" not in str(error.value)
 
 
-def test_numbers_beyond_the_floats_are_texts(tmp_path):
+def test_numbers_beyond_float64_are_read_as_texts(tmp_path):
     path, number = tmp_path / "a.jsonl", "1" * 400
     path.write_text(f'{{"id": {number}, "question": "q", "golden_answers": [{number}]}}\n')
     (row,) = load_qa(str(path), "test")

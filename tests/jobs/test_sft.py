@@ -21,6 +21,7 @@ from zerosearch_jax.data.packing import TokenSequence
 from zerosearch_jax.errors import UserError
 from zerosearch_jax.jobs import sft
 from zerosearch_jax.models import lora
+from zerosearch_jax.models.config import to_hf
 from zerosearch_jax.models.directory import read_model_files
 from zerosearch_jax.simulator.pairs import Pair, save_pairs
 from zerosearch_jax.telemetry.metrics import METRICS
@@ -128,7 +129,7 @@ def test_a_refused_resume_keeps_the_tokenizer_of_the_run(
     kept = tmp_path / "model" / "tokenizer.json"
     kept.write_text("of the run")
     with config.unlocked():
-        config.update(dict(init="", vocab_size=300, model=dict(model_type="llama")))
+        config.update(dict(init="", vocab_size=300, model=to_hf(tiny_config)))
     with pytest.raises(UserError, match="content of config.data"):
         sft.run(config, str(tmp_path))
     assert kept.read_text() == "of the run"

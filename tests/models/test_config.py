@@ -121,6 +121,7 @@ def test_keys_and_their_defaults_mean_what_they_mean_in_transformers(family, cha
         ({"rope_scaling": {"rope_type": "llama3"}}, "lacks the key 'factor'"),
         ({"num_key_value_heads": 3}, "4 query heads are not divisible by 3"),
         ({"hidden_size": 30}, "hidden_size=30"),
+        ({"hidden_size": 30, "head_dim": None}, "hidden_size=30"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2'"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
@@ -159,7 +160,7 @@ def test_missing_and_damaged_files_raise(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b"[" * 100_000, b"9" * 5000])
-def test_a_file_that_is_no_object_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_object_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=f"^{tmp_path}/config.json: "):
         read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Hostile configs and command lines end in a run or in one line that names the fault, never else.
+"""Hostile configs and command lines run, or are refused in one line that names the fault.
 
 Each try runs `main.cli` up to the import of jax: the job, the lock of the workdir and the requests
 to servers are replaced. A try fails if it raises, prints several lines, names neither key nor file,
@@ -293,7 +293,7 @@ def _explore(strategy: st.SearchStrategy, tries: int, check: Callable[[Any], str
 
 
 def _fault(status: int, error: str, names: Iterable[str]) -> str:
-    """Why the outcome of a command line is not acceptable; "" if it is."""
+    """Returns why the outcome of a command line is not acceptable; "" if it is."""
     if status == 0 and not error:
         return ""
     if status != 2 or not error.startswith("error: ") or error.count("\n") != 1:

@@ -156,7 +156,7 @@ def write(directory: Path, files: dict[str, bytes | Path | None]) -> None:
 
 
 def start(directory: Path) -> None:
-    """Uses all files of a model directory but the weights, as a job does until its export."""
+    """Uses all files of a model directory except the weights, as a job does until its export."""
     files = read_model_files(directory)
     stop_table(files, ("</search>",))
     for system in (None, ""):

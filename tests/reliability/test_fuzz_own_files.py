@@ -286,14 +286,12 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kind, tries, tmp_path, ta
 
     def attempt(damage: bytes) -> None:
         path.write_bytes(damage)
+        tally("damaged files of a workdir")
         try:
             read(path)
         except UserError as error:
-            tally("damaged files of a workdir")
             _refused_in_one_line(error, tmp_path)
             assert path.read_bytes() == damage  # a refusal changes nothing
-        else:
-            tally("damaged files of a workdir")
 
     _fuzz(tries, valid, attempt)
 
@@ -318,7 +316,7 @@ def test_a_damaged_checkpoint_is_skipped_or_refused_in_one_line(
     def attempt(damage: bytes) -> None:
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(two_checkpoints, run)
-        if name != "checksums.json":  # else the checksum of the file would show every damage
+        if name != "checksums.json":  # a valid checksum would reveal any other damage
             (run / "2" / "checksums.json").unlink()
         (run / "2" / name).write_bytes(damage)
         tally("damaged checkpoints")

@@ -138,7 +138,7 @@ def controls(tokenizer, user_text: str) -> list[int]:
 
 
 class HostileEngine:
-    """Engine with hostile documents; every third seed's are written by a hostile simulator."""
+    """Engine with hostile documents, which a hostile simulator writes for every third seed."""
 
     name = "hostile"
 
@@ -185,7 +185,7 @@ class HarmlessEngine:
         self.overhead = len(encode(tokenizer, prompts.information_block("Doc 1: a")))
 
     def search(self, requests):
-        """Returns documents of words "a", one token each; none where none were found."""
+        """Returns documents of one-token words "a"; no documents for a search without any."""
 
         def documents(length: int) -> tuple[str, ...]:
             words = length - self.overhead
@@ -308,7 +308,7 @@ def observations(trajectory: Trajectory) -> dict[int, list[int]]:
 
 
 def acts(trajectory: Trajectory) -> dict:
-    """All that the documents must not change."""
+    """Everything that the documents must not change."""
     policy = zip(trajectory.tokens, trajectory.by_policy, strict=True)
     texts = [turn.text for turn in trajectory.turns]
     kinds = [turn.action.kind for turn in trajectory.turns]

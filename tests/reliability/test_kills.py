@@ -1,11 +1,10 @@
 """Kills the jobs at random moments; the same command must then end as if nothing had happened.
 
 Each job runs as a real process, `python -m zerosearch_jax.main`. A quarter of the kills come at a
-random moment of the clock. The others come at a file operation in the workdir, or some time after
-it: `file_operations/sitecustomize.py` sees the operations of Python in that process. Every
-phase therefore gets its share of the kills, however short it is: the write of a checkpoint, its
-checksums, its deletion, exports, records and reports. Moments scale with the durations of an
-uninterrupted run, which is also the result that the killed runs must equal.
+random time. The others come at or after a file operation in the workdir, which
+`file_operations/sitecustomize.py` traces. Short phases therefore get their share of the kills: the
+write of a checkpoint, its checksums, its deletion, exports, records and reports. The times scale
+with the durations of an uninterrupted run, whose result the killed runs must equal.
 """
 
 import hashlib
@@ -36,9 +35,9 @@ ROOT = Path(__file__).parents[2]
 CLOCKS = ("seconds/", "tokens_per_sec", "host_share")
 """Metrics that measure time, so they differ between two runs. All others must be equal."""
 LIMIT_SECS = 600.0
-"""Of one process; a run that takes longer fails the test."""
+"""Limit of one process; a longer run fails the test."""
 ENDS = (0, -signal.SIGKILL, -signal.SIGTERM, 143)
-"""Exit statuses of a run that may be killed or terminated."""
+"""Accepted exit statuses of a run that gets signals."""
 PHASES = (
     (r"checksums", "checksums"),
     (r"(checkpoints|best)/N\.", "checkpoint write"),
@@ -47,7 +46,7 @@ PHASES = (
     (r"lock|config\.json|tensorboard|checkpoints|best", "start-up"),
     (r"\.(json|jsonl|txt)\b", "result files"),
 )
-"""Pattern of a file operation: the phase. The first that matches counts."""
+"""Pattern of a file operation, and its phase. The first match counts."""
 
 
 def phase_of(operation: str) -> str:
@@ -200,7 +199,7 @@ class Plan:
 
 
 def result_of(workdir: Path) -> dict[str, Any]:
-    """Returns all that a run leaves, but for times and TensorBoard's events.
+    """Returns everything that a run writes, except times and TensorBoard's events.
 
     Files are hashed. The state of a checkpoint is compared by its arrays, because Orbax gives its
     files random names.
@@ -232,7 +231,7 @@ def result_of(workdir: Path) -> dict[str, Any]:
 
 
 def without_older_checkpoints(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the result with the newest of the checkpoints only."""
+    """Returns the result with only the newest checkpoint."""
     steps = {name: int(name.split("/")[1]) for name in result if name.startswith("checkpoints/")}
     newest = max(steps.values(), default=0)
     return {name: value for name, value in result.items() if steps.get(name, newest) == newest}
@@ -345,7 +344,7 @@ ARGUMENTS = dict(
 
 
 def resumed_as_expected(job: str, before: dict[str, int], run: Run) -> str:
-    """Returns a complaint if a run did not go on after the last thing that `before` has."""
+    """Returns a complaint if a run did not continue from the progress `before`; "" if it did."""
     if job in ("rl", "sft"):
         words = f"resuming after step {before['steps']}"
         if before["steps"] and words not in run.output:
@@ -446,7 +445,7 @@ def test_of_two_runs_at_once_in_a_workdir_exactly_one_is_refused(
 
 @pytest.mark.slow
 def test_a_full_disk_at_any_write_is_one_line_and_the_job_resumes(markov_model, tmp_path, tally):
-    """Files may have at most 4 to 128 KiB, so that other writes fail in each try."""
+    """Each try limits files to another size from 4 to 128 KiB, so that another write fails."""
     (tmp_path / "runs").mkdir()
     command = Command(sft_arguments(markov_model, tmp_path), tmp_path / "runs")
     limits, failures = [2**power for power in range(12, 18)], []

@@ -45,8 +45,8 @@ BACKOFF_SECS = 0.01
 # Timeout against faults that only the deadline ends; shorter where no healthy reply can be late.
 STALL_SECS = {0.01: 2.0, 0.2: 2.0, 1.0: 0.2}
 TIMEOUT_SECS = 20.0  # timeout otherwise, which a busy machine does not reach
-SLACK_SECS = 4.0  # of one batch, on a busy machine
-WATCHDOG_SECS = 180.0  # of one cell
+SLACK_SECS = 4.0  # added to the budget of a batch, for busy machines
+WATCHDOG_SECS = 180.0  # limit of one cell
 MAX_REPLY_BYTES = 1_200_000
 WORKERS = 8
 TOPK = 3
@@ -616,7 +616,7 @@ class Cell:
 
     Attributes:
       searches: number of searches that ran.
-      problems: what went wrong.
+      problems: one line per broken rule.
     """
 
     def __init__(self, kind: str, engine: str, rate: float):
@@ -729,7 +729,7 @@ def loop():
 
 
 def _run_heavy(cells: list[Cell], tokenizer, loop) -> None:
-    """Runs one cell after the other and measures its memory, the server's included."""
+    """Runs the cells one by one and measures their memory, the server's included."""
     limit = 4 * WORKERS * MAX_REPLY_BYTES
     bomb(1), bomb(2)
     tracemalloc.start()

@@ -126,7 +126,7 @@ def test_post_and_get_send_payload_params_and_headers(serve):
 
 
 def test_a_second_reply_does_not_answer_the_next_request(raw_server):
-    """It would pair a query with the documents of another one."""
+    """Otherwise a query would get the documents of another one."""
 
     def send_two(connection, stop):
         replies = (f"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{n}" for n in (1, 2))
@@ -158,7 +158,7 @@ def test_tries_are_bounded_and_backoff_doubles(serve):
 
 
 def test_waits_have_a_limit_and_a_budget(serve):
-    """Doubled without a limit, the last of 100 waits would be 10²⁸ seconds."""
+    """Without a limit, the last of 100 doubled waits would take 10²⁸ seconds."""
     url, _ = serve(lambda call: (503, {}))
     client = make_client(url, attempts=5, backoff_secs=25.0)
     with pytest.raises(SearchFailed):
@@ -194,7 +194,7 @@ def test_retry_after_is_a_number_of_seconds_or_a_date(header, expected):
 )
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_is_respected_within_the_budget(raw_server, status, header, waits):
-    """The budget is 20.5 s. An earlier try than the server asks for would only be refused."""
+    """The budget is 20.5 s. The server would refuse an earlier try."""
 
     def respond(connection, stop):
         after = in_secs(header) if isinstance(header, int) else header
@@ -233,7 +233,7 @@ def test_failures_have_a_kind_and_the_address_asked(serve, status, body, kind):
 
 
 def test_a_reply_of_many_values_is_refused_before_it_is_parsed(serve):
-    """Each of its values would take 20 times its bytes."""
+    """Parsed values take 20 times the bytes of their JSON."""
     url, _ = serve(lambda call: (200, b"[" + b"[]," * 2**20 + b"1]"))
     with traced_memory() as memory, pytest.raises(SearchFailed) as raised:
         make_client(url).post("/x", {})
@@ -241,7 +241,7 @@ def test_a_reply_of_many_values_is_refused_before_it_is_parsed(serve):
 
 
 def test_a_connection_that_the_server_closed_is_replaced(raw_server):
-    """As after a restart of the server between two requests."""
+    """A server closes its connections when it restarts between two requests."""
 
     def respond(connection, stop):
         connection.sendall(OK + b"Content-Length: 2\r\n\r\n[]")
@@ -317,7 +317,7 @@ def test_silent_server_times_out(raw_server):
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
-# What a server sends first, and then again and again.
+# The start of a reply, and the bytes that the server then repeats without end.
 ENDLESS = {
     "status line": (b"HTTP/1.1 200 ", b"x"),
     "one header": (OK + b"X-Long: ", b"x"),
@@ -346,7 +346,7 @@ def test_deadline_covers_a_reply_that_drips(raw_server, start, drop):
 
 @pytest.mark.parametrize(("start", "drop"), ENDLESS.values(), ids=ENDLESS)
 def test_a_reply_that_never_ends_takes_little_memory(raw_server, start, drop):
-    """Whatever is endless has a limit of bytes or ends at the deadline."""
+    """Every endless part has a limit of bytes or ends at the deadline."""
 
     def flood(connection, stop):
         connection.sendall(start)

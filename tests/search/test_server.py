@@ -31,7 +31,7 @@ CHAT = "/v1/chat/completions"
         ("http://[::1]:8000/v1", CHAT, f"http://[::1]:8000{CHAT}"),
     ],
 )
-def test_an_address_may_end_in_a_first_part_of_the_path(address, path, asked):
+def test_an_address_may_end_in_the_start_of_the_path(address, path, asked):
     assert endpoint(check_address("url", address), path) == asked
 
 
@@ -79,7 +79,7 @@ def test_a_variable_without_an_api_key_is_refused_and_not_shown(monkeypatch, val
         assert "cr3t" not in str(error.value)
 
 
-def test_a_key_becomes_a_header_and_no_variable_none(monkeypatch):
+def test_a_key_becomes_a_header_and_an_empty_variable_none(monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-A_b.c~1+/=")
     assert read_key("MY_KEY") == "sk-A_b.c~1+/="
     assert authorization("MY_KEY") == {"Authorization": "Bearer sk-A_b.c~1+/="}

@@ -266,15 +266,16 @@ def test_recorded_live_search_gives_the_same_documents(serve, tmp_path):
     assert recorded(load_recording(path), topk=2).search(REQUESTS) == DOCUMENTS
 
 
-def test_unused_keys_of_serper_are_ignored(tmp_path):
+def test_unused_keys_are_ignored_and_a_reply_may_have_no_results(tmp_path):
     path = tmp_path / "web.jsonl"
     full = {
         "searchParameters": {"q": "fox", "gl": "us"},
         "organic": [{**result(), "position": 1, "sitelinks": []}],
         "credits": 1,
     }
-    path.write_text(json.dumps(full) + "\n\n")
-    assert load_recording(path) == [record_of("fox", [result()])]
+    nothing = {"searchParameters": {"q": "elk"}}
+    path.write_text(json.dumps(full) + "\n\n" + json.dumps(nothing) + "\n")
+    assert load_recording(path) == [record_of("fox", [result()]), record_of("elk", [])]
 
 
 @pytest.mark.parametrize(
@@ -284,8 +285,8 @@ def test_unused_keys_of_serper_are_ignored(tmp_path):
         ("[]", "searchParameters.q"),
         ('{"searchParameters": "fox", "organic": []}', "searchParameters.q"),
         ('{"searchParameters": {"q": 7}, "organic": []}', "searchParameters.q"),
-        ('{"searchParameters": {"q": "fox"}}', "organic is missing"),
-        ('{"searchParameters": {"q": "fox"}, "organic": ["a"]}', "organic is missing"),
+        ('{"searchParameters": {"q": "fox"}, "organic": null}', "organic is not"),
+        ('{"searchParameters": {"q": "fox"}, "organic": ["a"]}', "organic is not"),
         (
             '{"searchParameters": {"q": "fox"}, "organic": [{}, {"snippet": 3}]}',
             r"organic\[1\].snippet is not text",

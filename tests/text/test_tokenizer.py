@@ -426,7 +426,7 @@ def test_a_piece_without_bytes_is_refused(tmp_path):
 
 
 def test_no_file_outside_the_directory_is_read(tmp_path, tokenizer):
-    """The version in a file's name selects it, so a path can hide in front of the version."""
+    """The library reads the file whose name has the right version, also with a path before it."""
     tokenizer.save_pretrained(tmp_path / "model")
     shutil.copy(tmp_path / "model" / "tokenizer.json", tmp_path / "tokenizer.4.0.json")
     names = ["../tokenizer.4.0.json"]
@@ -463,7 +463,7 @@ def test_no_code_of_the_directory_is_run(tmp_path, tokenizer):
         ("{% for i in range(10**9) %}{% endfor %}", None, "cannot render a user turn"),
         (NO_SYSTEM, "", "cannot render a system and a user turn: no system turn"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", None, "leaves out the user turn"),
-        ("{{ messages[-1].content }}{{ '\\ud800' }}", None, "writes .*surrogates"),
+        ("{{ messages[-1].content }}{{ '\\ud800' }}", None, "renders .*surrogates"),
     ],
 )
 def test_a_template_that_cannot_render_the_prompt_is_refused(
@@ -487,7 +487,7 @@ def test_a_template_that_takes_too_long_is_refused(tmp_path, tokenizer, monkeypa
 
 
 @pytest.mark.parametrize("template", [5, {"default": "{{ messages[-1].content }}", "tool": 5}])
-def test_a_template_that_is_no_text_is_refused(tmp_path, tokenizer, template):
+def test_a_template_that_is_not_a_text_is_refused(tmp_path, tokenizer, template):
     tokenizer.save_pretrained(tmp_path)
     edit(tmp_path / "tokenizer_config.json", chat_template=template)
     with pytest.raises(UserError, match=f"{tmp_path}: the chat template .* is not a text"):
@@ -496,7 +496,7 @@ def test_a_template_that_is_no_text_is_refused(tmp_path, tokenizer, template):
 
 @pytest.mark.parametrize("rows", [None, 320, 2**20])
 def test_ids_are_bounded_before_a_table_of_them_is_made(tmp_path, tokenizer, rows):
-    """One id of 2^31 made tables of 8 GB in the library and of 17 GB here."""
+    """Tables for one id of 2^31 would take 8 GB in the library and 17 GB here."""
     tokenizer.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]

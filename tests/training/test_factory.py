@@ -175,7 +175,7 @@ def test_a_simulator_whose_template_refuses_a_system_turn_is_refused(directory):
         factory.check_model(str(directory), (), system="")
 
 
-def test_a_path_that_is_no_model_directory_is_refused(directory, tmp_path):
+def test_a_path_that_is_not_a_model_directory_is_refused(directory, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").symlink_to("missing")
     (tmp_path / "loop").symlink_to("loop")

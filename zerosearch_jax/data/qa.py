@@ -164,7 +164,7 @@ def _row(path: Path, number: int, split: str, raw: object) -> QARow:
         )
     question = raw.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: key 'question' is missing, empty or no text; set it to a text")
+        raise UserError(f"{where}: key 'question' is missing, empty or not text; set it to a text")
     answers = raw.get("golden_answers")
     answers = golden_answers(where, _target(raw) if answers is None else answers)
     name = _label(where, raw, "data_source") or path.stem

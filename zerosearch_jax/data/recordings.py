@@ -25,9 +25,9 @@ def _reply(where: str, row: object) -> dict:
         raise UserError(
             f"{where}: searchParameters.q, the query, is missing or not text; fix the row"
         )
-    organic = row.get("organic")
+    organic = row.get("organic", [])  # Serper omits the list if it found nothing
     if not isinstance(organic, list) or not all(isinstance(result, dict) for result in organic):
-        raise UserError(f"{where}: organic is missing or not a list of results; fix the row")
+        raise UserError(f"{where}: organic is not a list of results; fix the row")
     for rank, result in enumerate(organic):
         bad = [key for key in KEYS if not isinstance(result.get(key, ""), str)]
         if bad:

@@ -7,10 +7,10 @@
 | `.parquet`      | a row of the table, by column name    | of the row   |
 | `.tsv`, `.csv`  | a line of cells, a list of texts      | of the line  |
 
-Text files are UTF-8. A byte order mark at the start and blank lines are skipped. A row with half of
-a surrogate pair, such as JSON's "\\ud800", is refused: it is no character, and no later step could
-encode or tokenise it. A loader turns rows into its own type with `as_text` and `as_list`, so that a
-value means the same in each format.
+Text files are UTF-8. A byte order mark at the start and blank lines are skipped. A row with a lone
+surrogate, such as JSON's "\\ud800", is refused, because no later step could encode or tokenise it.
+A loader turns rows into its own type with `as_text` and `as_list`, so that a value means the same
+in each format.
 
 Cells are separated by tabs in a `.tsv`, and by commas in a `.csv` unless its first row contains a
 tab (DPR's files). A cell that begins with a quotation mark ends at the next one; a doubled mark
@@ -31,7 +31,7 @@ from typing import Any
 from zerosearch_jax import files
 from zerosearch_jax.errors import UserError, named_errors
 
-# The quantifiers are possessive: a text that is no list is refused without backtracking.
+# Possessive quantifiers refuse a text that is not a list without backtracking.
 _TEXT = r"""[uU]?(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
 _NUMBER = r"[-+]?(?:\d++\.?\d*+|\.\d++)(?:[eE][-+]?\d++)?"
 _ITEM = re.compile(f"{_TEXT}|{_NUMBER}", re.DOTALL)
@@ -40,7 +40,7 @@ _PYTHON_LIST = re.compile(
     rf"\[\s*+(?:(?:{_ITEM.pattern})\s*+(?:,\s*+(?:{_ITEM.pattern})\s*+)*+,?\s*+)?\]", re.DOTALL
 )
 _LIST_LIKE = re.compile(r"\s*\[(?:.*\]\s*\Z|\s*['\"])", re.DOTALL)
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Float(float):
@@ -69,9 +69,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
         what = "not a regular file" if os.path.exists(path) else "no such file"
         raise UserError(f"{path}: {what}; fix the path")
     for number, row in READERS[path.suffix](path):
-        if _has_half_pair(row):
+        if _has_surrogate(row):
             raise UserError(
-                f"{path}: row {number}: half of a surrogate pair, such as \\ud800, is no "
+                f"{path}: row {number}: a lone surrogate, such as \\ud800, is not a "
                 "character; fix or delete the row"
             )
         yield number, row
@@ -95,14 +95,14 @@ def as_list(value: object) -> list | None:
     """Returns the elements of a list, also of one that is written as text; else `[value]`.
 
     The text may be JSON or a Python literal: `["Paris", 5]` or `['Paris', 5]`. None if the text
-    looks like a list but is neither, or if the list holds half of a surrogate pair.
+    looks like a list but is neither, or if the list contains a lone surrogate.
     """
     if isinstance(value, list | tuple):
         return list(value)
     if not isinstance(value, str) or not _LIST_LIKE.match(value):
         return [value]
     found = _parse_list(value.strip())
-    return None if _has_half_pair(found) else found
+    return None if _has_surrogate(found) else found
 
 
 def _parse_list(text: str) -> list | None:
@@ -128,13 +128,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _has_half_pair(value: object) -> bool:
-    """Returns whether a text in `value`, at any depth, holds half of a surrogate pair."""
+def _has_surrogate(value: object) -> bool:
+    """Returns whether a text in `value`, at any depth, contains a lone surrogate."""
     pending = [value]
     while pending:  # no recursion: JSON may be nested more deeply than Python's stack allows
         value = pending.pop()
         if isinstance(value, str):
-            if not value.isascii() and _HALF_PAIR.search(value):
+            if not value.isascii() and _SURROGATE.search(value):
                 return True
         elif isinstance(value, dict):
             pending += [*value, *value.values()]
@@ -144,13 +144,13 @@ def _has_half_pair(value: object) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Undecodable bytes become halves of surrogate pairs, so the error can name their line.
+    # Undecodable bytes become lone surrogates, so that the error can name their line.
     with (
         named_errors(path, "check the file"),
         path.open(encoding="utf-8-sig", errors="surrogateescape") as lines,
     ):
         for number, line in enumerate(lines, 1):
-            if "\0" in line or _has_half_pair(line):
+            if "\0" in line or _has_surrogate(line):
                 raise UserError(
                     f"{path}: row {number}: not UTF-8 text; convert the file to UTF-8, uncompressed"
                 )
@@ -191,7 +191,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
             first += len(rows)
             with named_errors(f"{path}: row {first} or later: not readable", fix):
                 batch = next(batches, None)
-                rows = batch and batch.to_pylist()
+                rows = None if batch is None else batch.to_pylist()
 
 
 def _table(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -22,7 +22,7 @@ from dataclasses import replace
 import jax
 
 from zerosearch_jax.data.qa import QARow
-from zerosearch_jax.errors import check_choice
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.generate.generator import Generator
 from zerosearch_jax.generate.sampling import GREEDY, Sampling
 from zerosearch_jax.generate.texts import TextGenerator
@@ -65,7 +65,8 @@ def run_method(
       UserError: unknown method.
       ValueError: the method needs an engine or, for "search_o1", `refiner`.
     """
-    check_choice("method", method, METHODS)
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     if method == "search_o1":
         if engine is None or refiner is None:
             raise ValueError("search_o1 needs both: an engine, and a refiner of its documents")

@@ -32,7 +32,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     """
     config = config_flags.typed(AlgorithmsConfig, config)
     runs = {name: algorithm_run(config, name) for name in config.configs}
-    summaries = {}
     paths = {name: Path(workdir) / name / "summary.json" for name in runs}
     for name, run_config in runs.items():  # before the first run trains
         typed = config_flags.typed(RLConfig, run_config)
@@ -40,14 +39,14 @@ def run(config: ConfigDict, workdir: str) -> None:
         check_inputs(typed)
         if paths[name].exists():
             check_same(check_workdir(paths[name].parent), run_config, paths[name].parent)
-            summaries[name] = read_summary(paths[name])
+            read_summary(paths[name])
+    summaries = {}
     for name, run_config in runs.items():
         if not paths[name].exists():
             print(f"\n==== {name}", flush=True)
             rl.run(run_config, str(paths[name].parent))
             jax.clear_caches()  # The next algorithm compiles different programs.
-            summaries[name] = read_summary(paths[name])
-    summaries = {name: summaries[name] for name in runs}
+        summaries[name] = read_summary(paths[name])
     first = next(iter(summaries.values()))
     table = {"base policy": first["base"]}
     table |= {name: summary["trained"] for name, summary in summaries.items()}

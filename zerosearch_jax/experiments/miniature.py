@@ -157,7 +157,7 @@ def finished_runs(config: MiniatureConfig, root: Path) -> list[dict]:
 
 
 def check_results(config: MiniatureConfig, root: Path) -> None:
-    """Reads what finished stages wrote; a damaged file is refused before the other stages run."""
+    """Reads the results of finished stages, to refuse a damaged file before other stages run."""
     finished_runs(config, root)
     for name in (*config.start_policies, "sft"):
         if (root / f"methods-{name}" / "evaluation.txt").exists():

@@ -32,7 +32,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 RECORD = {"ended": float, "seconds": float}
-"""The shape of a record in `stages.jsonl` besides its id and recipe; see `files`."""
+"""The shape of a record in `stages.jsonl`, without its id and recipe; see `files`."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def build_stop_table(token_bytes: Sequence[bytes], stop_strings: Sequence[str]) 
     table = np.broadcast_to(
         np.arange(len(step), dtype=np.int16)[:, None], (len(step), len(token_bytes))
     ).copy()
-    # One long token must not make a table of its length times all tokens.
+    # No padding: one long token would make a table of its length times all tokens.
     joined = np.frombuffer(b"".join(token_bytes), np.uint8)
     sizes = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
     starts = np.cumsum(sizes) - sizes

@@ -11,7 +11,7 @@ from zerosearch_jax.search.http_client import TooLong
 from zerosearch_jax.text import thoughts
 from zerosearch_jax.text.tokenizer import cut_text, decode, encode_prompt, opens_thought
 
-_MARGIN_TOKENS = 16  # where texts join, or are cut, tokens may split
+_MARGIN_TOKENS = 16  # tokens may split where texts join or are cut
 
 
 class TextGenerator:

@@ -267,7 +267,7 @@ def episode_record(
 
 
 def collect_settings(config: CollectConfig) -> dict[str, object]:
-    """Returns all settings, besides its id, that determine an episode, as they read from JSON."""
+    """Returns the settings that, with its id, determine an episode, in the form of parsed JSON."""
     generator = config.policy.generator
     settings = {
         "format": FORMAT,
@@ -314,7 +314,7 @@ def check_settings(records: Records, settings: Mapping[str, object]) -> None:
 
 
 def label_settings(config: CollectConfig) -> dict[str, object]:
-    """Returns the settings that, with those of its episode, determine a label."""
+    """Returns the settings that, with `collect_settings`, determine a label."""
     labeling = config.labeling
     settings: dict[str, object] = {"labeling.kind": labeling.kind}
     if labeling.kind != "none":

@@ -140,7 +140,10 @@ def export_checkpoint(config: ConfigDict, workdir: str, which: str) -> None:
     is_best, directory = which == "best", Path(workdir)
     checkpoints = directory / ("best" if is_best else "checkpoints")
     step = kept_step(checkpoints, "latest" if is_best else which)
-    tokenizer = load_tokenizer(config.init or directory / "model")
+    if config.init:
+        tokenizer = read_model_files(config.init).tokenizer
+    else:
+        tokenizer = load_tokenizer(directory / "model")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model_config, params, generation = initial_model(config, tokenizer, mesh)
     learner = make_learner(config, model_config, mesh)

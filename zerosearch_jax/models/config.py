@@ -3,12 +3,11 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shown  # at most about 30 characters of each value
 from typing import Any
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import read_json
-from zerosearch_jax.ranges import MAX_INT
+from zerosearch_jax.ranges import MAX_FLOAT, MAX_INT
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -23,8 +22,6 @@ SUPPORTED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-
-MAX_FLOAT = 1e38  # the forward pass uses float32
 
 # Sizes that transformers gives a model of the family if the key is missing.
 DEFAULT_KV_HEADS = {"qwen2": 32, "qwen3": 32}  # elsewhere: the query heads
@@ -48,7 +45,7 @@ class RopeScaling:
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 f"high_freq_factor={self.high_freq_factor} must be above "
-                f"low_freq_factor={self.low_freq_factor}; fetch the model again"
+                f"low_freq_factor={self.low_freq_factor}; fix it or fetch the model again"
             )
 
 
@@ -102,7 +99,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         an option such as sliding-window attention, is not supported.
     """
     path = Path(directory) / "config.json"
-    if not os.path.isfile(path):  # False also for names that no file system takes
+    if not os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         raise UserError(
             f"{directory} holds no config.json; give a Hugging Face model directory (the head of "
             "the config file names the command that makes one; `make smollm2` makes "
@@ -129,10 +126,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     # As in transformers, rope_scaling replaces rope_parameters if a file has both.
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"rope_scaling={shown(rope)} must be an object; fetch the model again")
+        raise UserError(f"rope_scaling={shown(rope)} must be an object; fix it")
     _check_supported(family, hf | rope)
     heads, width = _value(hf, "num_attention_heads", int), _value(hf, "hidden_size", int)
-    if "head_dim" not in hf and family not in DEFAULT_HEAD_DIM and width % heads:
+    if hf.get("head_dim") is None and family not in DEFAULT_HEAD_DIM and width % heads:
         raise UserError(
             f"hidden_size={width} is not divisible by num_attention_heads={heads}; add head_dim"
         )
@@ -159,7 +156,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 
 
 def _check_family(family: Any) -> None:
-    if family not in list(FAMILIES):  # a dict would need a hashable value
+    if family not in list(FAMILIES):  # not `in FAMILIES`: a list is not hashable
         raise UserError(
             f"model_type {shown(family)} is not supported; use one of {', '.join(FAMILIES)}"
         )
@@ -181,7 +178,7 @@ def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any
     """Returns `hf[key]`, or the default if it is missing or null; refuses other types and sizes."""
     value = default if hf.get(key) is None else hf[key]
     if value is None:
-        raise UserError(f"lacks the key {key!r}; fetch the model again")
+        raise UserError(f"lacks the key {key!r}; add it or fetch the model again")
     is_bool = isinstance(value, bool)
     wanted, fits = {
         int: (
@@ -195,7 +192,7 @@ def _value(hf: dict[str, Any], key: str, kind: type, default: Any = None) -> Any
         bool: ("true or false", is_bool),
     }[kind]
     if not fits:
-        raise UserError(f"{key}={shown(value)} must be {wanted}; fetch the model again")
+        raise UserError(f"{key}={shown(value)} must be {wanted}; fix it or fetch the model again")
     return kind(value)
 
 

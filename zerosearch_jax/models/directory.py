@@ -40,8 +40,8 @@ def read_model_files(directory: str | Path) -> ModelFiles:
 
     Raises:
       UserError: a file is missing or unreadable, or two of them contradict each other: the weights'
-        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`; or the chat
-        template cannot render a user turn; or the directory holds LoRA adapters.
+        shapes, the tokenizer's ids or the end-of-text ids do not fit `config.json`. Or the
+        chat template cannot render a user turn, or the directory holds LoRA adapters.
     """
     if os.path.isfile(Path(directory) / "adapter_config.json"):
         raise UserError(
@@ -57,7 +57,7 @@ def read_model_files(directory: str | Path) -> ModelFiles:
 
 @lru_cache(maxsize=4)  # policy, simulators and reader
 def _read_once(directory: str, config: ModelConfig, stamp: tuple) -> ModelFiles:
-    """Does `read_model_files` once for each state of a directory, because it takes seconds.
+    """Reads each state of a directory only once, because reading takes seconds.
 
     Args:
       stamp: identifies the state of the directory's files.

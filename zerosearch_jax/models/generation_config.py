@@ -9,10 +9,9 @@ tokenizer's. Here every id of the three counts.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
-from zerosearch_jax.errors import UserError
+from zerosearch_jax.errors import UserError, shown
 from zerosearch_jax.files import read_json, write_json
 from zerosearch_jax.models.config import ModelConfig, to_hf
 
@@ -32,8 +31,8 @@ def read_generation_config(
       vocab_size: number of embedding rows.
 
     Raises:
-      UserError: a file is not a JSON object, an id is no integer, an end-of-text id is outside the
-        vocabulary, or no file has one.
+      UserError: a file is not a JSON object, an id is not an integer, an end-of-text id is outside
+        the vocabulary, or no file has one.
     """
     directory = Path(directory)
     settings, config = _read(directory / GENERATION_CONFIG), _read(directory / "config.json")

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from zerosearch_jax.errors import UserError, named_errors
+from zerosearch_jax.errors import UserError, named_errors, shown
 from zerosearch_jax.files import atomic_path, read_json, write_json
 from zerosearch_jax.models.config import ModelConfig
 from zerosearch_jax.models.generation_config import write_configs
@@ -214,8 +213,8 @@ def _read_index(index: Path) -> dict[str, str]:
     """Returns the names of the tensors and the name of the file that holds each one.
 
     Raises:
-      UserError: there is no such mapping, or a file lies outside the directory. A file may be a
-        link to another directory, as in the cache of the Hugging Face hub.
+      UserError: there is no such mapping, or a file is outside the directory. A file may be a link
+        to another directory, as in the cache of the Hugging Face hub.
     """
     weight_map = read_json(index, dict, "fetch the model again").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -242,7 +241,7 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, tuple[Path, Any]]:
 def _check_tensors(directory: Path, tensors: dict, flat: dict, config: ModelConfig) -> None:
     """Checks that all tensors exist with the right shape and type, and that none is unused."""
     layers = {i for name in tensors for i in re.findall(r"^model\.layers\.(\d+)\.", name)}
-    if len(layers) != config.num_layers:  # first, because `wanted` has a row for every layer
+    if len(layers) != config.num_layers:  # checked before `wanted` gets a row for each layer
         raise UserError(
             f"{directory} has weights of {len(layers)} layers, but config.json gives "
             f"num_hidden_layers={config.num_layers}; fix config.json or fetch the model again"

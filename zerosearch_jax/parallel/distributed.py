@@ -50,10 +50,10 @@ def initialize(arguments: Mapping[str, str | int]) -> None:
 
 
 def _wait_for_coordinator(address: str, secs: float) -> None:
-    """Waits until `address` accepts connections. JAX would abort the program after its wait.
+    """Waits until `address` accepts connections, because JAX aborts the process if it does not.
 
     Raises:
-      UserError: it does not within `secs` seconds.
+      UserError: it accepts none within `secs` seconds.
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + secs

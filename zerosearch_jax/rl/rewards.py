@@ -56,7 +56,7 @@ def cover_exact_match(answer: str | None, golden_answers: Sequence[str]) -> floa
 
 
 def _covers(tokens: list[str], gold: list[str]) -> bool:
-    # Tokens hold no spaces. A search in texts takes linear time, comparing slices does not.
+    # Tokens contain no spaces. Unlike comparing slices, searching a text takes linear time.
     return f" {' '.join(gold)} " in f" {' '.join(tokens)} "
 
 

@@ -80,8 +80,8 @@ def completion_text(reply: object) -> str | None:
     """Returns the text of a chat completion, or None if it has none.
 
     The content is a text, or a list of parts whose texts are joined. It is null in a refusal, in a
-    call of a tool, and if the model's thoughts used up `max_tokens`. A text that was cut there
-    (`finish_reason` "length") is returned.
+    tool call, or if the model's thoughts used up `max_tokens`. A text that was cut at `max_tokens`
+    is returned.
     """
     try:
         content = reply["choices"][0]["message"]["content"]

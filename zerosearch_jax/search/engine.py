@@ -113,7 +113,7 @@ def failure_counts(results: Iterable[SearchResult]) -> dict[str, int]:
 
 
 def describe_failures(results: Sequence[SearchResult]) -> str:
-    """Describes failed searches for a person: reason, kinds and addresses.
+    """Describes failed searches in one line: the commonest reason, the kinds and the addresses.
 
     For example "POST: Timeout; timeout 3, http_5xx 1; asked http://10.0.0.1:8000/retrieve".
     """

@@ -37,7 +37,7 @@ MAX_REPLY_VALUES = 2**20
 """Limit of the commas and brackets of a reply, which bounds the memory of its values."""
 MAX_WAIT_SECS = 60.0
 """Longest wait between two tries, unless the server asks for a longer one."""
-_GRACE_SECS = 1.0  # a loaded machine needs it in addition to the deadlines
+_GRACE_SECS = 1.0  # added to deadlines, for loaded machines
 _TRANSIENT = (
     httpx.NetworkError,
     httpx.RemoteProtocolError,
@@ -116,13 +116,13 @@ class JsonClient:
 
     Args:
       base_url: "http://host:port" or "https://host", optionally followed by a path. It may end in
-        the path of the requests, or in a first part of it such as "/v1".
+        the path of the requests, or in the start of that path, such as "/v1".
       timeout_secs: total time of one try, from the look-up of the host to the end of the body.
       attempts: number of tries, at least 1.
       backoff_secs: wait after the first try, in seconds.
       headers: headers of every request, for example an API key. They are never logged.
-      max_reply_bytes: limit of a reply's body, as received and decompressed; a larger reply fails
-        at once. The HTTP library limits its headers and trailers to 100 KB each.
+      max_reply_bytes: limit of a reply's body, both compressed and decompressed; a larger reply
+        fails at once. The HTTP library limits headers and trailers to 100 KB each.
       sleep: waits the given number of seconds; by default a wait that `close` ends.
     """
 
@@ -244,7 +244,7 @@ class JsonClient:
             raise self._failure(method, path, trouble, "too_large")
         try:
             return parse_json(reply.content)
-        except ValueError:  # its context would hold text of the reply
+        except ValueError:  # raised below: this error contains text of the reply
             pass
         raise self._failure(method, path, "the reply is not JSON", "not_json")
 

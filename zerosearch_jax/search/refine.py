@@ -21,16 +21,16 @@ class Refiner(Protocol):
     def __call__(
         self, prompts: list[str], keys: list[tuple[int, int]]
     ) -> Sequence[str | SearchFailed]:
-        """Completes the prompts, as for `SimulatedEngine`."""
+        """Completes the prompts, like `generate` of `SimulatedEngine`."""
         ...
 
     def cut(self, text: str, prompt: str) -> str:
-        """Returns the start of `text` that fits the model with `prompt` and its completion."""
+        """Returns the start of `text` that fits the model next to `prompt` and its completion."""
         ...
 
 
 class RefiningEngine:
-    """Search engine that replaces the documents of each of `engine`'s results by a refined one."""
+    """Search engine that replaces the documents of each result of `engine` by a refined one."""
 
     def __init__(self, engine: SearchEngine, refiner: Refiner):
         self.name = f"refined {engine.name}"

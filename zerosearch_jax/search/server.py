@@ -64,6 +64,18 @@ def endpoint(address: str, path: str) -> str:
     return f"{scheme}://{host}{prefix}{path}"
 
 
+def check_key_variable(name: str) -> None:
+    """Raises UserError unless `name` is "" or the name of an environment variable.
+
+    The message does not show it, because it may be the key itself.
+    """
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", name):
+        raise UserError(
+            "key_variable must be the name of an environment variable, in capitals such as "
+            "OPENAI_API_KEY, not the key"
+        )
+
+
 def read_key(variable: str) -> str:
     """Returns the API key in an environment variable. It is never in a config or a log.
 

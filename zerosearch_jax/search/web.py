@@ -38,7 +38,7 @@ def filter_results(
     """Returns the first `topk` acceptable results, in order.
 
     These results are dropped:
-      - results without a title, a snippet or a link with a host, of at most 8,192 characters;
+      - results without a title, a snippet, or a link with a host and at most 8,192 characters;
       - results with the link (ignoring its `#fragment`) or the snippet of an earlier result;
       - results whose host is one of `blocked_domains` or a subdomain of it: "huggingface.co" also
         blocks "datasets.huggingface.co".
@@ -131,7 +131,7 @@ class WebEngine:
         if self.provider == "serper":
             payload, headers = {"q": query, "num": results}, {"X-API-KEY": self._api_key}
             reply = self.client.post(_PATH, payload, headers)
-            # A reply to a search has its parameters; without a result it may lack the list.
+            # Serper may omit the list if Google found nothing; only search replies have parameters.
             if isinstance(reply, dict) and isinstance(reply.get("searchParameters"), dict):
                 reply.setdefault("organic", [])
             return self._results(reply, "organic", "POST")

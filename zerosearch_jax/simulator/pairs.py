@@ -280,8 +280,7 @@ def _chat_pair(where: str, id_: str, row: Mapping) -> Pair:
 def parse_prompt(text: str) -> tuple[str, str, str, str] | None:
     """Returns question, answer, query and label of the simulator's prompt; None for other texts.
 
-    A prompt has the form, in which quotes and other whitespace are optional because they differ
-    between the released sets:
+    A prompt has this form. Quotes are optional and whitespace may differ, as in the released sets:
 
         … answer the question: "QUESTION" whose answer is ANSWER.
         …
@@ -293,11 +292,11 @@ def parse_prompt(text: str) -> tuple[str, str, str, str] | None:
     """
     head, _, output = text.rstrip().rpartition("\n")
     head, _, line = head.rstrip().rpartition("\n")
-    if not line.lstrip().startswith("Query:"):  # the query has a line of its own
+    if not line.lstrip().startswith("Query:"):  # the query is on the next line
         head, _, name = head.rstrip().rpartition("\n")
         line = name.strip() + line if name.strip() == "Query:" else ""
     query = line.strip().removeprefix("Query:").strip()
-    # The line of the answer ends, at the latest, with the last line break of the head.
+    # The answer's line ends at or before the last line break of the head.
     answers = list(_ANSWER_IS.finditer(head, 0, max(head.rfind("\n"), 0)))
     task = head.rfind(_TASK, 0, answers[-1].end()) if answers else -1
     if task < 0 or output.strip() not in _OUTPUTS or not query:

@@ -24,14 +24,12 @@ EPISODE_METRICS: dict[str, str] = {
 
 FAILURE_METRICS: dict[str, str] = {
     "failed_searches/timeout": "searches without a complete reply within the deadline",
-    "failed_searches/connection": (
-        "searches whose connection could not be made or broke, or whose reply is not HTTP"
-    ),
+    "failed_searches/connection": "searches whose connection failed, or whose reply is not HTTP",
     "failed_searches/http_3xx": "searches that were redirected; redirects are not followed",
-    "failed_searches/http_4xx": "searches refused with another HTTP status 4xx than 429",
+    "failed_searches/http_4xx": "searches refused with an HTTP status 4xx other than 429",
     "failed_searches/http_429": "searches refused with HTTP 429, too many requests",
     "failed_searches/http_5xx": "searches whose server failed with an HTTP status 5xx",
-    "failed_searches/too_large": "searches whose reply was larger than the limit of bytes",
+    "failed_searches/too_large": "searches whose reply had too many bytes or values",
     "failed_searches/not_json": "searches whose reply could not be decompressed or is not JSON",
     "failed_searches/wrong_shape": "searches whose JSON reply is not in the server's format",
     "failed_searches/too_long": "searches whose query was too long for the engine",

@@ -105,7 +105,7 @@ def earlier_rows(
       needed: metrics that every row must have.
 
     Raises:
-      UserError: the file cannot be read, or a row is no object of numbers with a step.
+      UserError: the file cannot be read, or a row is not an object of numbers with `step`.
     """
     path = Path(path)
     if not path.exists():

@@ -32,9 +32,9 @@ _CJK_PUNCTUATION = re.compile(
 
 
 class _Folding(dict):
-    """Code point → its folded text, computed when it is first looked up.
+    """Map from a code point to its folded text, which is computed at the first look-up.
 
-    Normalising a whole text would take quadratic time for a long run of combining characters.
+    NFKD of a whole text would take quadratic time for a long run of combining characters.
     """
 
     def __missing__(self, code: int) -> str:

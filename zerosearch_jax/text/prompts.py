@@ -158,7 +158,7 @@ def refine_prompt(question: str, query: str, documents_text: str) -> str:
     contains the reasoning so far.
 
     Args:
-      documents_text: text of `format_documents`.
+      documents_text: result of `format_documents`, possibly cut.
     """
     return _REFINE.format(
         nothing=NO_HELPFUL_INFORMATION,

@@ -23,7 +23,7 @@ from zerosearch_jax.files import read_json
 from zerosearch_jax.text import thoughts
 
 END_OF_TEXT = "<|endoftext|>"
-TEMPLATE_SECS = 30.0  # for the first prompt of a chat template; others take milliseconds
+TEMPLATE_SECS = 30.0  # limit of rendering a chat template, which usually takes milliseconds
 _PLACEHOLDER = "\ue000"  # marks the position of the user's text in a chat template
 _MARK = "\U0010fffd"  # begins and ends the names of control tokens; inserted text loses it
 
@@ -64,7 +64,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None) -> PreT
     # pre-tokenizer by its own.
     with named_errors(f"no tokenizer could be loaded from {directory}", fix):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
-        # Only calls apply some settings. A post-processor can add ids without a token.
+        # Some settings take effect only in a call. A post-processor can add ids without a token.
         tokenizer("Chad, 12 \u00e9t\u00e9s.\n", return_special_tokens_mask=True)
         added = tokenizer("")["input_ids"]
         # An export writes the settings as UTF-8, which has no lone surrogates.
@@ -82,8 +82,8 @@ def check_ids(
 ) -> None:
     """Raises UserError if the tokenizer has an id without an embedding row.
 
-    A tokenizer with fewer ids than rows is normal: many models pad their vocabulary. Tables of all
-    ids are made only after this check.
+    A tokenizer with fewer ids than rows is normal: many models pad their vocabulary. Tables with a
+    row for each id are built only after this check, so one huge id cannot fill the memory.
 
     Args:
       added: ids that the post-processor adds to every text.
@@ -92,13 +92,13 @@ def check_ids(
     vocabulary = tokenizer.get_vocab()
     largest = max([*vocabulary.values(), *added], default=0)
     if vocab_size is None:
-        rows, size = "its vocabulary has", len(vocabulary)
+        size, limit = len(vocabulary), f"its vocabulary has {len(vocabulary)} tokens"
     else:
-        rows, size = "the model's embedding has", vocab_size
+        size, limit = vocab_size, f"the model's embedding has {vocab_size} rows"
     if largest >= size:
         raise UserError(
             f"{directory}: the tokenizer has ids up to {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {rows} {size} rows; use the "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}), but {limit}; use the "
             "model's own tokenizer, or resize the embedding"
         )
 
@@ -112,7 +112,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
 
     Raises:
       UserError: the vocabulary is neither byte-level BPE nor SentencePiece, or one of its pieces
-        has no bytes.
+        spells no bytes.
     """
     vocabulary = tokenizer.get_vocab()
     added, special = tokenizer.added_tokens_decoder, _control_ids(tokenizer)
@@ -126,8 +126,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
                 result[token_id] = piece_bytes(piece)
             except (KeyError, ValueError) as error:
                 raise UserError(
-                    f"{tokenizer.name_or_path}: tokenizer.json has the piece {piece!r}, which has "
-                    "no bytes; fetch the model again"
+                    f"{tokenizer.name_or_path}: tokenizer.json has the piece {piece!r}, which "
+                    "spells no bytes; fetch the model again"
                 ) from error
     return result
 
@@ -148,11 +148,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
     """Returns the first `count` tokens of `encode(tokenizer, text)`, or all if it has fewer.
 
-    The work is bounded by `count`: growing prefixes of `text` are encoded until one has about
-    twice as many tokens. The end of a prefix changes the tokens of its last word and of its last
-    run of combining characters, which the surplus covers. Only a single word or run that is
-    longer than the surplus may get other tokens than in the whole text, since Unicode
-    normalisation sorts a run as a whole. The tokens always spell a prefix of `text`.
+    The work is bounded by `count`: growing prefixes of `text` are encoded until one has more than
+    twice as many tokens. The cut can change the tokens of a prefix's last word and of its last run
+    of combining characters, which the surplus covers. Only a longer word or run may get other
+    tokens than in the whole text. The tokens always spell a prefix of `text`.
     """
     size, enough = 16 * (count + _SURPLUS), 2 * count + _SURPLUS
     while True:
@@ -199,7 +198,7 @@ def encode_prompt(
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError if the chat template renders no user turn within `TEMPLATE_SECS` seconds.
 
-    A template is code. Its sandbox limits what it may reach, but not its time.
+    A template is code, and its sandbox does not limit its time.
     """
     templates = tokenizer.chat_template
     if templates is None:
@@ -213,10 +212,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
     def render():
-        with suppress(Exception):  # raised again below
+        with suppress(Exception):  # `_around_user_text` raises it again
             _render(tokenizer, _PLACEHOLDER, None)
 
-    thread = Thread(target=render, daemon=True)  # an endless one must not delay the exit
+    thread = Thread(target=render, daemon=True)  # an endless template must not delay the exit
     thread.start()
     thread.join(TEMPLATE_SECS)
     if thread.is_alive():
@@ -315,7 +314,7 @@ def _around_user_text(tokenizer: PreTrainedTokenizerBase, system: str | None) ->
             "chat_template, or use another model"
         )
     with named_errors(
-        f"{tokenizer.name_or_path}: the chat template writes no UTF-8", "fix chat_template"
+        f"{tokenizer.name_or_path}: the chat template renders text that is not UTF-8", "fix it"
     ):
         (head + tail).encode()
     return head, tail

@@ -70,7 +70,7 @@ def load_model(directory: str, mesh: jax.sharding.Mesh, dtype: str) -> Model:
 
 
 def check_model(directory: str, stop_strings: tuple[str, ...], system: str | None = None) -> None:
-    """Checks that a directory's files fit together, and can spell the stop strings and prompts.
+    """Checks that a directory's files fit together, spell the stop strings and render prompts.
 
     It reads no weights. `training.inputs` has already compared slots and positions.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from zerosearch_jax.data.embedded import world
 from zerosearch_jax.data.embedded.synthetic import PREFIX, synthetic_numbers
 from zerosearch_jax.data.qa import SUFFIXES
-from zerosearch_jax.errors import UserError, reason
+from zerosearch_jax.errors import UserError
 from zerosearch_jax.models.config import from_hf, read_config
 from zerosearch_jax.search import web
 from zerosearch_jax.search.http_client import JsonClient
@@ -88,8 +88,8 @@ def _check_sft(config: SFTConfig) -> None:
     else:
         try:
             from_hf(config.model | {"vocab_size": config.vocab_size})
-        except (UserError, KeyError) as error:
-            raise UserError(f"config.model: {reason(error)}") from error
+        except UserError as error:
+            raise UserError(f"config.model: {error}") from error
     if is_path(data.examples):
         check_file("data.examples", data.examples)
     elif data.examples == "answers":
@@ -219,7 +219,7 @@ def check_file(key: str, path: str) -> None:
 
 
 def check_key(key: str, variable: str) -> None:
-    """Raises UserError if `variable` is set but the environment has no valid API key there."""
+    """Raises UserError if the environment variable `variable`, unless "", has no valid API key."""
     try:
         authorization(variable)
     except UserError as error:

@@ -3,7 +3,6 @@
 Sections that jobs share are in `training/sections.py`, sections of RL in `training/config.py`.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ from zerosearch_jax.ranges import (
     Tokens,
 )
 from zerosearch_jax.rl.config import OptimizerConfig
-from zerosearch_jax.search.server import check_address
+from zerosearch_jax.search.server import check_address, check_key_variable
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.sections import (
     GeneratorConfig,
@@ -211,12 +210,7 @@ class LabelingServerConfig:
     """Most requests in flight at once."""
 
     def __post_init__(self):
-        # A key itself in place of its variable must not be shown.
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", self.key_variable):
-            raise UserError(
-                "key_variable must be the name of an environment variable, in capitals such as "
-                "OPENAI_API_KEY, not the key"
-            )
+        check_key_variable(self.key_variable)
 
 
 @dataclass(frozen=True)

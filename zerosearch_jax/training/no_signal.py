@@ -36,8 +36,8 @@ class Notices:
 def failed_searches(trajectories: Sequence[Trajectory]) -> Reason | None:
     """Returns how many searches failed, by kind and address; None if none did.
 
-    A new combination of kinds is a new cause. Queries that are too long for the engine are the
-    policy's failures and are not counted.
+    Each new combination of kinds is a cause, so it is printed once. Queries that are too long for
+    the engine are the policy's failures and are not counted.
     """
     results = [result for t in trajectories for _, result in t.searches]
     failed = [result for result in results if result.failure and not result.too_long]

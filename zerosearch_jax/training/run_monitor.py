@@ -142,7 +142,7 @@ class RunMonitor:
     def raise_if_stopped(self, done: int) -> None:
         """Raises UserError if the decision of step `done` is to stop: why, and how to continue.
 
-        After the last step nothing is left to stop. The run then ends as its resume would.
+        After the last step it raises nothing, so that the run ends like a resumed run.
         """
         if done == self._steps:
             return

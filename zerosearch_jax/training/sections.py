@@ -25,7 +25,7 @@ from zerosearch_jax.ranges import (
 )
 from zerosearch_jax.rl.config import Dtype
 from zerosearch_jax.search.retriever import DIALECTS
-from zerosearch_jax.search.server import check_address
+from zerosearch_jax.search.server import check_address, check_key_variable
 from zerosearch_jax.search.web import SERVERS
 from zerosearch_jax.text.prompts import SIMULATOR_FORMS
 
@@ -139,6 +139,7 @@ class RemoteConfig:
     batch."""
 
     def __post_init__(self):
+        check_key_variable(self.key_variable)
         if self.url:
             check_address("url", self.url)
 

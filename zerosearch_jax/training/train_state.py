@@ -39,21 +39,19 @@ def kept_step(directory: Path, which: str) -> int:
 
     Args:
       directory: the checkpoints of a run, which may be in progress.
-      which: a step, "latest", or "best": the first step with the highest `eval/em`.
+      which: a step, "latest", or "best": the first step with the highest `eval/em`. `main` has
+        checked it.
 
     Raises:
       UserError: there is no such checkpoint.
     """
-    is_step = which.isdecimal() and len(which) < 10
-    if not is_step and which not in ("latest", "best"):
-        raise UserError(f"--export={which}: give a step, latest or best")
     if not directory.is_dir():
         raise UserError(
             f"there is no directory {directory}; first run the same command without --export"
         )
+    if which.isdecimal():
+        return int(which)
     with Checkpoints(directory, read_only=True) as checkpoints:
-        if is_step:
-            return int(which)
         step = checkpoints.best_step() if which == "best" else checkpoints.latest_step()
     if step is None:
         raise UserError(

@@ -16,20 +16,7 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.files import FORMAT, check_format, read_json, write_json
 
 RESTORE = "restore it from a copy, or use another --workdir"
-"""The fix of a damaged config.json. Without the file, nothing would compare the base model."""
-
-FILES = (
-    *("config.json", "metrics.jsonl", "answers.jsonl", "summary.json"),
-    *("evaluation.json", "evaluation.txt", "report.json", "report.md"),
-    *("episodes.jsonl", "labels.jsonl", "pairs.jsonl", "heldout.jsonl"),
-    *("episodes.settings.json", "labels.settings.json", "stages.jsonl", "claims.json"),
-    *("algorithms.json", "compile.json", "compile.md", "training.png", "noise.png"),
-)
-FOLDERS = (
-    *("checkpoints", "best", "policy", "adapters", "model", "exports", "skipped_batches"),
-    *("tensorboard", "compiled", "profile"),
-)
-"""The names that jobs write in a workdir."""
+"""The fix of a damaged config.json. Deleting the file would skip the check of the base model."""
 
 _ATTEMPTS = 100  # to lock a file that other runs create and remove
 
@@ -72,16 +59,6 @@ def keep_config(config: Mapping[str, Any], workdir: str | Path) -> None:
     write_json(Path(workdir) / "config.json", now)
 
 
-def check_outputs(workdir: Path) -> None:
-    """Raises UserError if a job could not write to the workdir at its end, after hours of work."""
-    for name in FOLDERS:
-        if (path := workdir / name).exists() and not path.is_dir():
-            raise UserError(f"{path} is no directory; remove it, or give another --workdir")
-    for name in FILES:
-        if (path := workdir / name).is_dir():
-            raise UserError(f"{path} is a directory; remove it, or give another --workdir")
-
-
 @contextmanager
 def locked(workdir: str | Path) -> Iterator[None]:
     """Creates `workdir` and keeps other processes out of it while the block runs.
@@ -93,8 +70,7 @@ def locked(workdir: str | Path) -> Iterator[None]:
     On Cloud Storage and some network file systems, the lock does not reach other machines.
 
     Raises:
-      UserError: another process holds the lock, the directory cannot be created, or it holds a
-        directory in place of a file or a file in place of a directory.
+      UserError: another process holds the lock, or the directory cannot be created.
     """
     workdir = Path(workdir)
     created = [path for path in (workdir, *workdir.parents) if not path.exists()]
@@ -104,7 +80,6 @@ def locked(workdir: str | Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
-            check_outputs(workdir)
             yield
         finally:
             if list(workdir.iterdir()) == [path]:

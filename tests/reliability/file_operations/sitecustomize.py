@@ -15,7 +15,7 @@ from typing import Any
 FOLDER = os.environ["FILE_OPERATIONS_FOLDER"] + "/"
 TRACE = os.open(os.environ["FILE_OPERATIONS_TRACE"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 SIGNALS = json.loads(os.environ["FILE_OPERATIONS_SIGNALS"])
-"""In order: {"signal", "operation", "occurrence" of it after the signal before, "delay_secs"}."""
+"""In order, with "signal", "operation", "occurrence" (since the previous signal), "delay_secs"."""
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 NUMBERS = re.compile(r"\d+")
 WRITES = os.O_WRONLY | os.O_RDWR
@@ -23,7 +23,7 @@ seen = 0
 
 
 def on_event(event: str, arguments: tuple[Any, ...]) -> None:
-    """Runs before each operation that an audit event announces."""
+    """Traces one operation. Python calls this before the operation, with its audit event."""
     global seen
     if event not in EVENTS or not isinstance(arguments[0], str | os.PathLike):
         return
@@ -53,7 +53,7 @@ def send(number: int, delay_secs: float) -> None:
 
 
 class WithoutTorch(PathFinder):
-    """Hides torch, which only the tests' requirements have and which transformers imports."""
+    """Hides torch, which only tests install, so that transformers does not import it."""
 
     @classmethod
     def find_spec(cls, fullname: str, *arguments: Any) -> Any:

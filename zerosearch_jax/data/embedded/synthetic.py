@@ -74,7 +74,7 @@ def synthetic_numbers(name: str) -> tuple[int, int]:
         raise UserError(f"{shown(name)} is not a synthetic world; write {PREFIX}COUNT:SEED")
     count, seed = map(int, matched.groups())
     if not 1 <= count <= MAX_ENTITIES:
-        raise UserError(f"{name!r} has {count} entities; set COUNT to 1 up to {MAX_ENTITIES}")
+        raise UserError(f"{name!r} has {count} entities; set COUNT from 1 to {MAX_ENTITIES}")
     return count, seed
 
 
@@ -85,7 +85,7 @@ def synthetic_world(name: str) -> tuple[list[Entity], int]:
     out, so that every question has one answer.
 
     Raises:
-      UserError: `name` does not have that form.
+      UserError: as `synthetic_numbers`.
     """
     count, seed = synthetic_numbers(name)
     real = [entity for entity in load_entities() if entity.split == "train"]
