@@ -281,8 +281,8 @@ def test_the_summary_counts_failed_searches_by_kind_and_names_their_servers(caps
 
     url = "http://10.0.0.1/retrieve"
     failed = {"failure": "Timeout", "failure_kind": "timeout", "address": url}
-    old = {"failure": "Timeout"}  # a record without a kind
-    totals = collect.episode_totals([episode(failed, {"failure": ""}), episode(failed, old)])
+    other = {"failure": "no", "failure_kind": "other", "address": ""}
+    totals = collect.episode_totals([episode(failed, {"failure": ""}), episode(failed, other)])
     assert totals["failed_searches"] == {"timeout": 2, "other": 1}
     assert totals["failed_addresses"] == [url] and totals["searches"] == 4
     collect.print_counts(totals, {})

@@ -34,6 +34,7 @@ from zerosearch_jax.training.workdir import check_workdir, keep_config
 SUMMARY = {
     **{"em": 0.5, "em_interval": [0.4, 0.6], "f1": 0.5, "f1_interval": [0.4, 0.6]},
     **{"questions": 2, "searches_per_episode": 1.5, "failed_search_ratio": 0.25},
+    "failed_searches": {"timeout": 1},
 }
 CASE = {
     **{"model": "m", "method": "rag", "engine": "bm25", "set": "world/test", "limit": None},
@@ -53,7 +54,9 @@ METRICS = [
 
 
 def _search(turn: int) -> dict:
-    return {"turn": turn, "query": f"q{turn}", "documents": ["d"], "failure": ""}
+    return {"turn": turn, "query": f"q{turn}", "documents": ["d"]} | dict.fromkeys(
+        ("failure", "failure_kind", "address"), ""
+    )
 
 
 EPISODES = [

@@ -42,6 +42,7 @@ CASES = {
     "list of spaces": (as_list, f"[{SPACES}x]"),
     "list with spaces after an item": (as_list, f"[1{SPACES}x]"),
     "tag with spaces": (neutralise_tags, f"<{SPACES}x"),
+    "tag of combining characters": (neutralise_tags, MARKS),
     "information tag with spaces": (
         lambda text: has_valid_format([f"<think>a</think><answer>{text}"], ["answer"]),
         f"<{SPACES}",

@@ -38,12 +38,12 @@ from zerosearch_jax.search.web import WebEngine
 from zerosearch_jax.text.tokenizer import encode
 
 RATES = (0.01, 0.2, 1.0)
-EPISODES = {0.01: 25, 0.2: 8, 1.0: 4}  # of each of two runs; an episode searches twice
+EPISODES = {0.01: 25, 0.2: 8, 1.0: 3}  # of each of two runs; an episode searches twice
 
 ATTEMPTS = 2
 BACKOFF_SECS = 0.01
 # Timeout against faults that only the deadline ends; shorter where no healthy reply can be late.
-STALL_SECS = {0.01: 1.0, 0.2: 1.0, 1.0: 0.3}
+STALL_SECS = {0.01: 2.0, 0.2: 2.0, 1.0: 0.2}
 TIMEOUT_SECS = 20.0  # timeout otherwise, which a busy machine does not reach
 SLACK_SECS = 4.0  # added to the budget of a batch, for busy machines
 WATCHDOG_SECS = 180.0  # limit of one cell
@@ -242,7 +242,7 @@ async def stall(wire: Wire, reply: object, start: bytes) -> None:
 async def drip(wire: Wire, reply: object, start: bytes, rest: bytes) -> None:
     """Sends the bytes of `rest` one by one, for longer than the deadline."""
     await wire.send(start)
-    await wire.send(*(bytes([byte]) for byte in rest), pause=3.0 / len(rest))
+    await wire.send(*(bytes([byte]) for byte in rest), pause=4.0 / len(rest))
 
 
 async def endless(wire: Wire, reply: object, start: bytes, piece: bytes, pause=0.0) -> None:
@@ -334,45 +334,65 @@ for name, respond in {
         endless, start=b"", piece=b"HTTP/1.1 100 Continue\r\n\r\n", pause=0.01
     ),
 }.items():
-    kinds = ("timeout", "too_large") if name == "huge length" else ("timeout",)
-    FAULTS[name] = Fault(respond, kinds, tries=0 if len(kinds) > 1 else ATTEMPTS)
-# The client stops reading: by its limit of bytes, or by its deadline.
-for name, respond in {
-    "endless headers": partial(endless, start=OK, piece=b"X-A: 1\r\n" * 1000),
-    "endless header line": partial(endless, start=OK + b"X-A: ", piece=b"a" * 10_000),
-    "endless body": partial(endless, start=OK + b"\r\n", piece=b" " * 50_000),
-    "endless chunks": partial(endless, start=CHUNKED, piece=b"1000\r\n" + b" " * 4096 + b"\r\n"),
-    "endless chunk extension": partial(endless, start=CHUNKED + b"1;", piece=b"a" * 10_000),
-    "endless trailers": partial(endless, start=CHUNKED + b"0\r\n", piece=b"X-A: 1\r\n" * 1000),
-    "gzip bomb": partial(send, make=lambda reply: gzipped(bomb(1))),
-    "gzip bomb in gzip": partial(send, make=lambda reply: gzipped(bomb(2), "gzip, gzip")),
+    FAULTS[name] = Fault(respond, ("timeout",), tries=ATTEMPTS)
+# The client stops reading by its limit of bytes.
+for name, (kind, respond) in {
+    "endless headers": (
+        "connection",
+        partial(endless, start=OK, piece=b"X-A: 1\r\n" * 1000),
+    ),
+    "endless header line": (
+        "connection",
+        partial(endless, start=OK + b"X-A: ", piece=b"a" * 10_000),
+    ),
+    "endless body": ("too_large", partial(endless, start=OK + b"\r\n", piece=b" " * 50_000)),
+    "endless chunks": (
+        "too_large",
+        partial(endless, start=CHUNKED, piece=b"1000\r\n" + b" " * 4096 + b"\r\n"),
+    ),
+    "endless chunk extension": (
+        "connection",
+        partial(endless, start=CHUNKED + b"1;", piece=b"a" * 10_000),
+    ),
+    "endless trailers": (
+        "connection",
+        partial(endless, start=CHUNKED + b"0\r\n", piece=b"X-A: 1\r\n" * 1000),
+    ),
+    "gzip bomb": ("too_large", partial(send, make=lambda reply: gzipped(bomb(1)))),
+    "gzip bomb in gzip": (
+        "not_json",
+        partial(send, make=lambda reply: gzipped(bomb(2), "gzip, gzip")),
+    ),
 }.items():
-    FAULTS[name] = Fault(respond, ("too_large", "connection", "not_json"), heavy=True)
-# Bytes that are not HTTP, or a body with a wrong length or encoding.
+    FAULTS[name] = Fault(respond, (kind,), heavy=True)
+# Bytes that are not HTTP.
 for name, make in {
-    "length too short": lambda reply: http(reply, length=str(len(json.dumps(reply)) - 10)),
     "negative length": lambda reply: http(reply, length="-1"),
     "two lengths": lambda reply: http(reply, "200 OK", "Content-Length: 5"),
     "length of 5,000 digits": lambda reply: http(reply, length="9" * 5000),
     "chunk sizes that are not numbers": lambda reply: CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n",
     "unknown transfer encoding": lambda reply: OK + b"Transfer-Encoding: zip\r\n\r\n\x01\x02",
+    "HTTP/0.9": lambda reply: json.dumps(reply).encode() + b"\r\n\r\n",
+    "HTTP/2 preface": lambda reply: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+    "TLS alert": lambda reply: b"\x15\x03\x01\x00\x02\x02\x46",
+    "101 Switching Protocols": lambda reply: b"HTTP/1.1 101 S\r\nUpgrade: h2c\r\n\r\n\0\0",
+}.items():
+    FAULTS[name] = Fault(partial(send, make=make, keep=True), ("connection",), tries=ATTEMPTS)
+# Bodies that are cut or compressed otherwise than the headers say.
+for name, make in {
+    "length too short": lambda reply: http(reply, length=str(len(json.dumps(reply)) - 10)),
     "damaged gzip": lambda reply: gzipped(compressed(reply).replace(b"\x8b", b"\x8b\xff")),
     "damaged gzip data": lambda reply: gzipped(compressed(reply)[:15] + b"\xff" * 50),
     "truncated gzip": lambda reply: gzipped(compressed(reply)[:-20]),
     "gzip that is not": lambda reply: gzipped(json.dumps(reply).encode()),
     "unknown content encoding": lambda reply: gzipped(b"\x1b\x02" * 40, "zz9"),
-    "HTTP/0.9": lambda reply: json.dumps(reply).encode() + b"\r\n\r\n",
-    "HTTP/2 preface": lambda reply: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
-    "TLS alert": lambda reply: b"\x15\x03\x01\x00\x02\x02\x46",
-    "101 Switching Protocols": lambda reply: b"HTTP/1.1 101 S\r\nUpgrade: h2c\r\n\r\n\0\0",
     "204 No Content": lambda reply: b"HTTP/1.1 204 No Content\r\n\r\n",
 }.items():
-    kinds = ("connection", "not_json", "other")
-    FAULTS[name] = Fault(partial(send, make=make, keep=True), kinds)
+    FAULTS[name] = Fault(partial(send, make=make, keep=True), ("not_json",))
 # Replies that are followed by something else. Only the reply may be read.
 FAULTS |= {
-    "two replies at once": Fault(partial(send_two, pause=0.0), ("connection",), answers=None),
-    "two replies": Fault(partial(send_two, pause=0.005), ("connection",), answers=None),
+    "two replies at once": Fault(partial(send_two, pause=0.0), (), answers=True),
+    "two replies": Fault(partial(send_two, pause=0.005), (), answers=True),
     "closed while idle": Fault(partial(send, make=http), (), answers=True),
     "100 Continue, then a reply": Fault(
         partial(send, make=lambda r: b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + http(r), keep=True),
@@ -391,12 +411,12 @@ for line in ("301", "302", "307"):
         tries=1,
     )
 FAULTS |= {
-    "status 408": Fault(partial(status, line="408"), ("http_4xx", "timeout"), tries=ATTEMPTS),
+    "status 408": Fault(partial(status, line="408"), ("http_4xx",), tries=ATTEMPTS),
     # Search-R1's client repeats a batch that is too long, query by query.
     "status 413": Fault(partial(status, line="413"), ("too_long",)),
     "status 414": Fault(partial(status, line="414"), ("too_long",)),
     "status 429": Fault(partial(status, line="429"), ("http_429",), tries=ATTEMPTS),
-    "status 999": Fault(partial(status, line="999"), ("other", "http_5xx")),
+    "status 999": Fault(partial(status, line="999"), ("other",)),
 }
 for value in ("1", "1e9", "1000000000", "9" * 5000, "-5", "nan", "Fri, 31 Dec 2049 23:59:59 GMT"):
     FAULTS[f"status 429, Retry-After: {value[:30]}"] = Fault(
@@ -435,7 +455,7 @@ for name, change in {
     "UTF-16": lambda text: text.encode("utf-16"),
     "byte order mark": lambda text: text.encode("utf-8-sig"),
     "results twice": lambda text: re.sub(r"\[(\{.*\})\]", r"[\1, \1]", text),
-    "1 MB document": lambda text: text.replace("Document 1", "Document 1 " + "word " * 200_000),
+    "300 KB document": lambda text: text.replace("Document 1", "Document 1 " + "word " * 60_000),
 }.items():
     FAULTS[name] = Fault(
         partial(send_json, change=change), ("not_json", "wrong_shape"), answers=None
@@ -647,9 +667,6 @@ class Cell:
             )
         if self._server.strays:
             self.problems.append(f"the client requests {self._server.strays[0]}")
-        # Where only the deadline ends a try, it may end before a busy server reads the request.
-        if self.fault.stalls:
-            return
         tries = max(self._server.tries.values(), default=0)
         if self.rate == 1 and self.fault.tries not in (0, tries):
             self.problems.append(f"{tries} tries instead of {self.fault.tries}")
@@ -687,9 +704,7 @@ class Cell:
             yield "has a document with a lone surrogate"
         if result.failure and result.failure_kind not in self.fault.kinds:
             yield f"failed with {result.failure_kind}: {result.failure}"
-        # On a busy machine, a healthy reply may come after the short deadline.
-        late = self.fault.stalls and result.failure_kind == "timeout"
-        if item in self._server.unsure or late:
+        if item in self._server.unsure:
             return
         if item in self._server.answered:
             if len(result.documents) != TOPK or not all(item in d for d in result.documents):
@@ -733,9 +748,7 @@ SAMPLE = {
     "reset in the body": (0.2,),
     "headers drip": (1.0,),
     "two replies at once": (0.2,),
-    "status 503": (0.2,),
     "deep nesting": (0.2,),
-    "lone surrogates": (0.2,),
 }
 
 

@@ -1,5 +1,6 @@
 """Tests of the JSON client against real servers that fail, stall, drip and recover."""
 
+import asyncio
 import gzip
 import logging
 import signal
@@ -11,6 +12,7 @@ import time
 import traceback
 import tracemalloc
 import zlib
+from concurrent.futures import wait
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -531,6 +533,21 @@ def test_close_ends_waiting_requests(raw_server, waiting_for):
     client.close()  # a second call has no effect
     with pytest.raises(SearchFailed, match="^GET /x: cancelled$"):
         client.get("/x", {})
+
+
+def test_a_try_that_begins_after_close_is_cancelled(monkeypatch):
+    client, schedule = make_client("http://127.0.0.1:9"), asyncio.run_coroutine_threadsafe
+
+    def close_first(coroutine, loop):
+        monkeypatch.undo()
+        client.close()
+        future = schedule(coroutine, loop)
+        wait([future])
+        return future
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", close_first)
+    with pytest.raises(SearchFailed, match="cancelled"):
+        client.post("/x", {})
 
 
 @pytest.mark.parametrize(

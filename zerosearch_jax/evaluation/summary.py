@@ -17,6 +17,7 @@ SUMMARY = {
     "questions": int,
     "searches_per_episode": float,
     "failed_search_ratio": float,
+    "failed_searches": {str: int},
 }
 """The shape of a `summary` in a file; see `files`."""
 _HEADERS = ("", "EM", "95% interval", "F1", "95% interval", "searches", "questions")
@@ -95,8 +96,7 @@ def text_table(summaries: dict[str, dict], title: str) -> str:
 
 
 def _kinds(row: dict) -> str:
-    kinds = row.get("failed_searches", {})  # rows of older versions have none
-    return ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "kinds unknown"
+    return ", ".join(f"{kind} {count}" for kind, count in row["failed_searches"].items())
 
 
 def _interval(bounds: Sequence[float]) -> str:

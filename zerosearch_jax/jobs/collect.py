@@ -34,7 +34,6 @@ from zerosearch_jax.parallel.mesh import make_mesh
 from zerosearch_jax.rl.rewards import exact_match, token_f1
 from zerosearch_jax.rollout.scheduler import STOP_STRINGS, Rollouts
 from zerosearch_jax.rollout.trajectory import Episode, Trajectory
-from zerosearch_jax.search.engine import SearchResult, failure_counts
 from zerosearch_jax.simulator.labeling import (
     agreement,
     check_labeler,
@@ -63,7 +62,13 @@ EPISODE = {
     **dict.fromkeys(("question", "finish"), str),
     "golden_answers": [str, ...],
     **dict.fromkeys(("em", "f1"), float),
-    "searches": [{"turn": int, "query": str, "documents": [str], "failure": str}],
+    "searches": [
+        {
+            "turn": int,
+            "documents": [str],
+            **dict.fromkeys(("query", "failure", "failure_kind", "address"), str),
+        }
+    ],
 }
 """The part of a record in `episodes.jsonl` that the later stages read; see `files` for shapes."""
 LABEL = {"episode": str, "rule": set(LABELS), "labeler": {*LABELS, None}}
@@ -366,24 +371,20 @@ def episode_totals(episodes: Iterable[Mapping]) -> dict[str, object]:
     """Returns the numbers of episodes and searches, mean scores, and counts by finish.
 
     "failed_searches" has the number of failed searches by kind, and "failed_addresses" the servers
-    that failed. Episodes of older versions have no kinds, which count as "other".
+    that failed.
     """
     rows, failed = [], []
     for e in episodes:
         rows.append((e["em"], e["f1"], len(e["searches"]), e["finish"]))
-        failed += [
-            SearchResult((0, 0), (), s["failure"], s.get("failure_kind", ""), s.get("address", ""))
-            for s in e["searches"]
-            if s["failure"]
-        ]
+        failed += [search for search in e["searches"] if search["failure"]]
     return {
         "episodes": len(rows),
         "em": sum(row[0] for row in rows) / len(rows),
         "f1": sum(row[1] for row in rows) / len(rows),
         "searches": sum(row[2] for row in rows),
         "finish": dict(sorted(Counter(row[3] for row in rows).items())),
-        "failed_searches": failure_counts(failed),
-        "failed_addresses": sorted({result.address for result in failed if result.address}),
+        "failed_searches": Counter(search["failure_kind"] for search in failed),
+        "failed_addresses": sorted({search["address"] for search in failed} - {""}),
     }
 
 

@@ -9,21 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-FAILURE_KINDS = (
-    "timeout",
-    "connection",
-    "http_3xx",
-    "http_4xx",
-    "http_429",
-    "http_5xx",
-    "too_large",
-    "not_json",
-    "wrong_shape",
-    "too_long",
-    "cancelled",
-    "other",
-)
-"""Kinds of failed searches. The metrics `failed_searches/KIND` define and count them."""
+from zerosearch_jax.telemetry.metrics import FAILURE_METRICS
+
+FAILURE_KINDS = tuple(name.removeprefix("failed_searches/") for name in FAILURE_METRICS)
+"""Kinds of failed searches, which the metrics `failed_searches/KIND` define and count."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -78,7 +67,8 @@ class SearchResult:
         surrogates, which neither UTF-8 nor a tokenizer can encode, become U+FFFD.
       failure: reason of a search that failed after its retries, or "" for a successful one. It
         becomes text of the episode, so it contains no address, key or text of a reply.
-      failure_kind: one of `FAILURE_KINDS`; "" for a successful search.
+      failure_kind: one of `FAILURE_KINDS`, "other" if the engine gives none of them; "" for a
+        successful search.
       address: scheme, host, port and path that a failed search asked; "" if it asked no server.
     """
 
@@ -91,6 +81,8 @@ class SearchResult:
     def __post_init__(self):
         documents = tuple(_SURROGATE.sub("\ufffd", document) for document in self.documents)
         object.__setattr__(self, "documents", documents)
+        if self.failure and self.failure_kind not in FAILURE_KINDS:
+            object.__setattr__(self, "failure_kind", "other")
 
     @property
     def too_long(self) -> bool:
@@ -114,13 +106,9 @@ class SearchEngine(Protocol):
 def failure_counts(results: Iterable[SearchResult]) -> dict[str, int]:
     """Returns the number of failed searches by kind, in the order of `FAILURE_KINDS`.
 
-    Kinds without a failure are absent. A failure without a kind counts as "other".
+    Kinds without a failure are absent.
     """
-    counts = Counter(
-        result.failure_kind if result.failure_kind in FAILURE_KINDS else "other"
-        for result in results
-        if result.failure
-    )
+    counts = Counter(result.failure_kind for result in results if result.failure)
     return {kind: counts[kind] for kind in FAILURE_KINDS if counts[kind]}
 
 

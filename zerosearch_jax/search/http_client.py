@@ -95,7 +95,7 @@ class _Reply(NamedTuple):
     replied: bool = False
 
 
-_CANCELLED = _Reply(trouble="cancelled", kind="cancelled")
+_CANCELLED = _Reply(trouble="cancelled", kind="other")
 _DAMAGED = _Reply(
     trouble="the compression is damaged", kind="not_json", transient=True, replied=True
 )
@@ -264,9 +264,9 @@ class JsonClient:
         try:
             # The try ends itself; the second bound holds even if the event loop is busy.
             wait([future, self._closed], secs + _GRACE_SECS, FIRST_COMPLETED)
-            if future.done():
-                return future.result()
-            return _CANCELLED if self._closed.done() else _TIMEOUT
+            if self._closed.done():  # a try that begins after `close` raises
+                return _CANCELLED
+            return future.result() if future.done() else _TIMEOUT
         finally:
             future.cancel()  # drops the connection after `close` or Ctrl-C
 

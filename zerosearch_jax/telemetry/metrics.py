@@ -33,7 +33,6 @@ FAILURE_METRICS: dict[str, str] = {
     "failed_searches/not_json": "searches whose reply could not be decompressed or is not JSON",
     "failed_searches/wrong_shape": "searches whose JSON reply is not in the server's format",
     "failed_searches/too_long": "searches whose query was too long for the engine",
-    "failed_searches/cancelled": "searches cancelled by the end of the run",
     "failed_searches/other": "searches that failed for another reason",
 }
 

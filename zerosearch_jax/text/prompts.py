@@ -127,6 +127,7 @@ _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight",
 _TAG = re.compile(
     r"<[\s▁]*+(?:(/)[\s▁]*+)?(think|search|information|answer)[\s▁]*+>", re.IGNORECASE
 )
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _DOCUMENT_HEADER = re.compile(r"(?<!\S)Doc\s*+(\d++)\s*+:")
 
@@ -190,10 +191,12 @@ def neutralise_tags(text: str) -> str:
 
     The result contains no tag, even after nested ones. A replacement leaves neither angle brackets
     nor a gap, so the text around it cannot join into a new tag. A tag in compatibility characters,
-    such as '＜/answer＞', counts as well, because a tokenizer may normalise the text (NFKC); the
-    whole text is then normalised.
+    such as '＜/answer＞', counts as well, because a tokenizer may normalise the text (NFKC); each
+    character is then normalised.
     """
-    normal = unicodedata.normalize("NFKC", text)
+    # Normalising a whole text takes quadratic time for a long run of combining characters. It
+    # composes characters in addition, which makes no tag.
+    normal = _NOT_ASCII.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     return _TAG.sub(r"(\1\2)", normal if _TAG.search(normal) else text)
 
 
