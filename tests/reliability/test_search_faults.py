@@ -125,11 +125,13 @@ class FaultyServer:
             await self.start()
 
     async def stop(self) -> None:
+        self._listener.close()
+        await asyncio.sleep(0.01)  # accepted connections become tasks
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._listener.close()
+        await asyncio.sleep(0.01)  # their sockets are closed
 
     async def _serve(self, reader, writer) -> None:
         task = asyncio.current_task()
