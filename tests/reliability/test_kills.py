@@ -370,7 +370,7 @@ def progress_of(workdir: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("job", "kills"), [("rl", 16), ("collect", 12), ("sft", 16), ("evaluate", 10)]
+    ("job", "kills"), [("rl", 24), ("collect", 12), ("sft", 16), ("evaluate", 10)]
 )
 def test_a_killed_job_resumes_and_ends_bit_identically(
     job, kills, rl_config, markov_model, questions, tmp_path, tally
@@ -395,7 +395,7 @@ def test_a_killed_job_resumes_and_ends_bit_identically(
             story.append(f"{before} {how} -> {run.status} {run.trace[-1:]}")
             terminated |= "SIGTERM" in run.output
             if run.status == -signal.SIGKILL:
-                phases[run.phase + ", after SIGTERM" * ("SIGTERM" in run.output)] += 1
+                phases[run.phase + " after SIGTERM" * ("SIGTERM" in run.output)] += 1
             if "Traceback" in run.output or run.status not in ENDS:
                 failures.append(f"{story}:\n{run.output}")
             if run.status == 0:
