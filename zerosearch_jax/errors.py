@@ -95,7 +95,7 @@ def named_errors(where: str | Path, fix: str) -> Iterator[None]:
 def reason(error: BaseException, limit: int = 300) -> str:
     """Returns an exception's message as one line of at most `limit` characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return one_line(" ".join(str(text).split()), limit)
+    return one_line(" ".join(str(text).split()).rstrip("."), limit)
 
 
 def error_line(error: UserError) -> str:
