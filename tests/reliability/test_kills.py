@@ -78,8 +78,8 @@ class Run:
     @property
     def phase(self) -> str:
         """Names the phase that a kill hit: that of the last operation, or the work after it."""
-        before = self.trace[:-1] or [(0.0, "open lock")]
-        moment, operation = before[-1]
+        before = [entry for entry in self.trace if not entry[1].startswith("signal")]
+        moment, operation = before[-1] if before else (0.0, "open lock")
         phase = phase_of(operation)
         if phase != "start-up" and self.trace[-1][0] - moment > 0.1:
             return "computing"
