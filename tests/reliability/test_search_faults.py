@@ -105,6 +105,7 @@ class FaultyServer:
         self.answered, self.unsure, self.tries = set(), set(), Counter()
         self.faults, self.strays = 0, []
         self.port, self._connections, self._tasks = 0, 0, set()
+        self._stopping = False
 
     async def start(self) -> None:
         while True:
@@ -122,9 +123,12 @@ class FaultyServer:
         if self._listener.is_serving():
             self._listener.close()
             await asyncio.sleep(secs)
-            await self.start()
+            if not self._stopping:
+                await self.start()
 
     async def stop(self) -> None:
+        self._stopping = True
+        await asyncio.sleep(0.01)  # a pause ends
         self._listener.close()
         await asyncio.sleep(0.01)  # accepted connections become tasks
         tasks = list(self._tasks)
