@@ -105,7 +105,7 @@ class FaultyServer:
         self.answered, self.unsure, self.tries = set(), set(), Counter()
         self.faults, self.strays = 0, []
         self.port, self._connections, self._tasks = 0, 0, set()
-        self._stopping = False
+        self._lock = asyncio.Lock()  # of the listener
 
     async def start(self) -> None:
         while True:
@@ -120,22 +120,29 @@ class FaultyServer:
 
     async def pause(self, secs: float) -> None:
         """Refuses connections for a while."""
-        if self._listener.is_serving():
-            self._listener.close()
+        if self._lock.locked() or not self._listener.is_serving():
+            return
+        async with self._lock:
+            await self._close()
             await asyncio.sleep(secs)
-            if not self._stopping:
-                await self.start()
+            await self.start()
 
     async def stop(self) -> None:
-        self._stopping = True
-        await asyncio.sleep(0.01)  # a pause ends
-        self._listener.close()
-        await asyncio.sleep(0.01)  # accepted connections become tasks
+        async with self._lock:
+            await self._close()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.sleep(0.01)  # their sockets are closed
+
+    async def _close(self) -> None:
+        # asyncio loses a connection that it has accepted when the listener closes (CPython
+        # gh-109564), so accepting ends first.
+        for listener in self._listener.sockets:
+            asyncio.get_running_loop().remove_reader(listener)
+        await asyncio.sleep(0.05)
+        self._listener.close()
 
     async def _serve(self, reader, writer) -> None:
         task = asyncio.current_task()
