@@ -12,7 +12,6 @@ from zerosearch_jax.errors import UserError
 from zerosearch_jax.search.bm25 import BM25Engine
 from zerosearch_jax.search.engine import Passage, SearchRequest, SearchResult
 from zerosearch_jax.search.http_client import JsonClient, answer_all
-from zerosearch_jax.search.server import read_key
 
 Organic = dict[str, object]  # one result of Serper or SerpAPI: title, snippet, link, …
 KEYS = ("title", "snippet", "link")
@@ -25,11 +24,6 @@ SERVERS = {"serper": "https://google.serper.dev", "serpapi": "https://serpapi.co
 """Server address of each provider, for the client of a `WebEngine`."""
 KEY_VARIABLES = {"serper": "SERPER_API_KEY", "serpapi": "SERPAPI_API_KEY"}
 """Environment variable with the API key of each provider."""
-
-
-def api_key(provider: str) -> str:
-    """Returns the provider's API key. Raises UserError as `read_key` does."""
-    return read_key(KEY_VARIABLES[provider])
 
 
 def filter_results(

@@ -32,9 +32,9 @@ from zerosearch_jax.search.engine import SearchEngine
 from zerosearch_jax.search.http_client import JsonClient
 from zerosearch_jax.search.noisy import NoisyEngine
 from zerosearch_jax.search.retriever import RetrieverEngine
-from zerosearch_jax.search.server import authorization
+from zerosearch_jax.search.server import authorization, read_key
 from zerosearch_jax.search.simulated import SimulatedEngine
-from zerosearch_jax.search.web import SERVERS, RecordedWeb, WebEngine, api_key
+from zerosearch_jax.search.web import KEY_VARIABLES, SERVERS, RecordedWeb, WebEngine
 from zerosearch_jax.text.tokenizer import encode_prompt, token_bytes
 from zerosearch_jax.training.config import LearnerConfig, LoraConfig
 from zerosearch_jax.training.job_configs import LabelingServerConfig
@@ -184,7 +184,7 @@ def web_engine(config: SearchConfig) -> WebEngine:
     return WebEngine(
         json_client(config.remote, SERVERS[provider], ""),
         provider=provider,
-        api_key=api_key(provider),
+        api_key=read_key(KEY_VARIABLES[provider]),
         topk=config.topk,
         blocked_domains=tuple(config.web.blocked_domains),
         workers=config.remote.workers,
