@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -273,9 +273,7 @@ def _explore(strategy: st.SearchStrategy, tries: int, check: Callable[[Any], str
     """Calls `check` with `tries` draws; returns its non-empty results and its exceptions."""
     failures = []
 
-    @settings(
-        max_examples=tries, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(settings.get_profile("fuzz"), max_examples=tries, derandomize=False)
     @seed(19)
     @given(strategy)
     def explore(case):

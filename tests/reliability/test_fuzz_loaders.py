@@ -14,7 +14,7 @@ from random import Random
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.data.passages import load_passages
@@ -201,13 +201,7 @@ def test_a_damaged_file_gives_rows_or_one_line_that_names_it(tmp_path, tally, na
     assert len(loaded) == len(rows) and use(loaded)
     seen = {"tries": 0}
 
-    @settings(
-        max_examples=tries,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(settings.get_profile("fuzz"), max_examples=tries)
     @given(st.randoms(use_true_random=True))
     def check(rng):
         content = _damage(_content(path.suffix, rows, rng), rng)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.errors import UserError
@@ -170,13 +170,7 @@ def test_a_damaged_model_directory_is_read_or_refused_by_name(model, tmp_path, t
     numbers = count()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @settings(
-        max_examples=tries,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(settings.get_profile("fuzz"), max_examples=tries)
     @given(st.data())
     def damage(data):
         name = data.draw(st.sampled_from(sorted(model)))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerosearch_jax.checkpoints import Checkpoints
@@ -263,13 +263,7 @@ def _refused_in_one_line(error: UserError, path: Path) -> None:
 
 
 def _fuzz(tries: int, content: bytes, attempt: Callable[[bytes], None]) -> None:
-    quiet = settings(
-        max_examples=tries,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
+    quiet = settings(settings.get_profile("fuzz"), max_examples=tries)
     quiet(given(damaged(content))(attempt))()
 
 
